@@ -1,0 +1,115 @@
+#include "executor.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <thread>
+
+namespace fusedoptim {
+namespace {
+
+double step_number(const Entry& e) {
+  if (!e.step) return 0;
+  return e.step_dtype == DType::f64 ? *static_cast<const double*>(e.step) + 1.0
+                                    : static_cast<double>(*static_cast<const float*>(e.step) + 1.0f);
+}
+
+}  // namespace
+
+StepInputs CpuExecutor::inputs(const Entry& e, const std::vector<HyperRow>& rows) const {
+  return {rows[e.group].value, step_number(e), e.first, e.sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f};
+}
+
+void CpuExecutor::reschedule(const std::vector<Entry>& entries) {
+  schedule_.build(entries, torch::stable::get_num_threads(), rule_.needs_norm ? kWindowElements : INT64_MAX / 2);
+  if (!rule_.needs_norm) return;
+  first_partial_.resize(entries.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    first_partial_[i] = total;
+    if (entries[i].active) total += tiles(entries[i].numel);
+  }
+  partial_.resize(total);
+}
+
+// Threads take chunks from a counter, so that a thread that the machine slows down takes fewer.
+template <class F>
+void CpuExecutor::parallel_chunks(const Window& w, const std::function<void()>* on_caller, const F& chunk) const {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), w.chunk_end - w.chunk_begin);
+  if (threads <= 1 || schedule_.cost < kSerialCost) {
+    if (on_caller) (*on_caller)();
+    for (int64_t k = w.chunk_begin; k < w.chunk_end; ++k) chunk(k);
+    return;
+  }
+  std::atomic<int64_t> next{w.chunk_begin};
+  const std::thread::id caller = std::this_thread::get_id();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    if (on_caller && std::this_thread::get_id() == caller) (*on_caller)();
+    for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < w.chunk_end;) chunk(k);
+  });
+}
+
+// Calls part(entry index, begin, end) for every piece of a tensor in the chunk.
+template <class F>
+void CpuExecutor::for_each_part(const std::vector<Entry>& entries, int64_t chunk, const F& part) const {
+  const Mark from = schedule_.marks[chunk], to = schedule_.marks[chunk + 1];
+  const int64_t last = to.offset > 0 ? to.entry : to.entry - 1;
+  for (int64_t i = from.entry; i <= last; ++i) {
+    const Entry& e = entries[i];
+    if (!e.active) continue;
+    const int64_t begin = i == from.entry ? from.offset : 0, end = i == to.entry ? to.offset : e.numel;
+    if (begin < end) part(i, begin, end);
+  }
+}
+
+void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows,
+                               int64_t chunk) const {
+  alignas(64) unsigned char scalars[kMaxScalarBytes];
+  // Neighbours usually agree in everything that scalars depend on; two calls of pow cost as much as 100 elements.
+  const Entry* prepared = nullptr;
+  double prepared_step = 0;
+  for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
+    const Entry& e = entries[i];
+    const StepInputs in = inputs(e, rows);
+    const bool same = prepared && !rule_.needs_norm && prepared->group == e.group && prepared->first == e.first &&
+                      prepared->compute_dtype() == e.compute_dtype() && prepared_step == in.step;
+    if (!same) {
+      (e.compute_dtype() == DType::f64 ? rule_.prepare_f64 : rule_.prepare_f32)(in, scalars);
+      prepared = &e;
+      prepared_step = in.step;
+    }
+    e.update(e, begin, end, scalars);
+  });
+}
+
+void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows,
+                      const std::function<void()>& on_caller) {
+  const std::function<void()>* once = &on_caller;
+  for (const Window& w : schedule_.windows) {
+    if (rule_.needs_norm) {
+      parallel_chunks(w, once, [&](int64_t chunk) {
+        for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
+          double* out = partial_.data() + first_partial_[i];
+          for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = entries[i].tile_sum(entries[i], t);
+        });
+      });
+      once = nullptr;
+      for (int64_t i = w.entry_begin; i < w.entry_end; ++i)
+        if (entries[i].active)
+          entries[i].sum_of_squares = reduce_tile_sums(partial_.data() + first_partial_[i], tiles(entries[i].numel));
+    }
+    parallel_chunks(w, once, [&](int64_t chunk) { update_chunk(entries, rows, chunk); });
+    once = nullptr;
+  }
+  for (Entry& e : entries) {
+    if (!e.active) continue;
+    if (e.scalar_state) *e.scalar_state = rule_.next_scalar_state(inputs(e, rows));
+    if (e.step) {
+      if (e.step_dtype == DType::f64) *static_cast<double*>(e.step) += 1.0;
+      else *static_cast<float*>(e.step) += 1.0f;
+    }
+    e.first = false;
+  }
+}
+
+}  // namespace fusedoptim

@@ -1,0 +1,32 @@
+// Lanes of one element for the update rules (see rules/common.h), for any CPU. Without a hardware fma the C library's
+// is called: slow, and the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core/dtype.h"
+
+namespace fusedoptim::portable {
+
+template <class Scalar>
+struct Lane {
+  using T = Scalar;
+  using V = Scalar;
+  static constexpr int width = 1;
+  FUSEDOPTIM_HD static V set(T x) { return x; }
+  FUSEDOPTIM_HD static V fma(V a, V b, V c) { return std::fma(a, b, c); }
+  FUSEDOPTIM_HD static V sqrt(V a) { return std::sqrt(a); }
+  FUSEDOPTIM_HD static V max(V a, V b) { return (a != a || a > b) ? a : b; }
+  FUSEDOPTIM_HD static V load(const T* x) { return *x; }
+  FUSEDOPTIM_HD static void store(T* x, V v) { *x = v; }
+  FUSEDOPTIM_HD static V load_bf16(const uint16_t* x) { return bf16_to_f32(*x); }
+  FUSEDOPTIM_HD static void store_bf16(uint16_t* x, V v) { *x = f32_to_bf16(v); }
+  FUSEDOPTIM_HD static V load_f16(const uint16_t* x) { return f16_to_f32(*x); }
+  FUSEDOPTIM_HD static void store_f16(uint16_t* x, V v) { *x = f32_to_f16(v); }
+};
+
+using F32 = Lane<float>;
+using F64 = Lane<double>;
+
+}  // namespace fusedoptim::portable

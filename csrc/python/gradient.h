@@ -1,0 +1,60 @@
+// Reads tensors from Python objects without copying, through the DLPack exchange API that torch.Tensor carries
+// (torch >= 2.10): about 20 ns a tensor, against 40 ns for each of data_ptr(), dtype and stride() from Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "../core/dtype.h"
+#include "dlpack_abi.h"
+
+namespace fusedoptim {
+
+struct GradientView {
+  void* data;
+  DType dtype;
+  int ndim;
+  const int64_t *sizes, *strides;
+  bool on_cpu;
+};
+
+class TensorReader {
+ public:
+  static const TensorReader& get();
+
+  // A new reference to param.grad, or null with a Python error set.
+  PyObject* grad(PyObject* param) const {
+    PyTypeObject* type = Py_TYPE(param);
+    if (type == parameter_type_ || type == tensor_type_) return grad_getter_->get(param, grad_getter_->closure);
+    return PyObject_GetAttr(param, grad_name_);
+  }
+
+  bool is_tensor(PyObject* x) const { return PyObject_TypeCheck(x, tensor_type_); }
+
+  // False, with no Python error left set, for what has no strided memory of a supported dtype.
+  bool view(PyObject* tensor, GradientView& out) const {
+    dlpack::Tensor t;
+    if (from_tensor_(tensor, &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    out = {static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), t.ndim, t.shape, t.strides,
+           t.device.type == dlpack::kCpu};
+    return out.dtype != DType::unsupported;
+  }
+
+ private:
+  TensorReader();
+  static DType dtype_of(dlpack::DataType d) {
+    if (d.lanes != 1) return DType::unsupported;
+    if (d.code == dlpack::kBfloat && d.bits == 16) return DType::bf16;
+    if (d.code != dlpack::kFloat) return DType::unsupported;
+    return d.bits == 32 ? DType::f32 : d.bits == 64 ? DType::f64 : d.bits == 16 ? DType::f16 : DType::unsupported;
+  }
+
+  dlpack::TensorFromPython from_tensor_;
+  PyTypeObject *tensor_type_, *parameter_type_;
+  PyGetSetDef* grad_getter_;
+  PyObject* grad_name_;
+};
+
+}  // namespace fusedoptim

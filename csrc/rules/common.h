@@ -1,0 +1,107 @@
+// What every update rule shares. A rule is arithmetic only: values in, values out. It knows no torch, no CUDA, no
+// pointers and no loops, and is compiled by the C++ compiler and by nvcc alike.
+//
+// A rule is written against a "lane" type M, which a backend supplies:
+//   M::T                  the compute type, float or double
+//   M::V                  one value of T on a GPU, a SIMD register of them on a CPU
+//   M::set(T) -> V        the scalar in every lane
+//   M::fma(a, b, c) -> V  a*b + c with one rounding
+//   M::sqrt(a) -> V       correctly rounded (IEEE 754), as is the operator /
+//   M::max(a, b) -> V     NaN if either is NaN, as torch.maximum
+// + - * / on V are the built-in operators. Compilers must not contract them (-ffp-contract=off, -fmad=false): every
+// fma below is spelled, because it is part of the result.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core/dtype.h"
+
+namespace fusedoptim {
+
+// Every rule's row of hyper-parameters starts with these two.
+enum CommonHyper { kLr, kLrDType, kFirstRuleHyper };
+
+// Where a rule's scalars come from, per tensor and step. All of it is double: scalars are rounded once, at the end.
+struct StepInputs {
+  const double* hyper;  // the group's row, indexed by the rule's Hyper enum
+  double step;          // the number of this step, counted from 1; 0 for a rule without a step
+  bool first;           // the states are to be taken as absent: this is the tensor's first step
+  double sum_of_squares;     // of the gradient, for rules that ask for it
+  float scalar_state;        // the rule's per-tensor scalar, for rules that have one
+};
+
+// The learning rate with torch's arithmetic: a Python float computes in double, a tensor lr rounds every operation to
+// its own dtype (16-bit ones compute in fp32 first). Results are returned as double, which holds each exactly.
+struct Lr {
+  double value;
+  LrDType dtype;
+
+  FUSEDOPTIM_HD explicit Lr(const double* hyper)
+      : value(hyper[kLr]), dtype(static_cast<LrDType>(static_cast<int>(hyper[kLrDType]))) {}
+
+  FUSEDOPTIM_HD double round(float x) const {
+    if (dtype == LrDType::bf16) return bf16_to_f32(f32_to_bf16(x));
+    if (dtype == LrDType::f16) return f16_to_f32(f32_to_f16(x));
+    return x;
+  }
+  FUSEDOPTIM_HD bool in_double() const { return dtype == LrDType::python || dtype == LrDType::f64; }
+
+  // lr / x
+  FUSEDOPTIM_HD double over(double x) const {
+    if (in_double()) return value / x;
+    return round(static_cast<float>(value) / static_cast<float>(x));
+  }
+  // 1 - lr * weight_decay
+  FUSEDOPTIM_HD double decay(double weight_decay) const {
+    if (in_double()) return 1.0 - value * weight_decay;
+    const double product = round(static_cast<float>(value) * static_cast<float>(weight_decay));
+    return round(1.0f - static_cast<float>(product));
+  }
+};
+
+// torch.lerp with a scalar weight: two formulas, of which the one is exact at weight 0 and the other at weight 1.
+template <class T>
+struct LerpWeight {
+  T coefficient;
+  bool from_start;
+
+  FUSEDOPTIM_HD static LerpWeight of(double weight) {
+    const T w = static_cast<T>(weight);
+    const bool small = (w < 0 ? -w : w) < T(0.5);
+    return {small ? w : w - T(1), small};
+  }
+};
+
+template <class M>
+FUSEDOPTIM_HD typename M::V lerp(typename M::V start, typename M::V end, const LerpWeight<typename M::T>& w) {
+  return M::fma(M::set(w.coefficient), end - start, w.from_start ? start : end);
+}
+
+// torch.addcmul(s, a, b, value=v) for a and b the same tensor
+template <class M>
+FUSEDOPTIM_HD typename M::V add_scaled_square(typename M::V s, typename M::V a, typename M::T v) {
+  return M::fma(M::set(v) * a, a, s);
+}
+
+// torch.addcdiv(s, a, b, value=v)
+template <class M>
+FUSEDOPTIM_HD typename M::V add_scaled_ratio(typename M::V s, typename M::V a, typename M::V b, typename M::T v) {
+  return s + (M::set(v) * a) / b;
+}
+
+// maximize and coupled weight decay, with which four of the rules begin
+template <class T>
+struct GradientTransform {
+  T weight_decay;
+  bool maximize, decays;
+};
+
+template <class M>
+FUSEDOPTIM_HD typename M::V transform(typename M::V g, typename M::V p, const GradientTransform<typename M::T>& c) {
+  if (c.maximize) g = -g;
+  if (c.decays) g = M::fma(M::set(c.weight_decay), p, g);
+  return g;
+}
+
+}  // namespace fusedoptim

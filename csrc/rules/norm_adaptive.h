@@ -1,0 +1,51 @@
+// A step whose length is normalised by a moving average of the tensor's gradient norm:
+//   n = ||g||_2,  a = beta*a + (1-beta)*n from a = 0,  p = p*(1 - lr*weight_decay) - (lr / (a + eps)) * g
+// The average is one fp32 scalar per tensor; it and the step length are computed in double and rounded once to fp32,
+// whatever the dtype of the parameter.
+#pragma once
+
+#include "common.h"
+
+namespace fusedoptim {
+
+struct NormAdaptive {
+  static constexpr const char* name = "norm_adaptive";
+  static constexpr bool has_step = true, needs_norm = true;
+  enum Hyper { kBeta = kFirstRuleHyper, kEps, kWeightDecay, kMaximize, kHypers };
+  enum Slot { kSlots };
+
+  static constexpr int variants = 1;
+  static int variant(const double*) { return 0; }
+  static constexpr bool uses(int, int) { return false; }
+
+  template <class T>
+  struct Scalars {
+    T decay, neg_step_size;
+  };
+
+  // The new moving average.
+  FUSEDOPTIM_HD static float next_scalar_state(const StepInputs& in) {
+    const double beta = in.hyper[kBeta];
+    const float norm = static_cast<float>(std::sqrt(in.sum_of_squares));
+    return static_cast<float>(beta * static_cast<double>(in.scalar_state) + (1.0 - beta) * static_cast<double>(norm));
+  }
+
+  template <class T>
+  FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
+    const double* h = in.hyper;
+    const double average = next_scalar_state(in);
+    const float step_size = static_cast<float>(h[kLr] / (average + h[kEps]));
+    Scalars<T> c;
+    c.decay = h[kWeightDecay] != 0 ? static_cast<float>(1.0 - h[kLr] * h[kWeightDecay]) : 1.0f;
+    c.neg_step_size = h[kMaximize] != 0 ? step_size : -step_size;
+    return c;
+  }
+
+  template <int variant, class M>
+  FUSEDOPTIM_HD static void update(typename M::V& p, typename M::V g, typename M::V*,
+                                   const Scalars<typename M::T>& c) {
+    p = M::fma(M::set(c.neg_step_size), g, p * M::set(c.decay));
+  }
+};
+
+}  // namespace fusedoptim

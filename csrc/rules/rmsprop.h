@@ -1,0 +1,64 @@
+// RMSprop (Hinton, lecture 6e of Neural Networks for Machine Learning, 2012), its centered form (Graves,
+// arXiv:1308.0850) and its momentum, with the roundings of torch.optim's own eager code.
+#pragma once
+
+#include "common.h"
+
+namespace fusedoptim {
+
+struct RMSprop {
+  static constexpr const char* name = "rmsprop";
+  static constexpr bool has_step = true, needs_norm = false;
+  enum Hyper { kAlpha = kFirstRuleHyper, kEps, kWeightDecay, kMomentum, kCentered, kMaximize, kHypers };
+  enum Slot { kSquareAvg, kMomentumBuffer, kGradAvg, kSlots };
+
+  // bit 0 of the variant: momentum; bit 1: centered
+  static constexpr int variants = 4;
+  static int variant(const double* h) { return (h[kMomentum] > 0 ? 1 : 0) | (h[kCentered] != 0 ? 2 : 0); }
+  static constexpr bool uses(int variant, int slot) {
+    return slot == kSquareAvg || (slot == kMomentumBuffer ? (variant & 1) != 0 : (variant & 2) != 0);
+  }
+
+  template <class T>
+  struct Scalars {
+    GradientTransform<T> gradient;
+    LerpWeight<T> toward_grad;
+    T alpha, one_minus_alpha, eps, momentum, neg_lr;
+  };
+
+  template <class T>
+  FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
+    const double* h = in.hyper;
+    Scalars<T> c;
+    c.gradient = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, h[kWeightDecay] != 0};
+    c.toward_grad = LerpWeight<T>::of(1.0 - h[kAlpha]);
+    c.alpha = static_cast<T>(h[kAlpha]);
+    c.one_minus_alpha = static_cast<T>(1.0 - h[kAlpha]);
+    c.eps = static_cast<T>(h[kEps]);
+    c.momentum = static_cast<T>(h[kMomentum]);
+    c.neg_lr = static_cast<T>(-h[kLr]);
+    return c;
+  }
+
+  template <int variant, class M>
+  FUSEDOPTIM_HD static void update(typename M::V& p, typename M::V g, typename M::V* s,
+                                   const Scalars<typename M::T>& c) {
+    using T = typename M::T;
+    g = transform<M>(g, p, c.gradient);
+    s[kSquareAvg] = add_scaled_square<M>(s[kSquareAvg] * M::set(c.alpha), g, c.one_minus_alpha);
+    typename M::V variance = s[kSquareAvg];
+    if constexpr ((variant & 2) != 0) {
+      s[kGradAvg] = lerp<M>(s[kGradAvg], g, c.toward_grad);
+      variance = add_scaled_square<M>(variance, s[kGradAvg], T(-1));
+    }
+    const typename M::V denom = M::sqrt(variance) + M::set(c.eps);
+    if constexpr ((variant & 1) != 0) {
+      s[kMomentumBuffer] = add_scaled_ratio<M>(s[kMomentumBuffer] * M::set(c.momentum), g, denom, T(1));
+      p = M::fma(M::set(c.neg_lr), s[kMomentumBuffer], p);
+    } else {
+      p = add_scaled_ratio<M>(p, g, denom, c.neg_lr);
+    }
+  }
+};
+
+}  // namespace fusedoptim

@@ -1,0 +1,271 @@
+"""The base class of all optimizers, with the one step() of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from . import _backends, _checks
+from ._rule import Group, Rule, Slot
+from ._runners import Member, Runner, make_runner
+
+__all__ = ["FusedOptimizer"]
+
+STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+class _Kept:
+    """Wraps a state through torch's load_state_dict, which would cast it to its parameter's dtype."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class FusedOptimizer(Optimizer):
+    """Steps all parameters of all groups in one pass.
+
+    A subclass declares its :class:`Rule` and its ``check`` of a group's values, and has a constructor with a signature.
+
+    Args:
+        params: parameters, named parameters or groups, as in torch.optim.
+        defaults: the groups' default values.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
+        state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16, or None for the
+            parameter's own.
+
+    Raises:
+        ValueError: for values, parameters, gradients and states that cannot be stepped; nothing is written then.
+        RuntimeError: if the backend asked for cannot be used here.
+    """
+
+    rule: ClassVar[Rule]
+    check: ClassVar[Callable[[Group], None]]
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], backend: str | None, state_dtype: torch.dtype | None
+    ) -> None:
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"Invalid state_dtype: {state_dtype}; choose torch.float32, torch.bfloat16 or None")
+        _backends.check_name(backend)
+        self._check_group(defaults)
+        self._options: dict[str, Any] = {"backend": backend, "state_dtype": state_dtype}
+        self._runners: list[Runner] | None = None
+        super().__init__(params, defaults)
+
+    # ---- the step ----
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            ValueError: if anything cannot be stepped; then no parameter and no state has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        runners = self._runners
+        if runners is not None:
+            for runner in runners:
+                if not runner.refresh(self.param_groups, self.state):
+                    runners = None
+                    break
+        if runners is None:
+            self._runners = None
+            runners = self._prepare()
+        for runner in runners:
+            runner.run()
+        return loss
+
+    def _prepare(self) -> list[Runner]:
+        """Validates everything, creates missing states and the runners, ready to run; or raises, having changed
+        nothing."""
+        created: list[tuple[Tensor, str, Any]] = []
+        had_state = {p for p in self.state}
+        try:
+            members = self._members(created)
+            runners = []
+            for device, of_device in members.items():
+                runner = make_runner(_backends.choose(self._options["backend"], device), self.rule)
+                runner.build(self.param_groups, self.state, of_device)
+                if not runner.refresh(self.param_groups, self.state):
+                    raise RuntimeError(f"fusedoptim: a plan did not fit what it was made from ({runner.reason}); please report this")
+                runners.append(runner)
+        except BaseException:
+            for p, name, old in created:
+                if old is _ABSENT:
+                    del self.state[p][name]
+                else:
+                    self.state[p][name] = old
+                if p not in had_state and not self.state[p]:
+                    del self.state[p]
+            raise
+        self._runners = runners
+        return runners
+
+    def _members(self, created: list[tuple[Tensor, str, Any]]) -> dict[torch.device, list[Member]]:
+        """Every parameter that can be stepped, by device. New states are noted in ``created``."""
+        name = type(self).__name__
+        members: dict[torch.device, list[Member]] = {}
+        steps: list[tuple[Group, Tensor]] = []
+        for index, group in enumerate(self.param_groups):
+            _checks.check_step_values(group, self.rule, index)
+            for i, p in enumerate(group["params"]):
+
+                def who(group: Group = group, index: int = index, i: int = i) -> str:
+                    return _checks.describe(group, index, i)
+
+                _checks.check_param(p, who, name)
+                state = self.state.get(p, {})
+                _checks.check_states(p, state, self.rule, who)
+                if p.grad is not None:
+                    _checks.check_grad(p, who, name)
+                    _checks.check_names({k for k, v in state.items() if v is not None}, self.rule, who(), name)
+                    steps.append((group, p))
+        fresh: set[Tensor] = set()
+        for group, p in steps:
+            if self._create_missing_states(group, p, created):
+                fresh.add(p)
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                members.setdefault(p.device, []).append(Member(index, p, p in fresh))
+        return members
+
+    # ---- states ----
+
+    def _create_missing_states(self, group: Group, p: Tensor, created: list[tuple[Tensor, str, Any]] | None = None) -> bool:
+        """Adds the states that the group needs and the parameter lacks. True if one of them counts as absent."""
+        missing = [n for n in self.rule.state_names(group) if self.state.get(p, {}).get(n) is None]
+        absent = False
+        slots = {s.name: s for s in self.rule.slots}
+        for name in missing:
+            value = self._new_state(name, slots.get(name), p)
+            if created is not None:
+                created.append((p, name, self.state[p].get(name, _ABSENT)))
+            self.state[p][name] = value
+            absent = absent or (name in slots and slots[name].starts_absent)
+        return absent
+
+    @torch.no_grad()
+    def _new_state(self, name: str, slot: Slot | None, p: Tensor) -> Tensor:
+        if slot is None:
+            if name == "step":
+                double = torch.get_default_dtype() == torch.float64
+                return torch.tensor(0.0, dtype=torch.float64 if double else torch.float32)
+            return torch.zeros((), dtype=torch.float32, device=p.device)
+        dtype = self._options["state_dtype"] or p.dtype
+        fill = self.defaults[slot.initial] if slot.initial else 0
+        return torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+    # ---- groups, checkpoints, copies ----
+
+    def _check_group(self, group: Group) -> None:
+        _checks.check_common(group, type(self).__name__)
+        type(self).check(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch.optim does. Its values and parameters are checked first."""
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        try:
+            for i, p in enumerate(group["params"]):
+                _checks.check_param(p, lambda i=i: _checks.describe(group, index, i), type(self).__name__)  # type: ignore[misc]
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of this class or of its namesake in torch.optim.
+
+        Every state keeps the dtype that it was saved in (torch casts it to its parameter's), and is copied: two
+        optimizers never share one.
+
+        Raises:
+            ValueError: if it is another optimizer's, or does not fit; nothing is loaded then.
+        """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
+
+        def keep_dtypes(optimizer: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            owners = [
+                (group, i) for group in self.param_groups for i in range(len(group["params"]))
+            ]
+            ids = [k for group in final["param_groups"] for k in group["params"]]
+            position = {k: n for n, k in enumerate(ids)}
+            kept = {}
+            for k, values in final["state"].items():
+                if not isinstance(values, dict):
+                    raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
+                if k in position and position[k] < len(owners):
+                    group, i = owners[position[k]]
+                    index = self.param_groups.index(group)
+                    who = _checks.describe(group, index, i)
+                    _checks.check_names({n for n, v in values.items() if v is not None}, self.rule, who, type(self).__name__)
+                    scalars = {n: torch.tensor(float(v)) for n, v in values.items() if n == "step" and isinstance(v, (int, float))}
+                    _checks.check_states(
+                        group["params"][i].detach(),
+                        {n: v.to(group["params"][i].device) if isinstance(v, Tensor) and n != "step" else v for n, v in {**values, **scalars}.items()},
+                        self.rule,
+                        lambda who=who: who,
+                    )
+                kept[k] = {n: _Kept(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+            return {**final, "state": kept}
+
+        # Registered last, so that it sees what the user's own hooks made of the state_dict.
+        handle = self.register_load_state_dict_pre_hook(keep_dtypes)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_options", {"backend": None, "state_dtype": None})
+        self._runners = None
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for p in group["params"]:
+                if p in self.state:
+                    values = self.state[p]
+                    for name, value in values.items():
+                        values[name] = _restored(name, value, p)
+
+
+_ABSENT = object()
+
+
+def _restored(name: str, value: Any, p: Tensor) -> Any:
+    """A state as it was saved: its dtype kept, with memory of its own, in the parameter's memory order."""
+    if name == "step" and isinstance(value, (int, float)):  # as torch saved it before 1.12
+        return torch.tensor(float(value), dtype=torch.float32)
+    if not isinstance(value, _Kept):
+        return value
+    saved = value.value.detach()
+    if name == "step":
+        return saved.to("cpu", copy=True)
+    if saved.shape != p.shape or not saved.is_floating_point():
+        return saved.to(p.device, copy=True)
+    return torch.empty_like(p, dtype=saved.dtype, requires_grad=False).copy_(saved)

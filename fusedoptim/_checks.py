@@ -1,0 +1,162 @@
+"""What can be wrong with an optimizer's input, said so that one can mend it: what, why, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ._rule import Group, Rule
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NAMES = "float32, float64, bfloat16 or float16"
+
+
+def at_least_zero(*keys: tuple[str, str]) -> Callable[[Group], None]:
+    """Checks group values, with torch.optim's own messages. A key is (group key, its name in the message)."""
+
+    def check(group: Group) -> None:
+        for key, label in keys:
+            if not 0.0 <= group[key]:
+                raise ValueError(f"Invalid {label}: {group[key]}")
+
+    return check
+
+
+def check_common(group: Group, optimizer: str) -> None:
+    """What holds for every optimizer: lr, and the options of torch.optim's that mean nothing here."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if lr.dtype not in DTYPES:
+            raise ValueError(f"Tensor lr must be {_NAMES}, but is {lr.dtype}")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if group.get("foreach"):
+        raise ValueError(f"foreach=True: fusedoptim.{optimizer} is fused already; leave foreach out, or use torch.optim.{optimizer}")
+    if group.get("differentiable"):
+        raise ValueError(
+            f"differentiable=True: the fused step has no backward pass; use torch.optim.{optimizer}(differentiable=True)"
+        )
+
+
+def check_step_values(group: Group, rule: Rule, index: int) -> None:
+    """Whatever a schedule or a user wrote into a group must still be numbers."""
+    for key, item in (("lr", -1), *rule.hyper):
+        if key not in group:
+            raise ValueError(f"parameter group {index} has no {key!r}; set it, or build the optimizer again")
+        value = group[key]
+        if item >= 0:
+            try:
+                value = value[item]
+            except (TypeError, IndexError):
+                raise ValueError(f"parameter group {index}: {key!r} must be a pair of numbers, but is {value!r}") from None
+        if isinstance(value, Tensor):
+            if value.numel() != 1 or value.dtype not in DTYPES:
+                raise ValueError(
+                    f"parameter group {index}: {key!r} is a tensor of shape {tuple(value.shape)} and {value.dtype}; "
+                    f"it must have one element of {_NAMES}"
+                )
+            if value.device.type != "cpu":
+                on_cpu = [p for p in group["params"] if p.device.type == "cpu"]
+                if on_cpu:
+                    raise ValueError(
+                        f"parameter group {index}: {key!r} is a tensor on {value.device} but its parameters are on the CPU; "
+                        f"use group[{key!r}] = group[{key!r}].cpu()"
+                    )
+                continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"parameter group {index}: {key!r} must be a number, but is {value!r}") from None
+        if math.isnan(number):
+            raise ValueError(f"parameter group {index}: {key!r} is NaN; nothing was updated")
+
+
+def describe(group: Group, index: int, i: int) -> str:
+    """A parameter, so that its owner recognises it."""
+    p = group["params"][i]
+    names = group.get("param_names")
+    name = f" {names[i]!r}" if names else ""
+    return f"parameter {i}{name} of group {index} (shape {tuple(p.shape)}, {p.dtype}, {p.device})"
+
+
+def _overlaps(t: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def check_param(p: Tensor, who: Callable[[], str], optimizer: str) -> None:
+    """A parameter that the kernels can update."""
+    if p.is_complex():
+        raise ValueError(
+            f"{who()} is complex: pass torch.view_as_real(parameter) as the parameter, or use torch.optim.{optimizer}"
+        )
+    if p.dtype not in DTYPES:
+        raise ValueError(f"{who()} has an unsupported dtype: it must be {_NAMES}")
+    if p.layout != torch.strided:
+        raise ValueError(f"{who()} has layout {p.layout}: only dense (torch.strided) parameters can be updated")
+    if is_traceable_wrapper_subclass(p):
+        raise ValueError(f"{who()} is a {type(p).__name__}, a tensor subclass that holds other tensors: optimize those instead")
+    if p.device.type == "meta":
+        raise ValueError(f"{who()} is on the meta device and has no memory: materialise it first, with to_empty()")
+    if _overlaps(p):
+        raise ValueError(f"{who()} is an expanded tensor, whose elements share memory: use parameter.contiguous()")
+
+
+def check_grad(p: Tensor, who: Callable[[], str], optimizer: str) -> None:
+    """A gradient that fits its parameter."""
+    g = p.grad
+    assert g is not None
+    if g.layout != torch.strided:
+        instead = "SparseAdam" if optimizer in ("Adam", "AdamW") else "SGD" if optimizer == "NormAdaptive" else optimizer
+        raise ValueError(
+            f"{who()} has a sparse gradient ({g.layout}): use torch.optim.{instead} for it, or build the embedding with sparse=False"
+        )
+    if g.is_complex() or g.dtype not in DTYPES:
+        raise ValueError(f"{who()} has a gradient of unsupported dtype {g.dtype}: it must be {_NAMES}")
+    if g.device != p.device:
+        raise ValueError(f"{who()} has a gradient on {g.device}: move one of them with .to()")
+    if g.shape != p.shape:
+        raise ValueError(
+            f"{who()} has a gradient of shape {tuple(g.shape)}: if the parameter was resized, set its gradient to None first"
+        )
+
+
+def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: Callable[[], str]) -> None:
+    """States that fit their parameter, whoever put them there."""
+    remedy = "load a matching checkpoint, or delete optimizer.state[parameter] to start afresh"
+    for name in rule.state_names():
+        value = state.get(name)
+        if value is None:
+            continue
+        scalar = name in ("step", rule.scalar_state)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state {name!r} of {who()} must be a tensor, but is {value!r}: {remedy}")
+        if (value.numel() != 1) if scalar else (value.shape != p.shape):
+            raise ValueError(f"state {name!r} of {who()} has shape {tuple(value.shape)}: {remedy}")
+        allowed = (torch.float32,) if name == rule.scalar_state else (torch.float32, torch.float64) if scalar else DTYPES
+        if value.dtype not in allowed:
+            raise ValueError(f"state {name!r} of {who()} has unsupported dtype {value.dtype}: {remedy}")
+        wanted = torch.device("cpu") if name == "step" and value.device.type == "cpu" else p.device
+        if value.device != wanted:
+            raise ValueError(f"state {name!r} of {who()} is on {value.device}: move it with .to({str(p.device)!r})")
+        if value.layout != torch.strided or _overlaps(value):
+            raise ValueError(f"state {name!r} of {who()} is not a dense tensor with memory of its own: use .contiguous()")
+
+
+def check_names(names: set[str], rule: Rule, who: str, optimizer: str) -> None:
+    """The states that a checkpoint brings must be those of this optimizer."""
+    known = set(rule.state_names())
+    required = {"step"} if rule.has_step else set()
+    required |= {s.name for s in rule.slots if s.needed is None}
+    required |= {rule.scalar_state} if rule.scalar_state else set()
+    if names and (not required <= names or not names & known):
+        raise ValueError(
+            f"this checkpoint is not one of {optimizer}: its states of {who} are {sorted(names)}, "
+            f"{optimizer} has {sorted(known)}. Nothing was loaded"
+        )

@@ -1,0 +1,135 @@
+"""Runs the step of one device's parameters on one backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._rule import Rule
+
+Groups = list[dict[str, Any]]
+State = dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter, the index of its group, and whether its states count as absent in the coming step."""
+
+    group: int
+    param: Tensor
+    first: bool
+
+
+class Runner(Protocol):
+    @property
+    def reason(self) -> str:
+        """Why refresh() returned False."""
+
+    def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
+        """Prepares to step the members, once."""
+
+    def refresh(self, groups: Groups, state: State) -> bool:
+        """Looks up gradients and hyper-parameters; False if another runner has to be built. Writes nothing."""
+
+    def run(self) -> None:
+        """Steps every member that has a gradient."""
+
+
+def make_runner(backend: str, rule: Rule) -> Runner:
+    if backend == "cpu":
+        return CompiledRunner(rule)
+    assert backend == "reference", backend
+    return ReferenceRunner(rule)
+
+
+class CompiledRunner:
+    """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h)."""
+
+    def __init__(self, rule: Rule) -> None:
+        assert _native._C is not None
+        self.rule = rule
+        self.plan = _native._C.Plan(rule.name, rule.hyper, torch.autograd.graph.increment_version)
+        # The two calls of every step, without a Python frame of their own.
+        self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
+        self.run: Callable[[], None] = self.plan.run
+
+    @property
+    def reason(self) -> str:
+        return str(self.plan.reason)
+
+    def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
+        ours = {m.param: m.first for m in members}
+        tensors: list[Tensor] = []
+
+        def index(t: Tensor | None) -> int:
+            if t is None:
+                return -1
+            tensors.append(t)
+            return len(tensors) - 1
+
+        bindings: list[tuple[int, ...]] = []
+        for group in groups:
+            for p in group["params"]:
+                if p not in ours:
+                    bindings.append(())
+                    continue
+                s = state.get(p, {})
+                slots = [index(s.get(slot.name)) for slot in self.rule.slots]
+                step = index(s.get("step")) if self.rule.has_step else -1
+                scalar = index(s.get(self.rule.scalar_state)) if self.rule.scalar_state else -1
+                bindings.append((index(p), *slots, step, scalar, int(ours[p])))
+        self.plan.build(groups, state, bindings)
+        torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
+
+
+class ReferenceRunner:
+    """Steps with the functions of fusedoptim.reference, on any device."""
+
+    reason = "the reference looks at everything anew at each step"
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.fresh = False
+
+    def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
+        self.groups, self.state, self.members = groups, state, members
+        self.fresh = True
+
+    def refresh(self, groups: Groups, state: State) -> bool:
+        fresh, self.fresh = self.fresh, False
+        return fresh
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for m in self.members:
+            if m.param.grad is not None:
+                self._step(m, self.state[m.param], self.groups[m.group])
+
+    def _step(self, m: Member, state: dict[str, Any], group: dict[str, Any]) -> None:
+        p, grad = m.param.detach(), m.param.grad
+        assert grad is not None
+        compute = torch.float64 if p.dtype == torch.float64 else torch.float32
+
+        def computed(t: Tensor) -> Tensor:
+            return t.detach().to(compute, copy=True, memory_format=torch.contiguous_format)
+
+        step = 0.0
+        if self.rule.has_step:
+            state["step"] += 1
+            step = state["step"].item()
+        names = [s.name for s in self.rule.slots if s.needed_in(group)]
+        work: dict[str, Any] = {n: computed(state[n]) for n in names}
+        if m.first:
+            work.update({s.name: None for s in self.rule.slots if s.starts_absent and s.name in work})
+        if self.rule.scalar_state:
+            work[self.rule.scalar_state] = state[self.rule.scalar_state]
+        updated = computed(p)
+        self.rule.reference(updated, computed(grad), work, step, group)
+        p.copy_(updated)
+        for n in names:
+            state[n].copy_(work[n])

@@ -1,0 +1,89 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import reference
+from ._base import FusedOptimizer
+from ._checks import at_least_zero
+from ._rule import Rule, Slot
+
+
+class Adagrad(FusedOptimizer):
+    r"""Adagrad (Duchi, Hazan and Singer, JMLR 12, 2011).
+
+    .. math:: s = s + g^2, \quad p = p - \frac{lr}{1 + (t-1)\eta} \cdot \frac{g}{\sqrt{s} + \epsilon}
+
+    State per parameter, made when the optimizer is built, as in torch: ``step`` (0-dim, fp32) and ``sum``, of the
+    parameter's shape, in its dtype or in ``state_dtype``. Bits: :func:`fusedoptim.reference.adagrad`.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: the learning rate, a float or a one-element tensor.
+        lr_decay: eta.
+        weight_decay: added to the gradient as ``weight_decay * p``.
+        initial_accumulator_value: what ``sum`` starts with.
+        eps: added to the denominator.
+        foreach, differentiable: only None or False; they exist for torch.optim's signature.
+        maximize: go up instead of down.
+        fused: accepted; the step is always fused.
+        backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
+
+    Raises:
+        ValueError: for values out of range, with torch.optim's messages.
+    """
+
+    rule = Rule(
+        name="adagrad",
+        reference=reference.adagrad,
+        hyper=(("lr_decay", -1), ("weight_decay", -1), ("eps", -1), ("maximize", -1)),
+        slots=(Slot("sum", initial="initial_accumulator_value"),),
+    )
+    check = staticmethod(
+        at_least_zero(
+            ("lr_decay", "lr_decay value"),
+            ("weight_decay", "weight_decay value"),
+            ("initial_accumulator_value", "initial_accumulator_value value"),
+            ("eps", "epsilon value"),
+        )
+    )
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, backend, state_dtype)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._create_missing_states(group, p)
+
+    def share_memory(self) -> None:
+        """Moves the sums to shared memory, for training by several processes."""
+        for state in self.state.values():
+            state["sum"].share_memory_()

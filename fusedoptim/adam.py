@@ -1,0 +1,156 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import reference
+from ._base import FusedOptimizer
+from ._checks import at_least_zero
+from ._rule import Group, Rule, Slot
+
+_at_least_zero = at_least_zero(("eps", "epsilon value"), ("weight_decay", "weight_decay value"))
+
+
+def _check(group: Group) -> None:
+    _at_least_zero(group)
+    for i, beta in enumerate(group["betas"]):
+        if isinstance(beta, Tensor):
+            raise ValueError(f"betas[{i}] as a Tensor is not supported: pass float(beta), or use torch.optim.Adam")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+
+
+class Adam(FusedOptimizer):
+    r"""Adam (arXiv:1412.6980), with AMSGrad (arXiv:1904.09237) and decoupled decay (arXiv:1711.05101) as options.
+
+    .. math::
+        m = \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2, \quad
+        p = p - \frac{lr}{1-\beta_1^t} \cdot \frac{m}{\sqrt{v} / \sqrt{1-\beta_2^t} + \epsilon}
+
+    State per parameter: ``step`` (0-dim, fp32), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``, each
+    of the parameter's shape, in its dtype or in ``state_dtype``. Bits: :func:`fusedoptim.reference.adam`.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: the learning rate, a float or a one-element tensor.
+        betas: the decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: added to the gradient as ``weight_decay * p``; see decoupled_weight_decay.
+        amsgrad: divide by the largest second moment so far.
+        foreach, differentiable: only None or False; they exist for torch.optim's signature.
+        maximize: go up instead of down.
+        capturable: accepted; results are the same either way.
+        fused: accepted; the step is always fused.
+        decoupled_weight_decay: AdamW's decay, ``p = p * (1 - lr * weight_decay)``.
+        bias_correction: False leaves the moments uncorrected, as if both ``1 - beta**t`` were 1.
+        backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
+
+    Raises:
+        ValueError: for values out of range, with torch.optim's messages.
+    """
+
+    rule = Rule(
+        name="adam",
+        reference=reference.adam,
+        hyper=(
+            ("betas", 0),
+            ("betas", 1),
+            ("eps", -1),
+            ("weight_decay", -1),
+            ("amsgrad", -1),
+            ("maximize", -1),
+            ("decoupled_weight_decay", -1),
+            ("bias_correction", -1),
+        ),
+        slots=(
+            Slot("exp_avg"),
+            Slot("exp_avg_sq"),
+            Slot("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"])),
+        ),
+    )
+    check = staticmethod(_check)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        bias_correction: bool = True,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "bias_correction": bias_correction,
+        }
+        super().__init__(params, defaults, backend, state_dtype)
+
+
+class AdamW(Adam):
+    """AdamW (arXiv:1711.05101): :class:`Adam` with ``decoupled_weight_decay=True`` and a decay of 0.01."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        bias_correction: bool = True,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            bias_correction=bias_correction,
+            backend=backend,
+            state_dtype=state_dtype,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # also after loading a state_dict of Adam's
+            group["decoupled_weight_decay"] = True

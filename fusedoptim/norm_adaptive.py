@@ -1,0 +1,83 @@
+"""Steps normalised by a moving average of the gradient's norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import reference
+from ._base import FusedOptimizer
+from ._checks import at_least_zero
+from ._rule import Group, Rule
+
+_at_least_zero = at_least_zero(("weight_decay", "weight_decay value"))
+
+
+def _check(group: Group) -> None:
+    _at_least_zero(group)
+    if not 0.0 <= group["beta"] < 1.0:
+        raise ValueError(f"Invalid beta parameter: {group['beta']}")
+    if not 0.0 < group["eps"]:
+        raise ValueError(f"Invalid epsilon value: {group['eps']} (it must be above 0: a gradient can be all zeros)")
+
+
+class NormAdaptive(FusedOptimizer):
+    r"""Divides the learning rate by a moving average of each parameter tensor's gradient norm.
+
+    .. math::
+        a = \beta a + (1-\beta) \lVert g \rVert_2, \quad
+        p = p (1 - lr \cdot \lambda) - \frac{lr}{a + \epsilon} g
+
+    with a from 0 and no bias correction, so that the first steps are longer by up to ``1/(1-beta)``. State per
+    parameter: ``step`` and ``avg_grad_norm``, both 0-dim and fp32. The norm has one definition, whose bits depend on
+    neither backend, threads nor memory layout (:func:`fusedoptim.reference.sum_of_squares`). Bits:
+    :func:`fusedoptim.reference.norm_adaptive`.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: the learning rate, a float or a one-element tensor: the length of a step whose gradient has the average norm.
+        beta: the decay rate of the average, in [0, 1).
+        eps: added to the average, above 0.
+        weight_decay: decoupled decay, ``p * (1 - lr * weight_decay)``.
+        maximize: go up instead of down.
+        backend: see :class:`fusedoptim.FusedOptimizer`.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    rule = Rule(
+        name="norm_adaptive",
+        reference=reference.norm_adaptive,
+        hyper=(("beta", -1), ("eps", -1), ("weight_decay", -1), ("maximize", -1)),
+        slots=(),
+        scalar_state="avg_grad_norm",
+    )
+    check = staticmethod(_check)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        beta: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, backend, state_dtype)

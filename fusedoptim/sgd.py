@@ -1,0 +1,84 @@
+"""SGD with momentum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import reference
+from ._base import FusedOptimizer
+from ._checks import at_least_zero
+from ._rule import Group, Rule, Slot
+
+_at_least_zero = at_least_zero(("momentum", "momentum value"), ("weight_decay", "weight_decay value"))
+
+
+def _check(group: Group) -> None:
+    _at_least_zero(group)
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+class SGD(FusedOptimizer):
+    r"""Stochastic gradient descent with momentum (Sutskever et al., ICML 2013).
+
+    .. math:: b = \mu b + (1-\tau) g, \quad p = p - lr \cdot b
+
+    The first gradient of a parameter enters its buffer undamped, as in torch. State per parameter, with momentum:
+    ``momentum_buffer``, of the parameter's shape, in its dtype or in ``state_dtype``. Bits:
+    :func:`fusedoptim.reference.sgd`.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: the learning rate, a float or a one-element tensor.
+        momentum: the factor mu; 0 keeps no buffer.
+        dampening: tau.
+        weight_decay: added to the gradient as ``weight_decay * p``.
+        nesterov: step along ``g + mu * b``.
+        maximize: go up instead of down.
+        foreach, differentiable: only None or False; they exist for torch.optim's signature.
+        fused: accepted; the step is always fused.
+        backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
+
+    Raises:
+        ValueError: for values out of range, with torch.optim's messages.
+    """
+
+    rule = Rule(
+        name="sgd",
+        reference=reference.sgd,
+        hyper=(("momentum", -1), ("dampening", -1), ("weight_decay", -1), ("nesterov", -1), ("maximize", -1)),
+        slots=(Slot("momentum_buffer", needed=lambda group: bool(group["momentum"] != 0), starts_absent=True),),
+        has_step=False,
+    )
+    check = staticmethod(_check)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, backend, state_dtype)
