@@ -8,7 +8,7 @@ namespace {
 
 // Hands a plan its tensors: the one way from a Python tensor to a handle of the stable ABI.
 void bind_plan(std::vector<torch::stable::Tensor> tensors, int64_t plan) {
-  reinterpret_cast<Plan*>(plan)->bind(std::move(tensors));
+  reinterpret_cast<Plan*>(plan)->bind(tensors);
 }
 
 }  // namespace

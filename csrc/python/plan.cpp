@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <thread>
 
 #include "../cpu/capability.h"
 
@@ -29,8 +30,8 @@ std::vector<int64_t> to_vector(const Range& r) {
 }
 
 // Strides of dimensions of size 1 mean nothing.
-bool same_strides(const std::vector<int64_t>& sizes, const int64_t* a, const int64_t* b) {
-  for (size_t d = 0; d < sizes.size(); ++d)
+bool same_strides(int ndim, const int64_t* sizes, const int64_t* a, const int64_t* b) {
+  for (int d = 0; d < ndim; ++d)
     if (sizes[d] != 1 && a[d] != b[d]) return false;
   return true;
 }
@@ -81,55 +82,56 @@ bool Plan::no(const char* why) {
 void Plan::build(py::list groups, py::dict state, py::list bindings) {
   groups_ = groups;
   state_ = state;
-  int64_t at = 0;
   for (py::handle g : groups) {
     Group group;
     group.dict = py::reinterpret_borrow<py::object>(g);
     group.params = g[params_key_];
-    group.begin = at;
+    group.begin = static_cast<int64_t>(params_.size());
     for (py::handle p : group.params) {
-      Member m;
-      m.param = py::reinterpret_borrow<py::object>(p);
-      member_.push_back(std::move(m));
+      params_.push_back(py::reinterpret_borrow<py::object>(p));
       Entry e;
       e.group = static_cast<int32_t>(group_.size());
       entries_.push_back(e);
-      ++at;
     }
-    group.end = at;
+    group.end = static_cast<int64_t>(params_.size());
     group_.push_back(std::move(group));
   }
+  member_.resize(params_.size());
+  strides_.resize(params_.size());
+  grads_.resize(params_.size());
   rows_.resize(group_.size());
+  for (size_t i = 0; i < params_.size(); ++i) member_[i].param = params_[i].ptr();
   for (size_t i = 0; i < group_.size(); ++i)
     if (!refresh_group(group_[i], rows_[i])) throw py::value_error(reason_);
   for (py::handle b : bindings) bindings_.push_back(b.cast<std::vector<int>>());
-  for (auto item : state) {
-    state_items_.push_back({py::reinterpret_borrow<py::object>(item.first), py::reinterpret_borrow<py::object>(item.second)});
-    std::vector<StateItem> inner;
-    for (auto pair : py::reinterpret_borrow<py::dict>(item.second))
-      inner.push_back({py::reinterpret_borrow<py::object>(pair.first), py::reinterpret_borrow<py::object>(pair.second)});
-    tensor_items_.push_back(std::move(inner));
-  }
-  grads_.resize(member_.size());
+  snapshot_.take(state);
 }
 
-void Plan::bind(std::vector<StableTensor> tensors) {
+void Plan::bind(const std::vector<StableTensor>& tensors) {
   if (bindings_.size() != member_.size()) throw std::runtime_error("a plan needs one binding per parameter");
+  size_t dims = 0;
+  for (const auto& b : bindings_)
+    if (!b.empty()) dims += 2 * static_cast<size_t>(tensors.at(b[0]).dim());
+  shapes_.reserve(dims);  // members point into it
   for (size_t i = 0; i < member_.size(); ++i)
     if (!bindings_[i].empty()) bind_member(static_cast<int64_t>(i), tensors, bindings_[i]);
+  bound_ = true;
 }
 
 void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, const std::vector<int>& binding) {
   Member& m = member_[i];
   Entry& e = entries_[i];
   const StableTensor& p = tensors.at(binding[0]);
-  m.sizes = to_vector(p.sizes());
-  m.strides = to_vector(p.strides());
+  const auto sizes = to_vector(p.sizes()), strides = to_vector(p.strides());
+  m.ndim = static_cast<int32_t>(sizes.size());
+  m.shape = shapes_.data() + shapes_.size();
+  shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
+  shapes_.insert(shapes_.end(), strides.begin(), strides.end());
   e.numel = p.numel();
   e.param_dtype = dtype_of(p);
-  operands_.push_back({p, &e.param, e.numel});
+  e.param = addresses_.add(p);
   const int variant = group_[e.group].variant;
-  m.linear = e.numel <= 1 || (dense(m.sizes, m.strides) && (!info_.needs_norm || row_major(m.sizes, m.strides)));
+  m.linear = e.numel <= 1 || (dense(sizes, strides) && (!info_.needs_norm || row_major(sizes, strides)));
   m.ours = m.ready = true;
   for (int k = 0; k < info_.slots; ++k) {
     if (!info_.uses(variant, k)) continue;
@@ -139,19 +141,18 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     }
     const StableTensor& s = tensors.at(binding[1 + k]);
     e.state_dtype[k] = dtype_of(s);
-    m.state_strides[k] = to_vector(s.strides());
-    if (e.numel > 1) m.linear = m.linear && same_strides(m.sizes, m.strides.data(), m.state_strides[k].data());
-    operands_.push_back({s, &e.state[k], e.numel});
+    e.state[k] = addresses_.add(s);
+    strides_[i].state[k] = to_vector(s.strides());
+    if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), strides_[i].state[k].data());
   }
   const int step = binding[1 + info_.slots], scalar = binding[2 + info_.slots];
   if (info_.has_step && step < 0) m.ready = false;
   if (info_.next_scalar_state && scalar < 0) m.ready = false;
   if (info_.has_step && step >= 0) {
     e.step_dtype = dtype_of(tensors.at(step));
-    operands_.push_back({tensors.at(step), &e.step, 1});
+    e.step = addresses_.add(tensors.at(step));
   }
-  if (info_.next_scalar_state && scalar >= 0)
-    operands_.push_back({tensors.at(scalar), reinterpret_cast<void**>(&e.scalar_state), 1});
+  if (info_.next_scalar_state && scalar >= 0) e.scalar_state = static_cast<float*>(addresses_.add(tensors.at(scalar)));
   e.first = binding[3 + info_.slots] != 0;
 }
 
@@ -161,7 +162,7 @@ bool Plan::read_hyper(PyObject* value, double& out, LrDType* lr_dtype) {
     return true;
   }
   if (TensorReader::get().is_tensor(value)) {
-    GradientView v;
+    TensorView v;
     if (!TensorReader::get().view(value, v) || !v.on_cpu) return no("a hyper-parameter is a tensor that cannot be read on the CPU");
     for (int d = 0; d < v.ndim; ++d)
       if (v.sizes[d] != 1) return no("a hyper-parameter is a tensor of several elements");
@@ -207,86 +208,62 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
   const int variant = info_.variant(h);
   if (variant != g.variant) {
     g.variant = variant;
-    if (kernels_) return no("a group's options changed which states it needs");
+    if (bound_) return no("a group's options changed which states it needs");
   }
   return true;
 }
 
-// Dicts are compared item by item in their own order, which hashes nothing.
-bool Plan::same_state(py::handle state) const {
-  if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(state_items_.size())) return false;
-  PyObject *key, *value;
-  Py_ssize_t pos = 0;
-  for (size_t i = 0; PyDict_Next(state.ptr(), &pos, &key, &value); ++i) {
-    if (key != state_items_[i].key.ptr() || value != state_items_[i].value.ptr()) return false;
-    const std::vector<StateItem>& inner = tensor_items_[i];
-    if (PyDict_Size(value) != static_cast<Py_ssize_t>(inner.size())) return false;
-    PyObject *name, *tensor;
-    Py_ssize_t inner_pos = 0;
-    for (size_t k = 0; PyDict_Next(value, &inner_pos, &name, &tensor); ++k)
-      if (name != inner[k].key.ptr() || tensor != inner[k].value.ptr()) return false;
-  }
-  return true;
-}
-
-bool Plan::same_addresses() {
-  for (Operand& o : operands_) {
-    int64_t numel = 0;
-    void* data = nullptr;
-    if (aoti_torch_get_data_ptr(o.tensor.get(), &data) != 0 || aoti_torch_get_numel(o.tensor.get(), &numel) != 0 ||
-        numel != o.numel)
-      return false;
-    if (data != *o.target) {
-      if (kernels_) return false;
-      *o.target = data;
-    }
-  }
-  return true;
-}
-
-bool Plan::refresh_gradient(int64_t i, const GradientView& g) {
+bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   Member& m = member_[i];
   Entry& e = entries_[i];
   if (!m.ready) return no("a parameter has a gradient for the first time");
   if (!g.on_cpu) return no("a gradient is not on the CPU");
-  if (static_cast<size_t>(g.ndim) != m.sizes.size()) return no("a gradient's shape differs from its parameter's");
+  if (g.ndim != m.ndim) return no("a gradient's shape differs from its parameter's");
   for (int d = 0; d < g.ndim; ++d)
-    if (g.sizes[d] != m.sizes[d]) return no("a gradient's shape differs from its parameter's");
-  const bool linear = m.linear && (e.numel <= 1 || same_strides(m.sizes, g.strides, m.strides.data()));
+    if (g.sizes[d] != m.shape[d]) return no("a gradient's shape differs from its parameter's");
+  const bool linear = m.linear && (e.numel <= 1 || same_strides(m.ndim, m.shape, g.strides, m.shape + m.ndim));
+  std::unique_ptr<Layout>& layout = strides_[i].layout;
   bool changed = !e.update || e.grad_dtype != g.dtype || linear != (e.layout == nullptr);
-  if (!linear && (changed || !std::equal(g.strides, g.strides + g.ndim, m.layout->grad.begin()))) {
-    m.layout = std::make_unique<Layout>();
-    m.layout->sizes = m.sizes;
-    m.layout->param = m.strides;
-    m.layout->grad.assign(g.strides, g.strides + g.ndim);
-    for (int k = 0; k < info_.slots; ++k) m.layout->state[k] = m.state_strides[k];
+  if (!linear && (changed || !std::equal(g.strides, g.strides + g.ndim, layout->grad.begin()))) {
+    layout = std::make_unique<Layout>();
+    layout->sizes.assign(m.shape, m.shape + m.ndim);
+    layout->param.assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
+    layout->grad.assign(g.strides, g.strides + g.ndim);
+    for (int k = 0; k < info_.slots; ++k) layout->state[k] = strides_[i].state[k];
     changed = true;
   }
   e.grad = g.data;
   if (changed) {
     rescheduling_ = rescheduling_ || linear != (e.layout == nullptr);
     e.grad_dtype = g.dtype;
-    e.layout = linear ? nullptr : m.layout.get();
+    e.layout = linear ? nullptr : layout.get();
     e.update = kernels_->update(rule_, group_[e.group].variant, e);
     e.tile_sum = kernels_->tile_sum(e);
   }
   return true;
 }
 
-bool Plan::refresh(py::handle groups, py::handle state) {
-  refreshed_ = false;
+// Gradients are usually where they were at the last step.
+void Plan::prefetch_gradients(int64_t i) const {
+  constexpr int64_t kAhead = 12;
+  if (i + kAhead >= static_cast<int64_t>(member_.size())) return;
+  const Member& m = member_[i + kAhead];
+  __builtin_prefetch(m.param);
+  __builtin_prefetch(m.last_grad);
+  __builtin_prefetch(m.last_grad_sizes);
+  __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
+  __builtin_prefetch(&entries_[i + kAhead]);
+  __builtin_prefetch(reinterpret_cast<const char*>(&entries_[i + kAhead]) + 64);
+}
+
+bool Plan::refresh_python(py::handle groups, py::handle state) {
   if (groups.ptr() != groups_.ptr() || state.ptr() != state_.ptr() ||
       PyList_GET_SIZE(groups.ptr()) != static_cast<Py_ssize_t>(group_.size()))
     return no("the groups or the state were replaced");
-  if (!same_state(state)) return no("a state was replaced");
-  if (!same_addresses()) return no("a parameter or a state has new memory or a new size");
+  if (!snapshot_.matches(state.ptr())) return no("a state was replaced");
   if (const Kernels* current = &cpu_kernels(); kernels_ != current) {
     kernels_ = current;
     for (Entry& e : entries_) e.update = nullptr;
-  }
-  if (const int threads = static_cast<int>(torch::stable::get_num_threads()); threads_ != threads) {
-    threads_ = threads;
-    rescheduling_ = true;
   }
   const TensorReader& reader = TensorReader::get();
   for (size_t gi = 0; gi < group_.size(); ++gi) {
@@ -296,16 +273,22 @@ bool Plan::refresh(py::handle groups, py::handle state) {
     if (params != g.params.ptr() || PyList_GET_SIZE(params) != g.end - g.begin) return no("a group's parameters changed");
     if (!refresh_group(g, rows_[gi])) return false;
     for (int64_t i = g.begin; i < g.end; ++i) {
+      prefetch_gradients(i);
+      Member& m = member_[i];
       Entry& e = entries_[i];
-      PyObject* p = member_[i].param.ptr();
-      if (PyList_GET_ITEM(params, i - g.begin) != p) return no("a group's parameters changed");
-      if (!member_[i].ours) continue;
-      grads_[i] = py::reinterpret_steal<py::object>(reader.grad(p));
-      if (!grads_[i]) throw py::error_already_set();
+      if (PyList_GET_ITEM(params, i - g.begin) != m.param) return no("a group's parameters changed");
+      if (!m.ours) continue;
+      grads_[i] = py::reinterpret_steal<py::object>(reader.grad(m.param));
+      if (!grads_[i]) {
+        PyErr_Clear();
+        return no("a parameter's gradient cannot be read");
+      }
+      m.last_grad = grads_[i].ptr();
       const bool active = !grads_[i].is_none();
       if (active) {
-        GradientView view;
-        if (!reader.view(grads_[i].ptr(), view)) return no("a gradient is not a strided tensor of a supported dtype");
+        TensorView view;
+        if (!reader.view(m.last_grad, view)) return no("a gradient is not a strided tensor of a supported dtype");
+        m.last_grad_sizes = view.sizes;
         if (!refresh_gradient(i, view)) return false;
       }
       if (active != e.active) {
@@ -314,6 +297,34 @@ bool Plan::refresh(py::handle groups, py::handle state) {
       }
     }
   }
+  return true;
+}
+
+bool Plan::refresh(py::handle groups, py::handle state) {
+  if (!bound_) throw std::runtime_error("refresh() must follow build() and bind()");
+  refreshed_ = false;
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  rescheduling_ = rescheduling_ || threads != threads_;
+  threads_ = threads;
+  // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile.
+  constexpr size_t kManyMembers = 256;
+  bool addresses_checked = false, unchanged = false, python_checked = false, fits = false;
+  if (threads > 1 && member_.size() >= kManyMembers) {
+    const std::thread::id caller = std::this_thread::get_id();
+    torch::stable::parallel_for(0, 2, 1, [&](int64_t, int64_t) {
+      if (std::this_thread::get_id() == caller) {
+        fits = refresh_python(groups, state);
+        python_checked = true;
+      } else {
+        unchanged = addresses_.unchanged();
+        addresses_checked = true;
+      }
+    });
+  }
+  if (!python_checked) fits = refresh_python(groups, state);
+  if (!fits) return false;
+  if (!addresses_checked) unchanged = addresses_.unchanged();
+  if (!unchanged) return no("a parameter or a state has new memory or a new size");
   refreshed_ = true;
   return true;
 }

@@ -1,9 +1,9 @@
 // A plan: the table of one optimizer's tensors on one device, kept in step with the Python objects it was made from.
 //
 // Making a plan takes microseconds per tensor and happens when something changed. Each step only checks that nothing
-// did, by identity and address, and picks up gradients and hyper-parameters: tens of nanoseconds per tensor. Whatever
-// a plan does not recognise makes refresh() return false before anything is written; Python then validates, explains
-// what is wrong or makes a new plan.
+// did, by identity and address, and picks up gradients and hyper-parameters: about 100 ns per tensor. Whatever a plan
+// does not recognise makes refresh() return false before anything is written; Python then validates, explains what is
+// wrong or makes a new plan.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,12 +12,15 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../core/tensor_table.h"
 #include "../cpu/executor.h"
 #include "../cpu/kernels.h"
-#include "gradient.h"
+#include "address_book.h"
+#include "state_snapshot.h"
+#include "tensor_reader.h"
 
 namespace fusedoptim {
 
@@ -32,7 +35,7 @@ class Plan {
   // indices into the list of tensors given to bind(), or -1 where there is none: (param, slots..., step,
   // scalar_state), then 1 if its states count as absent in the coming step. An empty tuple: not this plan's.
   void build(py::list groups, py::dict state, py::list bindings);
-  void bind(std::vector<torch::stable::Tensor> tensors);
+  void bind(const std::vector<torch::stable::Tensor>& tensors);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
@@ -44,36 +47,32 @@ class Plan {
   int64_t address() const { return reinterpret_cast<int64_t>(this); }
 
  private:
-  struct Operand {  // a tensor whose address is looked up at every step
-    torch::stable::Tensor tensor;
-    void** target;
-    int64_t numel;
-  };
-  struct Member {  // what belongs to one parameter
-    py::object param;
-    std::vector<int64_t> sizes, strides;
+  struct Member {  // a parameter, as refresh() needs it
+    PyObject* param = nullptr;
+    int64_t* shape = nullptr;  // its sizes, then its strides
+    PyObject* last_grad = nullptr;            // of the last step: perhaps gone, so only to be prefetched
+    const int64_t* last_grad_sizes = nullptr;  // likewise
+    int32_t ndim = 0;
     bool ours = false;    // on this plan's device
     bool ready = false;   // its states exist
     bool linear = false;  // parameter and states share one dense memory order
-    std::vector<int64_t> state_strides[kMaxSlots];
+  };
+  struct Strides {  // of a member whose operands may differ in memory order
+    std::vector<int64_t> state[kMaxSlots];
     std::unique_ptr<Layout> layout;
-    std::vector<int64_t> grad_strides;  // of the layout in use
   };
   struct Group {
     py::object dict, params;
     int64_t begin, end;  // its members
     int variant = 0;
   };
-  struct StateItem {  // one (key, value) pair, held so that its address cannot be used again
-    py::object key, value;
-  };
 
+  bool refresh_python(py::handle groups, py::handle state);
   bool refresh_group(Group&, HyperRow&);
-  bool same_state(py::handle state) const;
-  bool same_addresses();
-  bool refresh_gradient(int64_t i, const GradientView&);
+  bool refresh_gradient(int64_t i, const TensorView&);
   bool read_hyper(PyObject* value, double& out, LrDType* lr_dtype);
   void bind_member(int64_t i, const std::vector<torch::stable::Tensor>& tensors, const std::vector<int>& binding);
+  void prefetch_gradients(int64_t i) const;
   bool no(const char* why);
 
   const int rule_;
@@ -85,14 +84,16 @@ class Plan {
   py::object groups_, state_;
   std::vector<Group> group_;
   std::vector<Member> member_;
+  std::vector<Strides> strides_;
+  std::vector<int64_t> shapes_;  // what Member::shape points into
   std::vector<std::vector<int>> bindings_;
-  std::vector<StateItem> state_items_;               // of the outer dict
-  std::vector<std::vector<StateItem>> tensor_items_;  // of each inner dict
-  std::vector<Operand> operands_;
+  StateSnapshot snapshot_;
+  AddressBook addresses_;
+  bool bound_ = false;
 
   std::vector<Entry> entries_;
   std::vector<HyperRow> rows_;
-  std::vector<py::object> grads_;  // held while a step runs
+  std::vector<py::object> params_, grads_;  // grads are held from refresh() to the end of run()
   py::object active_params_;
   const Kernels* kernels_ = nullptr;
   int threads_ = 0;

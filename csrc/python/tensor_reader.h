@@ -9,7 +9,7 @@
 
 namespace fusedoptim {
 
-struct GradientView {
+struct TensorView {
   void* data;
   DType dtype;
   int ndim;
@@ -31,7 +31,7 @@ class TensorReader {
   bool is_tensor(PyObject* x) const { return PyObject_TypeCheck(x, tensor_type_); }
 
   // False, with no Python error left set, for what has no strided memory of a supported dtype.
-  bool view(PyObject* tensor, GradientView& out) const {
+  bool view(PyObject* tensor, TensorView& out) const {
     dlpack::Tensor t;
     if (from_tensor_(tensor, &t) != 0) {
       PyErr_Clear();

@@ -1,4 +1,4 @@
-#include "gradient.h"
+#include "tensor_reader.h"
 
 namespace fusedoptim {
 

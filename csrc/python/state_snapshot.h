@@ -1,0 +1,63 @@
+// The identity of everything in optimizer.state: which dicts, which keys, which tensors.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace fusedoptim {
+
+class StateSnapshot {
+ public:
+  void take(const pybind11::dict& state) {
+    for (auto item : state) {
+      add(item.first);
+      add(item.second);
+      dicts_.push_back(item.second.ptr());
+      const auto inner = pybind11::reinterpret_borrow<pybind11::dict>(item.second);
+      sizes_.push_back(PyDict_Size(inner.ptr()));
+      for (auto pair : inner) {
+        add(pair.first);
+        add(pair.second);
+      }
+    }
+  }
+
+  // Items are compared in the dicts' own order, which hashes nothing (Tensor.__hash__ is a Python function).
+  bool matches(PyObject* state) const {
+    if (PyDict_Size(state) != static_cast<Py_ssize_t>(dicts_.size())) return false;
+    const pybind11::object* expected = held_.data();
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    for (size_t i = 0; PyDict_Next(state, &at, &key, &value); ++i) {
+      prefetch(i);
+      if (key != (expected++)->ptr() || value != (expected++)->ptr() || PyDict_Size(value) != sizes_[i]) return false;
+      PyObject *name, *tensor;
+      Py_ssize_t inner_at = 0;
+      while (PyDict_Next(value, &inner_at, &name, &tensor))
+        if (name != (expected++)->ptr() || tensor != (expected++)->ptr()) return false;
+    }
+    return true;
+  }
+
+ private:
+  void add(pybind11::handle x) { held_.push_back(pybind11::reinterpret_borrow<pybind11::object>(x)); }
+
+  // The walk waits for cache misses: the dict, then its table of keys.
+  void prefetch(size_t i) const {
+    if (i + kFar < dicts_.size()) __builtin_prefetch(dicts_[i + kFar]);
+    if (i + kNear < dicts_.size()) {
+      const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dicts_[i + kNear])->ma_keys);
+      __builtin_prefetch(keys);
+      __builtin_prefetch(keys + 64);
+    }
+  }
+
+  static constexpr size_t kFar = 16, kNear = 8;
+
+  std::vector<pybind11::object> held_;  // key, value, then the items of value; held, so that no address is used again
+  std::vector<PyObject*> dicts_;
+  std::vector<Py_ssize_t> sizes_;
+};
+
+}  // namespace fusedoptim
