@@ -16,8 +16,8 @@ double step_number(const Entry& e) {
 
 }  // namespace
 
-StepInputs CpuExecutor::inputs(const Entry& e, const std::vector<HyperRow>& rows) const {
-  return {rows[e.group].value, step_number(e), e.first, e.sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f};
+StepInputs CpuExecutor::inputs(const Entry& e, const std::vector<HyperRow>& rows, PowMemo* pow) const {
+  return {rows[e.group].value, step_number(e), e.first, e.sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f, pow};
 }
 
 void CpuExecutor::reschedule(const std::vector<Entry>& entries) {
@@ -65,12 +65,13 @@ void CpuExecutor::for_each_part(const std::vector<Entry>& entries, int64_t chunk
 void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows,
                                int64_t chunk) const {
   alignas(64) unsigned char scalars[kMaxScalarBytes];
-  // Neighbours usually agree in everything that scalars depend on; two calls of pow cost as much as 100 elements.
+  // Neighbours usually agree in everything that scalars depend on.
   const Entry* prepared = nullptr;
   double prepared_step = 0;
+  PowMemo pow;
   for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
     const Entry& e = entries[i];
-    const StepInputs in = inputs(e, rows);
+    const StepInputs in = inputs(e, rows, &pow);
     const bool same = prepared && !rule_.needs_norm && prepared->group == e.group && prepared->first == e.first &&
                       prepared->compute_dtype() == e.compute_dtype() && prepared_step == in.step;
     if (!same) {
@@ -103,7 +104,7 @@ void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   }
   for (Entry& e : entries) {
     if (!e.active) continue;
-    if (e.scalar_state) *e.scalar_state = rule_.next_scalar_state(inputs(e, rows));
+    if (e.scalar_state) *e.scalar_state = rule_.next_scalar_state(inputs(e, rows, nullptr));
     if (e.step) {
       if (e.step_dtype == DType::f64) *static_cast<double*>(e.step) += 1.0;
       else *static_cast<float*>(e.step) += 1.0f;

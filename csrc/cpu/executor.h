@@ -29,7 +29,7 @@ class CpuExecutor {
   // 8 MiB of fp32 gradients
   static constexpr int64_t kWindowElements = int64_t{2} << 20;
 
-  StepInputs inputs(const Entry& e, const std::vector<HyperRow>& rows) const;
+  StepInputs inputs(const Entry& e, const std::vector<HyperRow>& rows, PowMemo* pow) const;
   template <class F>
   void parallel_chunks(const Window& w, const std::function<void()>* on_caller, const F& chunk) const;
   template <class F>

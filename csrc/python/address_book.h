@@ -6,19 +6,17 @@
 
 #include <vector>
 
+#include "prefetch.h"
+
 namespace fusedoptim {
 
 class AddressBook {
  public:
   // Returns the tensor's address.
   void* add(const torch::stable::Tensor& t) {
-    void* data = nullptr;
-    int64_t numel = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t.get(), &data));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t.get(), &numel));
     tensors_.push_back(t);
-    items_.push_back({t.get(), data, numel, tensor_memory(t.get())});
-    return data;
+    items_.push_back({t.get(), t.mutable_data_ptr(), t.numel(), tensor_memory(t.get())});
+    return items_.back().data;
   }
 
   // True if every tensor still has the address and number of elements that it was added with. Touches no Python
@@ -26,7 +24,11 @@ class AddressBook {
   bool unchanged() const {
     const size_t n = items_.size();
     for (size_t i = 0; i < n; ++i) {
-      prefetch(i);
+      if (i + kFar < n) {
+        __builtin_prefetch(items_[i + kFar].handle);
+        prefetch_tensor(items_[i + kFar].memory);
+      }
+      if (i + kNear < n) prefetch_storage(items_[i + kNear].memory);
       void* data = nullptr;
       int64_t numel = 0;
       if (aoti_torch_get_data_ptr(items_[i].handle, &data) != 0 || data != items_[i].data) return false;
@@ -40,34 +42,8 @@ class AddressBook {
     AtenTensorHandle handle;
     void* data;
     int64_t numel;
-    const char* memory;  // where the tensor object itself lies, or null
+    const char* memory;
   };
-
-  // What the handle points at begins with the address of the tensor object; believed only where the sizes, whose
-  // address the stable ABI gives, lie inside it. Used for nothing but prefetching.
-  static const char* tensor_memory(AtenTensorHandle handle) {
-    int64_t* sizes = nullptr;
-    if (aoti_torch_get_sizes(handle, &sizes) != 0 || !sizes) return nullptr;
-    const char* memory = *reinterpret_cast<const char* const*>(handle);
-    const char* inside = reinterpret_cast<const char*>(sizes);
-    return inside > memory && inside < memory + kTensorBytes ? memory : nullptr;
-  }
-
-  // A step of many small tensors waits for the cache misses of this walk, which depend on one another: tensor, then
-  // storage. Asking for both ahead of time makes it 3.5 times faster (2000 tensors, another optimizer's step between).
-  void prefetch(size_t i) const {
-    if (i + kFar < items_.size())
-      if (const char* tensor = items_[i + kFar].memory)
-        for (int line = 0; line < kTensorBytes; line += 64) __builtin_prefetch(tensor + line);
-    if (i + kNear < items_.size())
-      if (const char* tensor = items_[i + kNear].memory) {
-        const char* storage = reinterpret_cast<const char* const*>(tensor)[2];  // a guess: never read, only prefetched
-        __builtin_prefetch(storage);
-        __builtin_prefetch(storage + 64);
-      }
-  }
-
-  static constexpr int kTensorBytes = 192;
   static constexpr size_t kFar = 24, kNear = 12;
 
   std::vector<torch::stable::Tensor> tensors_;

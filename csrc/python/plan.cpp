@@ -59,6 +59,15 @@ bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stride
   return true;
 }
 
+bool is_immutable(PyObject* x) {
+  if (PyTuple_CheckExact(x)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(x); ++i)
+      if (!is_immutable(PyTuple_GET_ITEM(x, i))) return false;
+    return true;
+  }
+  return PyFloat_CheckExact(x) || PyLong_CheckExact(x) || PyBool_Check(x);
+}
+
 }  // namespace
 
 Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version)
@@ -130,6 +139,7 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   e.numel = p.numel();
   e.param_dtype = dtype_of(p);
   e.param = addresses_.add(p);
+  m.memory = tensor_memory(p.get());
   const int variant = group_[e.group].variant;
   m.linear = e.numel <= 1 || (dense(sizes, strides) && (!info_.needs_norm || row_major(sizes, strides)));
   m.ours = m.ready = true;
@@ -179,7 +189,19 @@ bool Plan::read_hyper(PyObject* value, double& out, LrDType* lr_dtype) {
   return true;
 }
 
+// Items are compared by identity, which for numbers and tuples of them means equality.
+bool Plan::Group::unchanged() const {
+  if (items.empty() || PyDict_Size(dict.ptr()) * 2 != static_cast<Py_ssize_t>(items.size())) return false;
+  const py::object* expected = items.data();
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(dict.ptr(), &at, &key, &value))
+    if (key != (expected++)->ptr() || value != (expected++)->ptr()) return false;
+  return true;
+}
+
 bool Plan::refresh_group(Group& g, HyperRow& row) {
+  if (g.unchanged()) return true;
   PyObject* dict = g.dict.ptr();
   double* h = row.value;
   LrDType lr_dtype = LrDType::python;
@@ -187,10 +209,11 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
   if (!lr) return no("a group has no 'lr'");
   if (!read_hyper(lr, h[kLr], &lr_dtype)) return false;
   h[kLrDType] = static_cast<double>(lr_dtype);
-  bool nan = std::isnan(h[kLr]);
+  bool nan = std::isnan(h[kLr]), immutable = is_immutable(lr);
   for (size_t k = 0; k < hyper_.size(); ++k) {
     PyObject* value = PyDict_GetItem(dict, hyper_[k].first.ptr());
     if (!value) return no("a group lacks a hyper-parameter");
+    immutable = immutable && is_immutable(value);
     double& out = h[kFirstRuleHyper + k];
     if (hyper_[k].second >= 0) {
       py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, hyper_[k].second));
@@ -210,6 +233,12 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
     g.variant = variant;
     if (bound_) return no("a group's options changed which states it needs");
   }
+  g.items.clear();
+  if (immutable)
+    for (auto item : py::reinterpret_borrow<py::dict>(g.dict)) {
+      g.items.push_back(py::reinterpret_borrow<py::object>(item.first));
+      g.items.push_back(py::reinterpret_borrow<py::object>(item.second));
+    }
   return true;
 }
 
@@ -243,17 +272,21 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   return true;
 }
 
-// Gradients are usually where they were at the last step.
-void Plan::prefetch_gradients(int64_t i) const {
-  constexpr int64_t kAhead = 12;
-  if (i + kAhead >= static_cast<int64_t>(member_.size())) return;
-  const Member& m = member_[i + kAhead];
-  __builtin_prefetch(m.param);
-  __builtin_prefetch(m.last_grad);
-  __builtin_prefetch(m.last_grad_sizes);
-  __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
-  __builtin_prefetch(&entries_[i + kAhead]);
-  __builtin_prefetch(reinterpret_cast<const char*>(&entries_[i + kAhead]) + 64);
+// Gradients are usually where they were at the last step. See prefetch.h.
+FUSEDOPTIM_HD void Plan::prefetch_gradients(int64_t i) const {
+  constexpr int64_t kFar = 16, kNear = 8;
+  const int64_t n = static_cast<int64_t>(member_.size());
+  if (i + kFar < n) {
+    const Member& m = member_[i + kFar];
+    __builtin_prefetch(m.param);
+    prefetch_tensor(m.memory);
+    __builtin_prefetch(m.last_grad);
+    __builtin_prefetch(m.last_grad_sizes);
+    __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
+    __builtin_prefetch(&entries_[i + kFar]);
+    __builtin_prefetch(reinterpret_cast<const char*>(&entries_[i + kFar]) + 64);
+  }
+  if (i + kNear < n) prefetch_autograd(member_[i + kNear].memory);
 }
 
 bool Plan::refresh_python(py::handle groups, py::handle state) {
@@ -268,6 +301,8 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
   const TensorReader& reader = TensorReader::get();
   for (size_t gi = 0; gi < group_.size(); ++gi) {
     Group& g = group_[gi];
+    if (gi + 4 < group_.size()) prefetch_dict(group_[gi + 4].dict.ptr());
+    if (gi + 2 < group_.size()) prefetch_dict_keys(group_[gi + 2].dict.ptr());
     if (PyList_GET_ITEM(groups.ptr(), gi) != g.dict.ptr()) return no("a group was replaced");
     PyObject* params = PyDict_GetItem(g.dict.ptr(), params_key_.ptr());
     if (params != g.params.ptr() || PyList_GET_SIZE(params) != g.end - g.begin) return no("a group's parameters changed");

@@ -19,6 +19,7 @@
 #include "../cpu/executor.h"
 #include "../cpu/kernels.h"
 #include "address_book.h"
+#include "prefetch.h"
 #include "state_snapshot.h"
 #include "tensor_reader.h"
 
@@ -49,8 +50,9 @@ class Plan {
  private:
   struct Member {  // a parameter, as refresh() needs it
     PyObject* param = nullptr;
-    int64_t* shape = nullptr;  // its sizes, then its strides
-    PyObject* last_grad = nullptr;            // of the last step: perhaps gone, so only to be prefetched
+    const char* memory = nullptr;  // for prefetching
+    int64_t* shape = nullptr;      // its sizes, then its strides
+    PyObject* last_grad = nullptr;             // of the last step: perhaps gone, so only to be prefetched
     const int64_t* last_grad_sizes = nullptr;  // likewise
     int32_t ndim = 0;
     bool ours = false;    // on this plan's device
@@ -65,6 +67,8 @@ class Plan {
     py::object dict, params;
     int64_t begin, end;  // its members
     int variant = 0;
+    std::vector<py::object> items;  // key, value, ... of dict, if no value that matters can change in place
+    bool unchanged() const;
   };
 
   bool refresh_python(py::handle groups, py::handle state);

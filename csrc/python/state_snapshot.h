@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "prefetch.h"
+
 namespace fusedoptim {
 
 class StateSnapshot {
@@ -23,14 +25,16 @@ class StateSnapshot {
     }
   }
 
-  // Items are compared in the dicts' own order, which hashes nothing (Tensor.__hash__ is a Python function).
+  // Items are compared in the dicts' own order, which hashes nothing (Tensor.__hash__ is a Python function). A dict and
+  // its table of keys are asked for ahead of time (see prefetch.h).
   bool matches(PyObject* state) const {
     if (PyDict_Size(state) != static_cast<Py_ssize_t>(dicts_.size())) return false;
     const pybind11::object* expected = held_.data();
     PyObject *key, *value;
     Py_ssize_t at = 0;
     for (size_t i = 0; PyDict_Next(state, &at, &key, &value); ++i) {
-      prefetch(i);
+      if (i + kFar < dicts_.size()) prefetch_dict(dicts_[i + kFar]);
+      if (i + kNear < dicts_.size()) prefetch_dict_keys(dicts_[i + kNear]);
       if (key != (expected++)->ptr() || value != (expected++)->ptr() || PyDict_Size(value) != sizes_[i]) return false;
       PyObject *name, *tensor;
       Py_ssize_t inner_at = 0;
@@ -42,16 +46,6 @@ class StateSnapshot {
 
  private:
   void add(pybind11::handle x) { held_.push_back(pybind11::reinterpret_borrow<pybind11::object>(x)); }
-
-  // The walk waits for cache misses: the dict, then its table of keys.
-  void prefetch(size_t i) const {
-    if (i + kFar < dicts_.size()) __builtin_prefetch(dicts_[i + kFar]);
-    if (i + kNear < dicts_.size()) {
-      const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dicts_[i + kNear])->ma_keys);
-      __builtin_prefetch(keys);
-      __builtin_prefetch(keys + 64);
-    }
-  }
 
   static constexpr size_t kFar = 16, kNear = 8;
 

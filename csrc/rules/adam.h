@@ -31,8 +31,8 @@ struct Adam {
   FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
     const double* h = in.hyper;
     const bool corrects = h[kBiasCorrection] != 0, decoupled = h[kDecoupled] != 0, decays = h[kWeightDecay] != 0;
-    const double bias_correction1 = corrects ? 1.0 - std::pow(h[kBeta1], in.step) : 1.0;
-    const double bias_correction2 = corrects ? 1.0 - std::pow(h[kBeta2], in.step) : 1.0;
+    const double bias_correction1 = corrects ? 1.0 - (*in.pow)(0, h[kBeta1], in.step) : 1.0;
+    const double bias_correction2 = corrects ? 1.0 - (*in.pow)(1, h[kBeta2], in.step) : 1.0;
     const Lr lr(h);
     Scalars<T> c;
     c.gradient = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, decays && !decoupled};
@@ -40,7 +40,7 @@ struct Adam {
     c.toward_grad = LerpWeight<T>::of(1.0 - h[kBeta1]);
     c.beta2 = static_cast<T>(h[kBeta2]);
     c.one_minus_beta2 = static_cast<T>(1.0 - h[kBeta2]);
-    c.bias_correction2_sqrt = static_cast<T>(std::pow(bias_correction2, 0.5));  // not sqrt: Python's ** is C's pow
+    c.bias_correction2_sqrt = static_cast<T>((*in.pow)(2, bias_correction2, 0.5));  // Python's **, not sqrt
     c.eps = static_cast<T>(h[kEps]);
     c.neg_step_size = static_cast<T>(-lr.over(bias_correction1));
     return c;

@@ -22,13 +22,30 @@ namespace fusedoptim {
 // Every rule's row of hyper-parameters starts with these two.
 enum CommonHyper { kLr, kLrDType, kFirstRuleHyper };
 
+// pow, remembering the last result of each of its few uses: tensors of one model differ in lr far more often than in
+// beta or step, and two calls of pow cost as much as a hundred elements.
+struct PowMemo {
+  static constexpr int kUses = 3;
+  double base[kUses] = {}, exponent[kUses] = {}, result[kUses] = {1, 1, 1};  // pow(0, 0) is 1
+
+  FUSEDOPTIM_HD double operator()(int use, double x, double y) {
+    if (base[use] != x || exponent[use] != y) {
+      base[use] = x;
+      exponent[use] = y;
+      result[use] = std::pow(x, y);
+    }
+    return result[use];
+  }
+};
+
 // Where a rule's scalars come from, per tensor and step. All of it is double: scalars are rounded once, at the end.
 struct StepInputs {
-  const double* hyper;  // the group's row, indexed by the rule's Hyper enum
-  double step;          // the number of this step, counted from 1; 0 for a rule without a step
-  bool first;           // the states are to be taken as absent: this is the tensor's first step
+  const double* hyper;       // the group's row, indexed by the rule's Hyper enum
+  double step;               // the number of this step, counted from 1; 0 for a rule without a step
+  bool first;                // the states are to be taken as absent: this is the tensor's first step
   double sum_of_squares;     // of the gradient, for rules that ask for it
   float scalar_state;        // the rule's per-tensor scalar, for rules that have one
+  PowMemo* pow;
 };
 
 // The learning rate with torch's arithmetic: a Python float computes in double, a tensor lr rounds every operation to
