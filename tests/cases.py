@@ -1,0 +1,113 @@
+"""The registry: one row per optimizer variant. Parity, layout, dtype, state_dict and property tests run over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import fusedoptim
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    optimizer: str
+    options: dict[str, Any] = field(default_factory=dict)
+    #: Whether torch.optim has this variant.
+    in_torch: bool = True
+
+    def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
+        return getattr(fusedoptim, self.optimizer)(params, **{**self.options, **more})
+
+    def make_torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
+        return getattr(torch.optim, self.optimizer)(params, **{**self.options, **more})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("adam", "Adam"),
+    Case("adam_decay", "Adam", {"weight_decay": 0.1, "eps": 1e-6}),
+    Case("adam_amsgrad", "Adam", {"amsgrad": True}),
+    Case("adam_amsgrad_decay_max", "Adam", {"amsgrad": True, "weight_decay": 0.03, "maximize": True}),
+    Case("adam_small_betas", "Adam", {"betas": (0.3, 0.45), "lr": 0.01}),
+    Case("adam_zero_betas", "Adam", {"betas": (0.0, 0.0)}),
+    Case("adam_decoupled", "Adam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    Case("adam_no_correction", "Adam", {"bias_correction": False, "weight_decay": 0.1}, in_torch=False),
+    Case("adamw", "AdamW"),
+    Case("adamw_amsgrad", "AdamW", {"amsgrad": True, "weight_decay": 0.2}),
+    Case("adamw_max_capturable", "AdamW", {"maximize": True, "capturable": False, "betas": (0.95, 0.99)}),
+    Case("adamw_no_decay", "AdamW", {"weight_decay": 0.0}),
+    Case("adamw_no_correction", "AdamW", {"bias_correction": False}, in_torch=False),
+    Case("sgd", "SGD", {"lr": 0.1}),
+    Case("sgd_decay_max", "SGD", {"lr": 0.1, "weight_decay": 0.01, "maximize": True}),
+    Case("sgd_momentum", "SGD", {"lr": 0.1, "momentum": 0.9}),
+    Case("sgd_dampening", "SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}),
+    Case("sgd_nesterov", "SGD", {"lr": 0.1, "momentum": 0.8, "nesterov": True}),
+    Case("sgd_nesterov_decay_max", "SGD", {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1, "maximize": True}),
+    Case("rmsprop", "RMSprop"),
+    Case("rmsprop_decay_max", "RMSprop", {"weight_decay": 0.1, "maximize": True, "alpha": 0.9}),
+    Case("rmsprop_momentum", "RMSprop", {"momentum": 0.9, "lr": 1e-3}),
+    Case("rmsprop_centered", "RMSprop", {"centered": True}),
+    Case("rmsprop_all", "RMSprop", {"centered": True, "momentum": 0.5, "weight_decay": 0.01, "alpha": 0.4}),
+    Case("adagrad", "Adagrad"),
+    Case("adagrad_lr_decay", "Adagrad", {"lr_decay": 0.01, "lr": 0.1}),
+    Case("adagrad_all", "Adagrad", {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "maximize": True}),
+    Case("norm_adaptive", "NormAdaptive", in_torch=False),
+    Case("norm_adaptive_all", "NormAdaptive", {"beta": 0.5, "weight_decay": 0.1, "maximize": True}, in_torch=False),
+]
+BY_NAME = {case.name: case for case in CASES}
+IN_TORCH = [case for case in CASES if case.in_torch]
+#: One variant per optimizer, with every state it can have.
+FULL = [BY_NAME[n] for n in ("adam_amsgrad_decay_max", "adamw_amsgrad", "sgd_dampening", "rmsprop_all", "adagrad_all", "norm_adaptive_all")]
+
+#: Every vector width's body and tail, tiles and their remainders, no elements and one, several dimensions.
+SHAPES = [(0,), (), (1,), (3,), (15,), (16,), (17,), (33,), (7, 11), (2, 3, 5), (1023,), (1024,), (1025,), (4099,), (64, 65)]
+CAPABILITIES = fusedoptim._native._C.cpu_capabilities() if fusedoptim._native._C else []
+
+
+def parameters(shapes: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def gradient(p: torch.Tensor, step: int, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A gradient that depends on nothing but shape, step and index, over many orders of magnitude, with some zeros."""
+    g = torch.Generator().manual_seed(1000 * step + index)
+    x = torch.randn(p.shape, generator=g, dtype=torch.float64) * 10.0 ** (-(index % 5))
+    x[torch.rand(p.shape, generator=g) < 0.05] = 0.0
+    return x.to(dtype or p.dtype)
+
+
+def set_gradients(params: list[torch.nn.Parameter], step: int, dtype: torch.dtype | None = None) -> None:
+    for i, p in enumerate(params):
+        p.grad = gradient(p, step, i, dtype)
+
+
+def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape, (what, a.dtype, b.dtype, a.shape, b.shape)
+    if torch.equal(a, b):
+        return
+    both_nan = a.isnan() & b.isnan()
+    differ = (a != b) & ~both_nan
+    n = int(differ.sum())
+    assert n == 0, f"{what}: {n} of {a.numel()} elements differ, first {a[differ][0].item()!r} != {b[differ][0].item()!r}"
+
+
+def assert_same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    """Parameters and every state, bit for bit."""
+    pairs = zip(_params(a), _params(b), strict=True)
+    for i, (p, q) in enumerate(pairs):
+        assert_same_bits(p.detach(), q.detach(), f"parameter {i}")
+        left, right = a.state.get(p, {}), b.state.get(q, {})
+        assert {k for k, v in left.items() if v is not None} == {k for k, v in right.items() if v is not None}
+        for name, value in left.items():
+            if value is not None:
+                assert_same_bits(torch.as_tensor(value), torch.as_tensor(right[name]), f"{name} of parameter {i}")
+
+
+def _params(o: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in o.param_groups for p in group["params"]]

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fusedoptim import _backends, _native
+
+
+@pytest.fixture(autouse=True)
+def _restore_global_settings() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    capability = _native._C.cpu_capability() if _native._C else None
+    yield
+    torch.set_num_threads(threads)
+    _backends._warned.clear()
+    if capability:
+        _native._C.set_cpu_capability(capability)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,358 @@
+"""The contract of a torch optimizer: signatures, groups, states, hooks, closures, schedules."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, FULL, IN_TORCH, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
+
+import fusedoptim
+from benchmarks.witness import ieee_sqrt
+
+NAMES = ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad"]
+EXTRA = {"bias_correction", "backend", "state_dtype", "fused"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signature_is_torchs(name: str) -> None:
+    mine = inspect.signature(getattr(fusedoptim, name).__init__).parameters
+    theirs = inspect.signature(getattr(torch.optim, name).__init__).parameters
+    assert [n for n in mine if n not in EXTRA] == [n for n in theirs if n not in EXTRA]
+    positional = [n for n, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [n for n, p in mine.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
+    for n, p in theirs.items():
+        assert mine[n].default == p.default, n
+
+
+def test_norm_adaptive_signature() -> None:
+    parameters = inspect.signature(fusedoptim.NormAdaptive).parameters
+    head = [(n, p.default) for n, p in parameters.items()][:6]
+    assert head == [
+        ("params", inspect.Parameter.empty), ("lr", 1e-2), ("beta", 0.9), ("eps", 1e-8), ("weight_decay", 0.0), ("maximize", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IN_TORCH, ids=str)
+def test_groups_and_states_are_torchs(case: Case) -> None:
+    mine, theirs = parameters([(3,)]), parameters([(3,)])
+    a, b = case.make(mine), case.make_torch(theirs)
+    set_gradients(mine, 0)
+    set_gradients(theirs, 0)
+    a.step()
+    b.step()
+    assert set(a.param_groups[0]) - {"bias_correction"} == set(b.param_groups[0])
+    assert list(a.state[mine[0]]) == list(b.state[theirs[0]])
+    for name, value in b.state[theirs[0]].items():
+        assert a.state[mine[0]][name].dtype == value.dtype and a.state[mine[0]][name].shape == value.shape
+    assert set(a.defaults) - {"bias_correction"} == set(b.defaults)
+
+
+BAD = {
+    "Adam": [{"lr": -1.0}, {"eps": -1e-8}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1.0}, {"lr": float("nan")}],
+    "AdamW": [{"lr": -1.0}, {"eps": -1.0}, {"betas": (0.9, 1.5)}, {"weight_decay": -0.1}, {"betas": (float("nan"), 0.9)}],
+    "SGD": [{"lr": -1.0}, {"momentum": -0.5}, {"weight_decay": -1.0}, {"nesterov": True}, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}],
+    "RMSprop": [{"lr": -1.0}, {"eps": -1.0}, {"momentum": -1.0}, {"weight_decay": -1.0}, {"alpha": -0.1}],
+    "Adagrad": [{"lr": -1.0}, {"lr_decay": -1.0}, {"weight_decay": -1.0}, {"initial_accumulator_value": -1.0}, {"eps": -1.0}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, rows in BAD.items() for o in rows], ids=str)
+def test_messages_for_invalid_values_are_torchs(name: str, options: dict) -> None:
+    with pytest.raises(ValueError) as theirs:
+        getattr(torch.optim, name)(parameters([(2,)]), **options)
+    with pytest.raises(ValueError) as mine:
+        getattr(fusedoptim, name)(parameters([(2,)]), **options)
+    assert str(mine.value) == str(theirs.value)
+    with pytest.raises(ValueError, match="Invalid|Nesterov"):  # torch does not look at a group's own values
+        getattr(fusedoptim, name)([{"params": parameters([(2,)]), **options}])
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_any_fused_is_accepted(case: Case) -> None:
+    for fused in (None, True, False):
+        case.make(parameters([(2,)]), fused=fused)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("option", ["foreach", "differentiable"])
+def test_options_that_cannot_be(case: Case, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}=True.*torch.optim"):
+        case.make(parameters([(2,)]), **{option: True})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_state_dict_continues_with_the_same_bits(case: Case) -> None:
+    shapes = [(5,), (3, 4), (1025,)]
+    one, two = parameters(shapes), parameters(shapes)
+    a, b = case.make(one), case.make(two)
+    for step in range(3):
+        set_gradients(one, step)
+        a.step()
+    buffer = io.BytesIO()
+    torch.save(a.state_dict(), buffer)
+    buffer.seek(0)
+    b.load_state_dict(torch.load(buffer, weights_only=True))
+    for p, q in zip(one, two, strict=True):
+        q.data.copy_(p.data)
+    for step in range(3, 6):
+        for params, o in ((one, a), (two, b)):
+            set_gradients(params, step)
+            o.step()
+    assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["from torch", "to torch"])
+@pytest.mark.parametrize("case", IN_TORCH, ids=str)
+def test_state_dict_moves_to_and_from_torch_in_mid_training(case: Case, back: bool) -> None:
+    shapes = [(5,), (3, 4), (1025,)]
+    straight, moved = parameters(shapes), parameters(shapes)
+    torch_straight = case.make_torch(straight, foreach=False)
+    first = case.make(moved) if back else case.make_torch(moved, foreach=False)
+    second = case.make_torch(moved, foreach=False) if back else case.make(moved)
+    for step in range(6):
+        if step == 3:
+            second.load_state_dict(first.state_dict())
+        o = first if step < 3 else second
+        set_gradients(straight, step)
+        set_gradients(moved, step)
+        with ieee_sqrt():
+            torch_straight.step()
+            o.step()
+    assert_same_optimizers(second, torch_straight)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_deepcopy_and_pickle(case: Case, how: str) -> None:
+    params = parameters([(5,), (3, 4)])
+    a = case.make(params, state_dtype=torch.bfloat16)
+    set_gradients(params, 0)
+    a.step()
+    b = copy.deepcopy(a) if how == "deepcopy" else pickle.loads(pickle.dumps(a))
+    others = [p for g in b.param_groups for p in g["params"]]
+    assert all(p is not q for p, q in zip(params, others, strict=True))
+    for step in range(1, 4):
+        for ps, o in ((params, a), (others, b)):
+            set_gradients(ps, step)
+            o.step()
+    assert_same_optimizers(a, b)
+    assert b._options == a._options
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_loading_copies_the_tensors(case: Case) -> None:
+    params = parameters([(5,)])
+    a = case.make(params)
+    set_gradients(params, 0)
+    a.step()
+    b = case.make(parameters([(5,)]))
+    b.load_state_dict(a.state_dict())
+    for one, two in zip(a.state.values(), b.state.values(), strict=True):
+        for name, value in one.items():
+            assert value.data_ptr() != two[name].data_ptr()
+
+
+def test_groups_that_carry_torchs_options_load() -> None:
+    params, others = parameters([(5,)]), parameters([(5,)])
+    theirs = torch.optim.AdamW(params, foreach=True)
+    set_gradients(params, 0)
+    theirs.step()
+    mine = fusedoptim.AdamW(others)
+    mine.load_state_dict(theirs.state_dict())
+    assert mine.param_groups[0]["foreach"] is True and mine.param_groups[0]["bias_correction"] is True
+    set_gradients(others, 1)
+    mine.step()
+    assert mine.state_dict()["param_groups"][0]["foreach"] is True
+
+
+def test_old_checkpoints_have_numbers_for_steps_and_none_for_buffers() -> None:
+    p = parameters([(5,)])
+    o = fusedoptim.Adam(p)
+    d = o.state_dict()
+    d["state"] = {0: {"step": 7, "exp_avg": torch.zeros(5), "exp_avg_sq": torch.zeros(5)}}
+    o.load_state_dict(d)
+    set_gradients(p, 0)
+    o.step()
+    assert o.state[p[0]]["step"].item() == 8
+    q = parameters([(5,)])
+    s = fusedoptim.SGD(q, momentum=0.9)
+    d = s.state_dict()
+    d["state"] = {0: {"momentum_buffer": None}}
+    s.load_state_dict(d)
+    set_gradients(q, 0)
+    s.step()
+    assert_same_bits(s.state[q[0]]["momentum_buffer"], q[0].grad)
+
+
+def test_load_state_dict_hooks_see_and_change_what_is_loaded() -> None:
+    p = parameters([(5,)])
+    o = fusedoptim.Adam(p)
+    set_gradients(p, 0)
+    o.step()
+
+    def double(optimizer: torch.optim.Optimizer, d: dict) -> dict:
+        d = copy.deepcopy(d)
+        d["state"][0]["exp_avg"] *= 2
+        return d
+
+    seen = []
+    o2 = fusedoptim.Adam(parameters([(5,)]))
+    o2.register_load_state_dict_pre_hook(double)
+    o2.register_load_state_dict_post_hook(lambda opt: seen.append(next(iter(opt.state.values()))["exp_avg"].clone()))
+    o2.load_state_dict(o.state_dict())
+    assert_same_bits(seen[0], o.state[p[0]]["exp_avg"] * 2)
+
+
+def test_hooks_closures_and_profiler_label() -> None:
+    p = parameters([(5,)])
+    o = fusedoptim.SGD(p, lr=0.1)
+    calls = []
+    o.register_step_pre_hook(lambda *a: calls.append("pre"))
+    o.register_step_post_hook(lambda *a: calls.append("post"))
+
+    def closure() -> torch.Tensor:
+        o.zero_grad()
+        loss = (p[0] ** 2).sum()
+        loss.backward()
+        calls.append("closure")
+        return loss
+
+    before = (p[0].detach() ** 2).sum()
+    with torch.profiler.profile() as profile:
+        assert o.step(closure).item() == before.item()
+    assert calls == ["pre", "closure", "post"]
+    assert any(e.key == "Optimizer.step#SGD.step" for e in profile.key_averages())
+
+
+def test_closure_runs_with_gradients_enabled_under_no_grad() -> None:
+    p = parameters([(5,)])
+    o = fusedoptim.SGD(p, lr=0.1)
+    with torch.no_grad():
+        o.step(lambda: (p[0] ** 2).sum().backward())
+    assert p[0].grad is not None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1 / (1 + e)),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=8),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    ],
+    ids=["StepLR", "LambdaLR", "OneCycleLR", "WarmRestarts"],
+)
+def test_schedulers(make: object) -> None:
+    mine, theirs = parameters([(5,)]), parameters([(5,)])
+    a, b = fusedoptim.AdamW(mine, lr=0.01), torch.optim.AdamW(theirs, lr=0.01, foreach=False)
+    sa, sb = make(a), make(b)
+    for step in range(7):
+        set_gradients(mine, step)
+        set_gradients(theirs, step)
+        a.step()
+        with ieee_sqrt():
+            b.step()
+        sa.step()
+        sb.step()
+    assert_same_optimizers(a, b)
+
+
+def test_groups_with_their_own_options_and_groups_added_later() -> None:
+    mine, theirs = parameters([(5,), (6,), (7,)]), parameters([(5,), (6,), (7,)])
+
+    def build(cls: type, p: list, **more: object) -> torch.optim.Optimizer:
+        return cls([{"params": p[:1], "lr": 0.1, "amsgrad": True}, {"params": p[1:2], "betas": (0.5, 0.6)}], weight_decay=0.1, **more)
+
+    a, b = build(fusedoptim.AdamW, mine), build(torch.optim.AdamW, theirs, foreach=False)
+    for step in range(6):
+        if step == 3:
+            for o, p in ((a, mine), (b, theirs)):
+                o.add_param_group({"params": p[2:], "lr": 0.01, "maximize": True})
+        set_gradients(mine, step)
+        set_gradients(theirs, step)
+        a.step()
+        with ieee_sqrt():
+            b.step()
+    assert_same_optimizers(a, b)
+
+
+def test_named_parameters() -> None:
+    model = torch.nn.Linear(3, 2)
+    o = fusedoptim.AdamW(model.named_parameters())
+    assert o.param_groups[0]["param_names"] == ["weight", "bias"]
+    model.weight.grad = torch.ones(2, 3)
+    model.bias.grad = torch.ones(2, dtype=torch.float32)
+    model.bias.data = torch.zeros(3)
+    with pytest.raises(ValueError, match="parameter 1 'bias' of group 0"):
+        o.step()
+
+
+def test_options_switched_on_in_mid_training() -> None:
+    p = parameters([(5,)])
+    o = fusedoptim.RMSprop(p)
+    for step in range(4):
+        if step == 2:
+            o.param_groups[0].update(momentum=0.9, centered=True)
+        set_gradients(p, step)
+        o.step()
+    assert {"momentum_buffer", "grad_avg"} <= set(o.state[p[0]])
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_state_dtype(case: Case, state_dtype: torch.dtype) -> None:
+    p = parameters([(5,)], torch.float16)
+    o = case.make(p, state_dtype=state_dtype)
+    set_gradients(p, 0)
+    o.step()
+    for name, s in o.state[p[0]].items():
+        assert s.dtype == (torch.float32 if name in ("step", "avg_grad_norm") else state_dtype)
+
+
+def test_autograd_notices_that_parameters_changed() -> None:
+    p = parameters([(5,)])
+    o = fusedoptim.SGD(p, lr=0.1)
+    loss = (p[0] ** 2).sum()
+    p[0].grad = torch.ones(5)
+    o.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_parameters_without_gradient_are_left_alone(case: Case) -> None:
+    p = parameters([(5,), (6,)])
+    before = p[1].detach().clone()
+    o = case.make(p)
+    p[0].grad = torch.ones(5)
+    o.step()
+    assert_same_bits(p[1].detach(), before)
+    assert not o.state.get(p[1]) or case.optimizer == "Adagrad"
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_zero_gradients_and_zero_lr_change_nothing(case: Case) -> None:
+    """Distributed checkpointing makes states by such a step."""
+    p = parameters([(5,), (0,)])
+    o = case.make(p, lr=0.0, weight_decay=0.0)
+    before = p[0].detach().clone()
+    for q in p:
+        q.grad = torch.zeros_like(q)
+    o.step(closure=None)
+    assert_same_bits(p[0].detach(), before)
+    for s in o.state[p[0]].values():
+        assert torch.isfinite(s).all()
+
+
+def test_zero_grad_and_repr() -> None:
+    p = parameters([(5,)])
+    o = BY_NAME["adamw"].make(p)
+    set_gradients(p, 0)
+    o.zero_grad()
+    assert p[0].grad is None
+    assert "AdamW" in repr(o) and "weight_decay: 0.01" in repr(o)
