@@ -133,10 +133,11 @@ class FusedOptimizer(Optimizer):
                     return _checks.describe(group, index, i)
 
                 _checks.check_param(p, who, name)
+                if p.grad is not None:
+                    _checks.check_grad(p, who, name)
                 state = self.state.get(p, {})
                 _checks.check_states(p, state, self.rule, who)
                 if p.grad is not None:
-                    _checks.check_grad(p, who, name)
                     _checks.check_names({k for k, v in state.items() if v is not None}, self.rule, who(), name)
                     steps.append((group, p))
         fresh: set[Tensor] = set()

@@ -70,10 +70,9 @@ def check_step_values(group: Group, rule: Rule, index: int) -> None:
                         f"use group[{key!r}] = group[{key!r}].cpu()"
                     )
                 continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"parameter group {index}: {key!r} must be a number, but is {value!r}") from None
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise ValueError(f"parameter group {index}: {key!r} must be a number, but is {value!r}")
+        number = float(value)
         if math.isnan(number):
             raise ValueError(f"parameter group {index}: {key!r} is NaN; nothing was updated")
 

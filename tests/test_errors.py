@@ -1,0 +1,195 @@
+"""Errors name the value and the parameter, and come before anything is written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import FULL, Case, assert_same_bits, parameters
+
+import fusedoptim
+from fusedoptim import _backends
+
+
+def stepped(case: Case) -> tuple[fusedoptim.FusedOptimizer, list]:
+    ps = parameters([(5,), (6,)])
+    o = case.make(ps)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    o.step()
+    return o, ps
+
+
+def fails_without_a_trace(o: fusedoptim.FusedOptimizer, ps: list, match: str) -> None:
+    before = [p.detach().clone() for p in ps]
+    states = copy.deepcopy([o.state.get(p) for p in ps])
+    with pytest.raises(ValueError, match=match):
+        o.step()
+    for p, b, s in zip(ps, before, states, strict=True):
+        assert_same_bits(p.detach(), b)
+        for name, value in (s or {}).items():
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                assert_same_bits(o.state[p][name], value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), torch.tensor(float("nan")), None, "0.1", torch.ones(2), torch.tensor(1)], ids=str)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_lr_that_is_no_number(case: Case, value: object) -> None:
+    o, ps = stepped(case)
+    o.param_groups[0]["lr"] = value
+    fails_without_a_trace(o, ps, "parameter group 0: 'lr'")
+
+
+def test_other_values_that_are_no_numbers() -> None:
+    for key, value in [("betas", (0.9,)), ("betas", 3.0), ("eps", float("nan")), ("weight_decay", "x")]:
+        o, ps = stepped(FULL[0])
+        o.param_groups[0][key] = value
+        fails_without_a_trace(o, ps, f"parameter group 0: '{key}'")
+    o, ps = stepped(FULL[0])
+    del o.param_groups[0]["eps"]
+    fails_without_a_trace(o, ps, "parameter group 0 has no 'eps'")
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_sparse_gradient(case: Case) -> None:
+    o, ps = stepped(case)
+    ps[1].grad = torch.ones(6).to_sparse()
+    fails_without_a_trace(o, ps, r"parameter 1 of group 0 \(shape \(6,\), torch.float32, cpu\) has a sparse gradient.*torch.optim")
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: torch.ones(3, dtype=torch.complex64), "complex.*view_as_real"),
+        (lambda: torch.ones(3, device="meta"), "meta device"),
+        (lambda: torch.ones(1).expand(3), "expanded tensor"),
+        (lambda: torch.ones(3).to(torch.float8_e4m3fn), "unsupported dtype"),
+    ],
+    ids=["complex", "meta", "expanded", "float8"],
+)
+def test_parameters_that_cannot_be_stepped(case: Case, make: Callable[[], torch.Tensor], match: str) -> None:
+    good, bad = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(make())
+    with pytest.raises(ValueError, match=f"parameter 1 of group 0.*{match}"):
+        case.make([good, bad])
+    o = case.make([good])
+    with pytest.raises(ValueError, match=f"parameter 0 of group 1.*{match}"):
+        o.add_param_group({"params": [bad]})
+    assert len(o.param_groups) == 1
+    good.grad = torch.ones(2)
+    o.step()
+
+
+@pytest.mark.parametrize("case", [c for c in FULL if c.optimizer != "NormAdaptive"], ids=str)
+def test_states_of_another_shape(case: Case) -> None:
+    o, ps = stepped(case)
+    name = next(n for n in o.state[ps[1]] if n != "step")
+    o.state[ps[1]][name] = torch.ones(4)
+    fails_without_a_trace(o, ps, rf"state '{name}' of parameter 1 of group 0.*shape \(4,\)")
+    o, ps = stepped(case)
+    d = copy.deepcopy(o.state_dict())
+    d["state"][1][name] = torch.ones(4)
+    before = o.state_dict()
+    with pytest.raises(ValueError, match=rf"state '{name}' of parameter 1.*shape \(4,\)"):
+        o.load_state_dict(d)
+    assert o.state_dict() == before
+
+
+def test_states_of_unusable_kinds() -> None:
+    for value, match in [
+        (torch.ones(5, dtype=torch.int64), "unsupported dtype"),
+        (torch.ones(5, device="meta"), "is on meta"),
+        ("gone", "must be a tensor"),
+        (torch.ones(1).expand(5), "memory of its own"),
+    ]:
+        o, ps = stepped(FULL[0])
+        o.state[ps[0]]["exp_avg"] = value
+        fails_without_a_trace(o, ps, f"state 'exp_avg' of parameter 0.*{match}")
+
+
+def test_foreign_and_corrupt_checkpoints() -> None:
+    sgd, _ = stepped(FULL[2])
+    adam, ps = stepped(FULL[0])
+    norm, _ = stepped(FULL[5])
+    before = [p.detach().clone() for p in ps]
+    for other in (sgd, norm):
+        with pytest.raises(ValueError, match="not one of Adam"):
+            adam.load_state_dict(other.state_dict())
+        with pytest.raises(ValueError, match="not one of"):
+            other.load_state_dict(adam.state_dict())
+    for bad in ({}, {"state": {}}, [1], "x"):
+        with pytest.raises(ValueError, match="not an optimizer's state_dict"):
+            adam.load_state_dict(bad)
+    corrupt = copy.deepcopy(adam.state_dict())
+    corrupt["state"][0] = "gone"
+    with pytest.raises(ValueError, match="corrupt"):
+        adam.load_state_dict(corrupt)
+    half = copy.deepcopy(adam.state_dict())
+    del half["state"][1]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="not one of Adam"):
+        adam.load_state_dict(half)
+    fewer = fusedoptim.Adam(ps[:1]).state_dict()
+    with pytest.raises(ValueError, match="group"):
+        adam.load_state_dict(fewer)
+    adam.step()
+    assert not torch.equal(ps[0].detach(), before[0])
+
+
+def test_backends() -> None:
+    with pytest.raises(ValueError, match="Invalid backend: 'gpu'; choose one of 'cuda', 'triton', 'cpu', 'reference'"):
+        fusedoptim.SGD(parameters([(2,)]), backend="gpu")
+    for name in ("cuda", "triton"):
+        with pytest.raises(RuntimeError, match=f"backend='{name}' cannot be used"):
+            fusedoptim.SGD(parameters([(2,)]), backend=name)
+    with pytest.raises(ValueError, match="Invalid state_dtype"):
+        fusedoptim.SGD(parameters([(2,)]), state_dtype=torch.float64)
+
+
+def test_a_missing_library_is_explained_once_and_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusedoptim._native, "problem", "they were not built: no C++ compiler")
+    ps, qs = parameters([(5,)]), parameters([(5,)])
+    o, twin = fusedoptim.AdamW(ps), fusedoptim.AdamW(qs, backend="reference")
+    for p in ps + qs:
+        p.grad = torch.ones(5)
+    with pytest.warns(UserWarning, match=r"cpu: they were not built: no C\+\+ compiler.*python -m fusedoptim"):
+        o.step()
+    o.step()  # a second warning would be an error
+    twin.step()
+    twin.step()
+    assert_same_bits(ps[0].detach(), qs[0].detach())
+    with pytest.raises(RuntimeError, match="they were not built"):
+        fusedoptim.AdamW(ps, backend="cpu")
+    assert _backends.choose("reference", torch.device("cpu")) == "reference"
+
+
+def test_a_backend_for_another_device() -> None:
+    with pytest.raises(ValueError, match="backend='cpu' cannot step parameters on cuda:0.*backend=None"):
+        _backends.choose("cpu", torch.device("cuda:0"))
+
+
+def test_params_of_wrong_types() -> None:
+    with pytest.raises(TypeError):
+        fusedoptim.SGD(torch.ones(3))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        fusedoptim.SGD([])
+    with pytest.raises(TypeError):
+        fusedoptim.SGD([1, 2])
+    p = parameters([(2,)])
+    o = fusedoptim.SGD(p)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        o.add_param_group({"params": p})
+    fusedoptim.SGD([{"params": []}, {"params": p}]).step()  # an empty group is none
+
+
+def test_tensor_betas_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"betas\[0\] as a Tensor is not supported"):
+        fusedoptim.Adam(parameters([(2,)]), betas=(torch.tensor(0.9), torch.tensor(0.99)))
+
+
+def test_a_tensor_lr_of_the_wrong_kind() -> None:
+    with pytest.raises(ValueError, match="1-element"):
+        fusedoptim.SGD(parameters([(2,)]), lr=torch.ones(2))
+    with pytest.raises(ValueError, match="float32, float64"):
+        fusedoptim.SGD(parameters([(2,)]), lr=torch.tensor(1))

@@ -1,0 +1,73 @@
+"""Properties that hold for any input."""
+
+from __future__ import annotations
+
+import torch
+from cases import CASES, Case, assert_same_bits, assert_same_optimizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=6)
+SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def tensors(shapes: list, dtypes: list, seed: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+
+
+@SETTINGS
+@given(case=st.sampled_from(CASES), data=st.data(), shapes=SHAPES, seed=st.integers(0, 9999), steps=st.integers(1, 4))
+def test_kernels_equal_the_reference(case: Case, data: st.DataObject, shapes: list, seed: int, steps: int) -> None:
+    dtypes = [data.draw(DTYPES) for _ in shapes]
+    state_dtype = data.draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
+    scale = 10.0 ** data.draw(st.integers(-6, 3))
+    options = {"lr": data.draw(st.floats(0, 1)), "state_dtype": state_dtype}
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        ps = [torch.nn.Parameter(x) for x in tensors(shapes, dtypes, seed)]
+        o = case.make(ps, backend=backend, **options)
+        for step in range(steps):
+            for i, (p, g) in enumerate(zip(ps, tensors(shapes, dtypes, seed + step + 1), strict=True)):
+                p.grad = None if (seed >> i) % 5 == step else (g * scale).to(p.dtype)
+            o.step()
+        optimizers.append(o)
+    assert_same_optimizers(*optimizers)
+
+
+@SETTINGS
+@given(case=st.sampled_from(CASES), n=st.integers(2, 400), cut=st.integers(1, 399), seed=st.integers(0, 9999))
+def test_elements_do_not_know_their_neighbours(case: Case, n: int, cut: int, seed: int) -> None:
+    """One tensor gives what its two halves give (but for norms, which are of the tensor)."""
+    cut = min(cut, n - 1)
+    if case.optimizer == "NormAdaptive":
+        return
+    x, g = tensors([(n,), (n,)], [torch.float32] * 2, seed)
+    whole = torch.nn.Parameter(x.clone())
+    halves = [torch.nn.Parameter(x[:cut].clone()), torch.nn.Parameter(x[cut:].clone())]
+    a, b = case.make([whole]), case.make(halves)
+    for _ in range(2):
+        whole.grad = g
+        halves[0].grad, halves[1].grad = g[:cut], g[cut:]
+        a.step()
+        b.step()
+    assert_same_bits(whole.detach(), torch.cat([h.detach() for h in halves]))
+
+
+@SETTINGS
+@given(case=st.sampled_from(CASES), seed=st.integers(0, 9999), order=st.permutations(range(5)))
+def test_the_order_of_parameters_does_not_matter(case: Case, seed: int, order: list) -> None:
+    shapes = [(3,), (40,), (2, 2), (17,), ()]
+    xs, gs = tensors(shapes, [torch.float32] * 5, seed), tensors(shapes, [torch.float32] * 5, seed + 1)
+    results = []
+    for indices in (range(5), order):
+        ps = [torch.nn.Parameter(x.clone()) for x in xs]
+        o = case.make([ps[i] for i in indices])
+        for _ in range(2):
+            for p, g in zip(ps, gs, strict=True):
+                p.grad = g
+            o.step()
+        results.append(ps)
+    for p, q in zip(*results, strict=True):
+        assert_same_bits(p.detach(), q.detach())

@@ -1,0 +1,235 @@
+"""Caches are never stale: whatever is replaced by hand takes effect at the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
+
+import fusedoptim
+from fusedoptim import _native
+
+Change = Callable[[torch.optim.Optimizer, list], None]
+
+
+def replace_storage(o: torch.optim.Optimizer, ps: list) -> None:
+    ps[1].data = ps[1].detach() * 2
+
+
+def replace_by_transposed(o: torch.optim.Optimizer, ps: list) -> None:
+    ps[1].data = (ps[1].detach() + 1).t().contiguous().t()
+
+
+def replace_state(o: torch.optim.Optimizer, ps: list) -> None:
+    state = o.state[ps[1]]
+    for name in list(state):
+        state[name] = torch.full_like(state[name], 0.5)
+
+
+def replace_state_memory(o: torch.optim.Optimizer, ps: list) -> None:
+    for s in o.state[ps[1]].values():
+        s.data = torch.full_like(s, 0.25)
+
+
+def write_state_in_place(o: torch.optim.Optimizer, ps: list) -> None:
+    for s in o.state[ps[1]].values():
+        s.fill_(3)
+
+
+def share_memory(o: torch.optim.Optimizer, ps: list) -> None:
+    for s in o.state[ps[1]].values():
+        s.share_memory_()
+
+
+def drop_state(o: torch.optim.Optimizer, ps: list) -> None:
+    del o.state[ps[1]]
+
+
+def clear_all_state(o: torch.optim.Optimizer, ps: list) -> None:
+    o.state.clear()
+
+
+def other_state_dict_object(o: torch.optim.Optimizer, ps: list) -> None:
+    o.state[ps[1]] = dict(o.state[ps[1]])
+
+
+def reload(o: torch.optim.Optimizer, ps: list) -> None:
+    o.load_state_dict(o.state_dict())
+
+
+def change_values(o: torch.optim.Optimizer, ps: list) -> None:
+    o.param_groups[0].update(lr=0.5, weight_decay=0.25)
+
+
+def lists_as_betas(o: torch.optim.Optimizer, ps: list) -> None:
+    if "betas" in o.param_groups[0]:
+        o.param_groups[0]["betas"] = [0.5, 0.5]
+
+
+def split_groups(o: torch.optim.Optimizer, ps: list) -> None:
+    group = o.param_groups[0]
+    o.param_groups.append({**group, "params": group["params"][2:], "lr": 0.3})
+    group["params"] = group["params"][:2]
+
+
+def reorder(o: torch.optim.Optimizer, ps: list) -> None:
+    o.param_groups[0]["params"].reverse()
+
+
+def no_gradient(o: torch.optim.Optimizer, ps: list) -> None:
+    ps[1].grad = None
+
+
+def double(o: torch.optim.Optimizer, ps: list) -> None:
+    ps[1].data = ps[1].data.double()
+    ps[1].grad = torch.ones_like(ps[1])
+
+
+def resize(o: torch.optim.Optimizer, ps: list) -> None:
+    ps[1].grad = None
+    ps[1].data = torch.ones(9, 9)
+    ps[1].grad = torch.ones(9, 9)
+    o.state.pop(ps[1], None)
+
+
+CHANGES = [
+    replace_storage, replace_by_transposed, replace_state, replace_state_memory, write_state_in_place, share_memory,
+    drop_state, clear_all_state, other_state_dict_object, reload, change_values, lists_as_betas, split_groups, reorder,
+    no_gradient, double, resize,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_change_takes_effect_at_the_next_step(case: Case, change: Change) -> None:
+    """The reference looks at everything anew, so it is what a step without a cache does."""
+    shapes = [(5,), (6, 7), (1025,)]
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        ps = parameters(shapes)
+        o = case.make(ps, backend=backend)
+        for step in range(6):
+            if step != 3:
+                set_gradients(ps, step)
+            else:
+                set_gradients(ps, step)
+                change(o, ps)
+            if change in (double, resize) and step > 3:
+                ps[1].grad = torch.ones_like(ps[1])
+            o.step()
+        optimizers.append(o)
+    assert_same_optimizers(*optimizers)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradients_replaced_and_written_in_place(in_place: bool) -> None:
+    ps, qs = parameters([(100,)] * 5), parameters([(100,)] * 5)
+    a, b = fusedoptim.AdamW(ps, backend="cpu"), fusedoptim.AdamW(qs, backend="reference")
+    for step in range(4):
+        set_gradients(qs, step)
+        for p, q in zip(ps, qs, strict=True):
+            if in_place and p.grad is not None:
+                p.grad.copy_(q.grad)
+            else:
+                p.grad = q.grad.clone()
+        a.step()
+        b.step()
+    assert_same_optimizers(a, b)
+
+
+def test_a_tensor_lr_written_in_place_takes_effect() -> None:
+    ps = parameters([(5,)])
+    lr = torch.tensor(0.0)
+    o = fusedoptim.SGD(ps, lr=lr)
+    before = ps[0].detach().clone()
+    ps[0].grad = torch.ones(5)
+    o.step()
+    assert_same_bits(ps[0].detach(), before)
+    lr.fill_(1.0)
+    o.step()
+    assert_same_bits(ps[0].detach(), before - 1)
+
+
+def test_two_optimizers_over_the_same_parameters() -> None:
+    ps, qs = parameters([(50,)]), parameters([(50,)])
+    mine = [fusedoptim.SGD(ps, lr=0.1, momentum=0.9), fusedoptim.AdamW(ps)]
+    theirs = [fusedoptim.SGD(qs, lr=0.1, momentum=0.9, backend="reference"), fusedoptim.AdamW(qs, backend="reference")]
+    for step in range(6):
+        set_gradients(ps, step)
+        set_gradients(qs, step)
+        mine[step % 2].step()
+        theirs[step % 2].step()
+    for a, b in zip(mine, theirs, strict=True):
+        assert_same_optimizers(a, b)
+
+
+def test_the_plan_is_kept_while_nothing_changes() -> None:
+    """Otherwise every step would be slow, and no other test would notice."""
+    ps = parameters([(50,), (7,)])
+    o = fusedoptim.AdamW(ps)
+    set_gradients(ps, 0)
+    o.step()
+    runners = o._runners
+    for step in range(1, 9):
+        set_gradients(ps, step)
+        if step == 3:
+            ps[1].grad = None
+        if step == 5:
+            ps[0].grad = torch.zeros(100)[::2]
+        o.param_groups[0]["lr"] = 1e-3 / step
+        if step == 6:
+            torch.set_num_threads(1)
+        if step == 7:
+            _native._C.set_cpu_capability("portable")
+        o.step()
+        assert o._runners is runners, step
+
+
+def test_a_step_allocates_nothing_that_grows_with_the_model() -> None:
+    ps = parameters([(1 << 20,), (1 << 18,)])
+    set_gradients(ps, 0)
+    for case in (BY_NAME["adamw"], BY_NAME["norm_adaptive"]):
+        o = case.make(ps)
+        o.step()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            o.step()
+        allocated = sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
+        assert allocated == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_failed_step_leaves_everything_as_it_was(case: Case) -> None:
+    ps = parameters([(5,), (6,)])
+    o = case.make(ps)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    ps[1].data = torch.ones(7)
+    before = [p.detach().clone() for p in ps]
+    state = {p: dict(s) for p, s in o.state.items()}
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 \(shape \(7,\).*gradient of shape \(6,\)"):
+        o.step()
+    for p, b in zip(ps, before, strict=True):
+        assert_same_bits(p.detach(), b)
+    assert {p: dict(s) for p, s in o.state.items()} == state
+    ps[1].data = torch.ones(6)
+    if case.optimizer == "Adagrad":
+        assert set(o.state) == set(ps)
+    o.step()
+
+
+def test_a_first_step_that_fails_is_still_first_when_repeated() -> None:
+    ps, qs = parameters([(5,), (6,)]), parameters([(5,), (6,)])
+    a, b = fusedoptim.SGD(ps, momentum=0.9, dampening=0.5), fusedoptim.SGD(qs, momentum=0.9, dampening=0.5)
+    for step in range(3):
+        set_gradients(ps, step)
+        set_gradients(qs, step)
+        if step == 0:
+            a.param_groups[0]["lr"] = float("nan")
+            with pytest.raises(ValueError, match="'lr' is NaN"):
+                a.step()
+            a.param_groups[0]["lr"] = 1e-3
+        a.step()
+        b.step()
+    assert_same_optimizers(a, b)
