@@ -54,14 +54,14 @@ def check_name(name: str | None) -> None:
     if name is None:
         return
     if name not in BACKENDS:
-        raise ValueError(f"Invalid backend: {name!r}; choose one of {', '.join(map(repr, NAMES))}, or None to have one chosen")
+        raise ValueError(f"Invalid backend: {name!r}; choose one of {', '.join(map(repr, NAMES))}, or None")
     problem = BACKENDS[name].problem()
     if problem is not None:
         raise RuntimeError(f"backend={name!r} cannot be used: {problem}. backend=None takes the best that there is")
 
 
 def choose(name: str | None, device: torch.device) -> str:
-    """The backend for a device: the one asked for, else the first that can, with one warning if that is the slow one."""
+    """The backend for a device: the one asked for, else the first that can. Warns once if that is the slow one."""
     if name is not None:
         devices = BACKENDS[name].devices
         if devices is not None and device.type not in devices:
@@ -82,7 +82,7 @@ def choose(name: str | None, device: torch.device) -> str:
         _warned.add(device.type)
         cause = "; ".join(causes) or f"no backend has kernels for {device.type!r} devices"
         warnings.warn(
-            f"fusedoptim steps parameters on {device.type!r} with its eager reference, which is correct and slow ({cause}). "
+            f"fusedoptim steps parameters on {device.type!r} with its eager reference, correctly and slowly ({cause}). "
             "Run `python -m fusedoptim` for details, or pass backend='reference' to say that you want it.",
             stacklevel=2,
         )

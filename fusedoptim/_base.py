@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, cast, overload
+from collections.abc import Callable
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checks
+from . import _backends, _checkpoint, _checks
 from ._rule import Group, Rule, Slot
 from ._runners import Member, Runner, make_runner
 
 __all__ = ["FusedOptimizer"]
 
+#: (parameter, name, value before) of each state that a step created, to be undone if it fails
+Created = list[tuple[Tensor, str, Any]]
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
-
-
-class _Kept:
-    """Wraps a state through torch's load_state_dict, which would cast it to its parameter's dtype."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
 
 
 class FusedOptimizer(Optimizer):
     """Steps all parameters of all groups in one pass.
 
-    A subclass declares its :class:`Rule` and its ``check`` of a group's values, and has a constructor with a signature.
+    A subclass declares its :class:`Rule` and has a constructor with a signature.
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim.
@@ -44,7 +39,6 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
-    check: ClassVar[Callable[[Group], None]]
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], backend: str | None, state_dtype: torch.dtype | None
@@ -97,8 +91,8 @@ class FusedOptimizer(Optimizer):
     def _prepare(self) -> list[Runner]:
         """Validates everything, creates missing states and the runners, ready to run; or raises, having changed
         nothing."""
-        created: list[tuple[Tensor, str, Any]] = []
-        had_state = {p for p in self.state}
+        created: Created = []
+        had_state = set(self.state)
         try:
             members = self._members(created)
             runners = []
@@ -106,7 +100,9 @@ class FusedOptimizer(Optimizer):
                 runner = make_runner(_backends.choose(self._options["backend"], device), self.rule)
                 runner.build(self.param_groups, self.state, of_device)
                 if not runner.refresh(self.param_groups, self.state):
-                    raise RuntimeError(f"fusedoptim: a plan did not fit what it was made from ({runner.reason}); please report this")
+                    raise RuntimeError(
+                        f"a plan does not fit what it was made from ({runner.reason}): please report this"
+                    )
                 runners.append(runner)
         except BaseException:
             for p, name, old in created:
@@ -120,7 +116,7 @@ class FusedOptimizer(Optimizer):
         self._runners = runners
         return runners
 
-    def _members(self, created: list[tuple[Tensor, str, Any]]) -> dict[torch.device, list[Member]]:
+    def _members(self, created: Created) -> dict[torch.device, list[Member]]:
         """Every parameter that can be stepped, by device. New states are noted in ``created``."""
         name = type(self).__name__
         members: dict[torch.device, list[Member]] = {}
@@ -128,21 +124,18 @@ class FusedOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             _checks.check_step_values(group, self.rule, index)
             for i, p in enumerate(group["params"]):
-
-                def who(group: Group = group, index: int = index, i: int = i) -> str:
-                    return _checks.describe(group, index, i)
-
+                who = _checks.describe(group, index, i)
                 _checks.check_param(p, who, name)
                 if p.grad is not None:
                     _checks.check_grad(p, who, name)
                 state = self.state.get(p, {})
                 _checks.check_states(p, state, self.rule, who)
                 if p.grad is not None:
-                    _checks.check_names({k for k, v in state.items() if v is not None}, self.rule, who(), name)
+                    _checks.check_names(state, self.rule, who, name)
                     steps.append((group, p))
         fresh: set[Tensor] = set()
-        for group, p in steps:
-            if self._create_missing_states(group, p, created):
+        for owner, p in steps:
+            if self._create_missing_states(owner, p, created):
                 fresh.add(p)
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -151,7 +144,7 @@ class FusedOptimizer(Optimizer):
 
     # ---- states ----
 
-    def _create_missing_states(self, group: Group, p: Tensor, created: list[tuple[Tensor, str, Any]] | None = None) -> bool:
+    def _create_missing_states(self, group: Group, p: Tensor, created: Created | None = None) -> bool:
         """Adds the states that the group needs and the parameter lacks. True if one of them counts as absent."""
         missing = [n for n in self.rule.state_names(group) if self.state.get(p, {}).get(n) is None]
         absent = False
@@ -179,7 +172,7 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, group: Group) -> None:
         _checks.check_common(group, type(self).__name__)
-        type(self).check(group)
+        self.rule.check(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does. Its values and parameters are checked first."""
@@ -189,7 +182,7 @@ class FusedOptimizer(Optimizer):
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         try:
             for i, p in enumerate(group["params"]):
-                _checks.check_param(p, lambda i=i: _checks.describe(group, index, i), type(self).__name__)  # type: ignore[misc]
+                _checks.check_param(p, _checks.describe(group, index, i), type(self).__name__)
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -206,33 +199,11 @@ class FusedOptimizer(Optimizer):
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
 
-        def keep_dtypes(optimizer: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            owners = [
-                (group, i) for group in self.param_groups for i in range(len(group["params"]))
-            ]
-            ids = [k for group in final["param_groups"] for k in group["params"]]
-            position = {k: n for n, k in enumerate(ids)}
-            kept = {}
-            for k, values in final["state"].items():
-                if not isinstance(values, dict):
-                    raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
-                if k in position and position[k] < len(owners):
-                    group, i = owners[position[k]]
-                    index = self.param_groups.index(group)
-                    who = _checks.describe(group, index, i)
-                    _checks.check_names({n for n, v in values.items() if v is not None}, self.rule, who, type(self).__name__)
-                    scalars = {n: torch.tensor(float(v)) for n, v in values.items() if n == "step" and isinstance(v, (int, float))}
-                    _checks.check_states(
-                        group["params"][i].detach(),
-                        {n: v.to(group["params"][i].device) if isinstance(v, Tensor) and n != "step" else v for n, v in {**values, **scalars}.items()},
-                        self.rule,
-                        lambda who=who: who,
-                    )
-                kept[k] = {n: _Kept(v) if isinstance(v, Tensor) else v for n, v in values.items()}
-            return {**final, "state": kept}
+        def keep(optimizer: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            return _checkpoint.keep_dtypes(final, self.param_groups, self.rule, type(self).__name__)
 
         # Registered last, so that it sees what the user's own hooks made of the state_dict.
-        handle = self.register_load_state_dict_pre_hook(keep_dtypes)
+        handle = self.register_load_state_dict_pre_hook(keep)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -252,21 +223,7 @@ class FusedOptimizer(Optimizer):
                 if p in self.state:
                     values = self.state[p]
                     for name, value in values.items():
-                        values[name] = _restored(name, value, p)
+                        values[name] = _checkpoint.restored(name, value, p)
 
 
 _ABSENT = object()
-
-
-def _restored(name: str, value: Any, p: Tensor) -> Any:
-    """A state as it was saved: its dtype kept, with memory of its own, in the parameter's memory order."""
-    if name == "step" and isinstance(value, (int, float)):  # as torch saved it before 1.12
-        return torch.tensor(float(value), dtype=torch.float32)
-    if not isinstance(value, _Kept):
-        return value
-    saved = value.value.detach()
-    if name == "step":
-        return saved.to("cpu", copy=True)
-    if saved.shape != p.shape or not saved.is_floating_point():
-        return saved.to(p.device, copy=True)
-    return torch.empty_like(p, dtype=saved.dtype, requires_grad=False).copy_(saved)

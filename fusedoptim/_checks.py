@@ -38,11 +38,9 @@ def check_common(group: Group, optimizer: str) -> None:
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
     if group.get("foreach"):
-        raise ValueError(f"foreach=True: fusedoptim.{optimizer} is fused already; leave foreach out, or use torch.optim.{optimizer}")
+        raise ValueError(f"foreach=True: the step is fused already; leave it out, or use torch.optim.{optimizer}")
     if group.get("differentiable"):
-        raise ValueError(
-            f"differentiable=True: the fused step has no backward pass; use torch.optim.{optimizer}(differentiable=True)"
-        )
+        raise ValueError(f"differentiable=True: a fused step has no backward pass; use torch.optim.{optimizer} for it")
 
 
 def check_step_values(group: Group, rule: Rule, index: int) -> None:
@@ -55,7 +53,7 @@ def check_step_values(group: Group, rule: Rule, index: int) -> None:
             try:
                 value = value[item]
             except (TypeError, IndexError):
-                raise ValueError(f"parameter group {index}: {key!r} must be a pair of numbers, but is {value!r}") from None
+                raise ValueError(f"parameter group {index}: {key!r} must be two numbers, but is {value!r}") from None
         if isinstance(value, Tensor):
             if value.numel() != 1 or value.dtype not in DTYPES:
                 raise ValueError(
@@ -66,7 +64,7 @@ def check_step_values(group: Group, rule: Rule, index: int) -> None:
                 on_cpu = [p for p in group["params"] if p.device.type == "cpu"]
                 if on_cpu:
                     raise ValueError(
-                        f"parameter group {index}: {key!r} is a tensor on {value.device} but its parameters are on the CPU; "
+                        f"parameter group {index}: {key!r} is on {value.device}, its parameters are on the CPU; "
                         f"use group[{key!r}] = group[{key!r}].cpu()"
                     )
                 continue
@@ -89,44 +87,46 @@ def _overlaps(t: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def check_param(p: Tensor, who: Callable[[], str], optimizer: str) -> None:
+def check_param(p: Tensor, who: str, optimizer: str) -> None:
     """A parameter that the kernels can update."""
     if p.is_complex():
         raise ValueError(
-            f"{who()} is complex: pass torch.view_as_real(parameter) as the parameter, or use torch.optim.{optimizer}"
+            f"{who} is complex: pass torch.view_as_real(parameter) as the parameter, or use torch.optim.{optimizer}"
         )
     if p.dtype not in DTYPES:
-        raise ValueError(f"{who()} has an unsupported dtype: it must be {_NAMES}")
+        raise ValueError(f"{who} has an unsupported dtype: it must be {_NAMES}")
     if p.layout != torch.strided:
-        raise ValueError(f"{who()} has layout {p.layout}: only dense (torch.strided) parameters can be updated")
+        raise ValueError(f"{who} has layout {p.layout}: only dense (torch.strided) parameters can be updated")
     if is_traceable_wrapper_subclass(p):
-        raise ValueError(f"{who()} is a {type(p).__name__}, a tensor subclass that holds other tensors: optimize those instead")
+        raise ValueError(f"{who} is a {type(p).__name__}, which holds other tensors: optimize those instead")
     if p.device.type == "meta":
-        raise ValueError(f"{who()} is on the meta device and has no memory: materialise it first, with to_empty()")
+        raise ValueError(f"{who} is on the meta device and has no memory: materialise it first, with to_empty()")
     if _overlaps(p):
-        raise ValueError(f"{who()} is an expanded tensor, whose elements share memory: use parameter.contiguous()")
+        raise ValueError(f"{who} is an expanded tensor, whose elements share memory: use parameter.contiguous()")
 
 
-def check_grad(p: Tensor, who: Callable[[], str], optimizer: str) -> None:
+def check_grad(p: Tensor, who: str, optimizer: str) -> None:
     """A gradient that fits its parameter."""
     g = p.grad
     assert g is not None
     if g.layout != torch.strided:
-        instead = "SparseAdam" if optimizer in ("Adam", "AdamW") else "SGD" if optimizer == "NormAdaptive" else optimizer
+        instead = {"Adam": "SparseAdam", "AdamW": "SparseAdam", "RMSprop": "Adagrad", "NormAdaptive": "SGD"}.get(
+            optimizer, optimizer
+        )
         raise ValueError(
-            f"{who()} has a sparse gradient ({g.layout}): use torch.optim.{instead} for it, or build the embedding with sparse=False"
+            f"{who} has a sparse gradient ({g.layout}): use torch.optim.{instead} for it, or Embedding(sparse=False)"
         )
     if g.is_complex() or g.dtype not in DTYPES:
-        raise ValueError(f"{who()} has a gradient of unsupported dtype {g.dtype}: it must be {_NAMES}")
+        raise ValueError(f"{who} has a gradient of unsupported dtype {g.dtype}: it must be {_NAMES}")
     if g.device != p.device:
-        raise ValueError(f"{who()} has a gradient on {g.device}: move one of them with .to()")
+        raise ValueError(f"{who} has a gradient on {g.device}: move one of them with .to()")
     if g.shape != p.shape:
         raise ValueError(
-            f"{who()} has a gradient of shape {tuple(g.shape)}: if the parameter was resized, set its gradient to None first"
+            f"{who} has a gradient of shape {tuple(g.shape)}: after resizing a parameter, set its gradient to None"
         )
 
 
-def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: Callable[[], str]) -> None:
+def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devices: bool = True) -> None:
     """States that fit their parameter, whoever put them there."""
     remedy = "load a matching checkpoint, or delete optimizer.state[parameter] to start afresh"
     for name in rule.state_names():
@@ -135,21 +135,22 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: Callable[
             continue
         scalar = name in ("step", rule.scalar_state)
         if not isinstance(value, Tensor):
-            raise ValueError(f"state {name!r} of {who()} must be a tensor, but is {value!r}: {remedy}")
+            raise ValueError(f"state {name!r} of {who} must be a tensor, but is {value!r}: {remedy}")
         if (value.numel() != 1) if scalar else (value.shape != p.shape):
-            raise ValueError(f"state {name!r} of {who()} has shape {tuple(value.shape)}: {remedy}")
-        allowed = (torch.float32,) if name == rule.scalar_state else (torch.float32, torch.float64) if scalar else DTYPES
+            raise ValueError(f"state {name!r} of {who} has shape {tuple(value.shape)}: {remedy}")
+        allowed = DTYPES if not scalar else (torch.float32,) if name == rule.scalar_state else DTYPES[:2]
         if value.dtype not in allowed:
-            raise ValueError(f"state {name!r} of {who()} has unsupported dtype {value.dtype}: {remedy}")
+            raise ValueError(f"state {name!r} of {who} has unsupported dtype {value.dtype}: {remedy}")
         wanted = torch.device("cpu") if name == "step" and value.device.type == "cpu" else p.device
-        if value.device != wanted:
-            raise ValueError(f"state {name!r} of {who()} is on {value.device}: move it with .to({str(p.device)!r})")
+        if devices and value.device != wanted:
+            raise ValueError(f"state {name!r} of {who} is on {value.device}: move it with .to({str(p.device)!r})")
         if value.layout != torch.strided or _overlaps(value):
-            raise ValueError(f"state {name!r} of {who()} is not a dense tensor with memory of its own: use .contiguous()")
+            raise ValueError(f"state {name!r} of {who} has no dense memory of its own: use .contiguous()")
 
 
-def check_names(names: set[str], rule: Rule, who: str, optimizer: str) -> None:
+def check_names(state: Mapping[str, Any], rule: Rule, who: str, optimizer: str) -> None:
     """The states that a checkpoint brings must be those of this optimizer."""
+    names = {name for name, value in state.items() if value is not None}
     known = set(rule.state_names())
     required = {"step"} if rule.has_step else set()
     required |= {s.name for s in rule.slots if s.needed is None}

@@ -39,6 +39,8 @@ class Rule:
     #: (group key, index into its value or -1), without ``lr``, which every rule has
     hyper: tuple[tuple[str, int], ...]
     slots: tuple[Slot, ...]
+    #: Raises ValueError for values of a group that are out of range; lr is looked at for every rule.
+    check: Callable[[Group], None]
     #: Whether a 0-dim tensor ``step`` per parameter counts the steps.
     has_step: bool = True
     #: The name of a 0-dim fp32 state per parameter, or None.

@@ -41,14 +41,12 @@ class Adagrad(FusedOptimizer):
         reference=reference.adagrad,
         hyper=(("lr_decay", -1), ("weight_decay", -1), ("eps", -1), ("maximize", -1)),
         slots=(Slot("sum", initial="initial_accumulator_value"),),
-    )
-    check = staticmethod(
-        at_least_zero(
+        check=at_least_zero(
             ("lr_decay", "lr_decay value"),
             ("weight_decay", "weight_decay value"),
             ("initial_accumulator_value", "initial_accumulator_value value"),
             ("eps", "epsilon value"),
-        )
+        ),
     )
 
     def __init__(

@@ -72,8 +72,8 @@ class Adam(FusedOptimizer):
             Slot("exp_avg_sq"),
             Slot("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"])),
         ),
+        check=_check,
     )
-    check = staticmethod(_check)
 
     def __init__(
         self,

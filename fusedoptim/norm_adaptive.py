@@ -53,8 +53,8 @@ class NormAdaptive(FusedOptimizer):
         hyper=(("beta", -1), ("eps", -1), ("weight_decay", -1), ("maximize", -1)),
         slots=(),
         scalar_state="avg_grad_norm",
+        check=_check,
     )
-    check = staticmethod(_check)
 
     def __init__(
         self,

@@ -55,14 +55,12 @@ class RMSprop(FusedOptimizer):
             Slot("momentum_buffer", needed=lambda group: bool(group["momentum"] > 0)),
             Slot("grad_avg", needed=lambda group: bool(group["centered"])),
         ),
-    )
-    check = staticmethod(
-        at_least_zero(
+        check=at_least_zero(
             ("eps", "epsilon value"),
             ("momentum", "momentum value"),
             ("weight_decay", "weight_decay value"),
             ("alpha", "alpha value"),
-        )
+        ),
     )
 
     def __init__(

@@ -51,8 +51,8 @@ class SGD(FusedOptimizer):
         hyper=(("momentum", -1), ("dampening", -1), ("weight_decay", -1), ("nesterov", -1), ("maximize", -1)),
         slots=(Slot("momentum_buffer", needed=lambda group: bool(group["momentum"] != 0), starts_absent=True),),
         has_step=False,
+        check=_check,
     )
-    check = staticmethod(_check)
 
     def __init__(
         self,

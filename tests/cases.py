@@ -55,17 +55,47 @@ CASES = [
     Case("rmsprop_all", "RMSprop", {"centered": True, "momentum": 0.5, "weight_decay": 0.01, "alpha": 0.4}),
     Case("adagrad", "Adagrad"),
     Case("adagrad_lr_decay", "Adagrad", {"lr_decay": 0.01, "lr": 0.1}),
-    Case("adagrad_all", "Adagrad", {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "maximize": True}),
+    Case(
+        "adagrad_all",
+        "Adagrad",
+        {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "maximize": True},
+    ),
     Case("norm_adaptive", "NormAdaptive", in_torch=False),
     Case("norm_adaptive_all", "NormAdaptive", {"beta": 0.5, "weight_decay": 0.1, "maximize": True}, in_torch=False),
 ]
 BY_NAME = {case.name: case for case in CASES}
 IN_TORCH = [case for case in CASES if case.in_torch]
 #: One variant per optimizer, with every state it can have.
-FULL = [BY_NAME[n] for n in ("adam_amsgrad_decay_max", "adamw_amsgrad", "sgd_dampening", "rmsprop_all", "adagrad_all", "norm_adaptive_all")]
+FULL = [
+    BY_NAME[n]
+    for n in (
+        "adam_amsgrad_decay_max",
+        "adamw_amsgrad",
+        "sgd_dampening",
+        "rmsprop_all",
+        "adagrad_all",
+        "norm_adaptive_all",
+    )
+]
 
 #: Every vector width's body and tail, tiles and their remainders, no elements and one, several dimensions.
-SHAPES = [(0,), (), (1,), (3,), (15,), (16,), (17,), (33,), (7, 11), (2, 3, 5), (1023,), (1024,), (1025,), (4099,), (64, 65)]
+SHAPES = [
+    (0,),
+    (),
+    (1,),
+    (3,),
+    (15,),
+    (16,),
+    (17,),
+    (33,),
+    (7, 11),
+    (2, 3, 5),
+    (1023,),
+    (1024,),
+    (1025,),
+    (4099,),
+    (64, 65),
+]
 CAPABILITIES = fusedoptim._native._C.cpu_capabilities() if fusedoptim._native._C else []
 
 
@@ -94,7 +124,9 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
     both_nan = a.isnan() & b.isnan()
     differ = (a != b) & ~both_nan
     n = int(differ.sum())
-    assert n == 0, f"{what}: {n} of {a.numel()} elements differ, first {a[differ][0].item()!r} != {b[differ][0].item()!r}"
+    assert n == 0, (
+        f"{what}: {n} of {a.numel()} elements differ, first {a[differ][0].item()!r} != {b[differ][0].item()!r}"
+    )
 
 
 def assert_same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:

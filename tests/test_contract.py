@@ -9,7 +9,17 @@ import pickle
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, FULL, IN_TORCH, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
+from cases import (
+    BY_NAME,
+    CASES,
+    FULL,
+    IN_TORCH,
+    Case,
+    assert_same_bits,
+    assert_same_optimizers,
+    parameters,
+    set_gradients,
+)
 
 import fusedoptim
 from benchmarks.witness import ieee_sqrt
@@ -266,7 +276,11 @@ def test_groups_with_their_own_options_and_groups_added_later() -> None:
     mine, theirs = parameters([(5,), (6,), (7,)]), parameters([(5,), (6,), (7,)])
 
     def build(cls: type, p: list, **more: object) -> torch.optim.Optimizer:
-        return cls([{"params": p[:1], "lr": 0.1, "amsgrad": True}, {"params": p[1:2], "betas": (0.5, 0.6)}], weight_decay=0.1, **more)
+        return cls(
+            [{"params": p[:1], "lr": 0.1, "amsgrad": True}, {"params": p[1:2], "betas": (0.5, 0.6)}],
+            weight_decay=0.1,
+            **more,
+        )
 
     a, b = build(fusedoptim.AdamW, mine), build(torch.optim.AdamW, theirs, foreach=False)
     for step in range(6):

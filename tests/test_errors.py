@@ -34,7 +34,9 @@ def fails_without_a_trace(o: fusedoptim.FusedOptimizer, ps: list, match: str) ->
                 assert_same_bits(o.state[p][name], value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), torch.tensor(float("nan")), None, "0.1", torch.ones(2), torch.tensor(1)], ids=str)
+@pytest.mark.parametrize(
+    "value", [float("nan"), torch.tensor(float("nan")), None, "0.1", torch.ones(2), torch.tensor(1)], ids=str
+)
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_lr_that_is_no_number(case: Case, value: object) -> None:
     o, ps = stepped(case)
@@ -56,7 +58,9 @@ def test_other_values_that_are_no_numbers() -> None:
 def test_sparse_gradient(case: Case) -> None:
     o, ps = stepped(case)
     ps[1].grad = torch.ones(6).to_sparse()
-    fails_without_a_trace(o, ps, r"parameter 1 of group 0 \(shape \(6,\), torch.float32, cpu\) has a sparse gradient.*torch.optim")
+    fails_without_a_trace(
+        o, ps, r"parameter 1 of group 0 \(shape \(6,\), torch.float32, cpu\) has a sparse gradient.*torch.optim"
+    )
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)

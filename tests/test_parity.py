@@ -31,7 +31,9 @@ def schedule(step: int, lr: float) -> float:
     return lr * (1.0 if step < 20 else 0.1 + 0.9 * (STEPS - step) / STEPS)
 
 
-def run_against_torch(case: Case, dtype: torch.dtype, backend: str, steps: int, shapes: list, tensor_lr: object = None) -> None:
+def run_against_torch(
+    case: Case, dtype: torch.dtype, backend: str, steps: int, shapes: list, tensor_lr: object = None
+) -> None:
     mine, theirs = parameters(shapes, dtype), parameters(shapes, dtype)
     a = case.make(mine, backend=backend)
     b = case.make_torch(theirs, foreach=False)
@@ -133,7 +135,10 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def rounded_witness_step(
-    params: list[torch.Tensor], work: list[torch.nn.Parameter], o: torch.optim.Optimizer, state_dtype: torch.dtype | None
+    params: list[torch.Tensor],
+    work: list[torch.nn.Parameter],
+    o: torch.optim.Optimizer,
+    state_dtype: torch.dtype | None,
 ) -> None:
     """One step of torch.optim on fp32 copies, then one rounding of parameters and states: what 16 bits are to give."""
     for p, w in zip(params, work, strict=True):
@@ -150,7 +155,9 @@ def rounded_witness_step(
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grad_dtype", [None, torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [BY_NAME[n] for n in ("adamw", "sgd_dampening", "rmsprop_all", "adagrad_all")], ids=str)
+@pytest.mark.parametrize(
+    "case", [BY_NAME[n] for n in ("adamw", "sgd_dampening", "rmsprop_all", "adagrad_all")], ids=str
+)
 def test_mixed_dtypes_round_once(
     case: Case, dtype: torch.dtype, grad_dtype: torch.dtype | None, state_dtype: torch.dtype | None
 ) -> None:
@@ -232,7 +239,9 @@ def test_ieee_root_is_correctly_rounded() -> None:
 
     g = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 0x7FF0_0000_0000_0000, (1_000_000,), generator=g, dtype=torch.int64)
-    special = torch.tensor([0.0, -0.0, torch.inf, torch.nan, -1.0, 5e-324, 2.0**-1022, 1.0, 4.0, 1.7976931348623157e308])
+    special = torch.tensor(
+        [0.0, -0.0, torch.inf, torch.nan, -1.0, 5e-324, 2.0**-1022, 1.0, 4.0, 1.7976931348623157e308]
+    )
     x = torch.cat([bits.view(torch.float64), special.double()])
     with numpy.errstate(invalid="ignore"):
         expected = torch.from_numpy(numpy.sqrt(x.numpy()))

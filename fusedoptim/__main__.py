@@ -1,0 +1,49 @@
+"""``python -m fusedoptim``: what is installed, which backends work here and why the others do not, and whether the
+results are right. Exits with 1 if they are not."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+
+import torch
+
+from . import __version__, _native
+from ._backends import BACKENDS
+from ._selfcheck import OPTIMIZERS, differing
+
+
+def main() -> int:
+    print(
+        f"fusedoptim {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    )
+    built = _native.build_report()
+    if _native._C is not None:
+        c = _native._C
+        print(f"library: built with torch {c.torch_version} and compiler {c.compiler}, for torch >= 2.10")
+        others = ", ".join(n for n in c.cpu_capabilities() if n != c.cpu_capability())
+        print(f"CPU: {c.cpu_capability()} (also here: {others or 'none'}), {torch.get_num_threads()} threads")
+    else:
+        print(f"library: none (built with torch {built.get('torch', 'unknown')}), {torch.get_num_threads()} threads")
+    print("backends:")
+    for backend in BACKENDS.values():
+        problem = backend.problem()
+        print(f"  {backend.name:<10} {'available' if problem is None else f'not available: {problem}'}")
+    failed = False
+    for name, device in (("cpu", "cpu"),):
+        if BACKENDS[name].problem() is not None:
+            continue
+        start = time.perf_counter()
+        bad = differing(name, device)
+        seconds = time.perf_counter() - start
+        result = f"FAILED for {', '.join(bad)}" if bad else "the reference's bits"
+        print(f"self-check: {name}, {len(OPTIMIZERS)} optimizers in 4 dtypes: {result} ({seconds:.1f} s)")
+        failed = failed or bool(bad)
+    if failed:
+        print("Results are wrong on this machine: use backend='reference', and please report this output.")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

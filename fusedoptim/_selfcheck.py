@@ -1,0 +1,39 @@
+"""A one-second check that the backends here give the reference's bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import SGD, Adagrad, Adam, AdamW, FusedOptimizer, NormAdaptive, RMSprop
+
+OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
+    "Adam": lambda p, **k: Adam(p, amsgrad=True, weight_decay=0.1, **k),
+    "AdamW": AdamW,
+    "SGD": lambda p, **k: SGD(p, momentum=0.9, dampening=0.1, **k),
+    "RMSprop": lambda p, **k: RMSprop(p, momentum=0.9, centered=True, **k),
+    "Adagrad": lambda p, **k: Adagrad(p, lr_decay=0.1, **k),
+    "NormAdaptive": NormAdaptive,
+}
+SIZES = (0, 1, 17, 1025, 40_000)
+
+
+def differing(backend: str, device: str) -> list[str]:
+    """Steps every optimizer five times in every dtype. Returns what differed from the reference; [] is success."""
+    bad = []
+    for name, make in OPTIMIZERS.items():
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            runs = []
+            for b in (backend, "reference"):
+                g = torch.Generator().manual_seed(0)
+                params = [torch.nn.Parameter(torch.randn(n, generator=g).to(device, dtype)) for n in SIZES]
+                optimizer = make(params, backend=b)
+                for _ in range(5):
+                    for p in params:
+                        p.grad = torch.randn(p.shape, generator=g).to(device, dtype)
+                    optimizer.step()
+                runs.append([t for p in params for t in (p.detach(), *optimizer.state[p].values())])
+            if not all(torch.equal(a, b) for a, b in zip(*runs, strict=True)):
+                bad.append(f"{name} {dtype}")
+    return bad
