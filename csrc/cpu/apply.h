@@ -60,12 +60,37 @@ FUSEDOPTIM_HD void store_tail(void* base, DType d, int64_t i, int n, typename M:
   for (int k = 0; k < n; ++k) store_element<typename M::T>(base, d, i + k, x[k]);
 }
 
+// All operands bf16: 2*width elements at once. Returns where it stopped.
+template <class Rule, int variant, class M>
+FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t end,
+                                        const typename Rule::template Scalars<float>& c) {
+  using V = typename M::V;
+  const auto at = [](const void* base, int64_t i) { return static_cast<const uint16_t*>(base) + i; };
+  const auto out = [](void* base, int64_t i) { return static_cast<uint16_t*>(base) + i; };
+  int64_t i = begin;
+  for (; i + 2 * M::width <= end; i += 2 * M::width) {
+    V p[2], g[2], s[2][kMaxSlots];
+    M::load_bf16_pair(at(e.param, i), p[0], p[1]);
+    M::load_bf16_pair(at(e.grad, i), g[0], g[1]);
+    for (int k = 0; k < Rule::kSlots; ++k)
+      if (Rule::uses(variant, k)) M::load_bf16_pair(at(e.state[k], i), s[0][k], s[1][k]);
+    Rule::template update<variant, M>(p[0], g[0], s[0], c);
+    Rule::template update<variant, M>(p[1], g[1], s[1], c);
+    for (int k = 0; k < Rule::kSlots; ++k)
+      if (Rule::uses(variant, k)) M::store_bf16_pair(out(e.state[k], i), s[0][k], s[1][k]);
+    M::store_bf16_pair(out(e.param, i), p[0], p[1]);
+  }
+  return i;
+}
+
 template <class Rule, int variant, class M, int fixed>
 void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* scalars) {
   using V = typename M::V;
   const Entry e = entry;  // a copy whose fields no store can alias
   const auto c = *static_cast<const typename Rule::template Scalars<typename M::T>*>(scalars);
   int64_t i = begin;
+  if constexpr (fixed == static_cast<int>(DType::bf16) && M::has_pairs)
+    i = update_bf16_pairs<Rule, variant, M>(e, begin, end, c);
   for (; i + M::width <= end; i += M::width) {
     V p = load<M, fixed>(e.param, e.param_dtype, i), s[kMaxSlots];
     const V g = load<M, fixed>(e.grad, e.grad_dtype, i);
@@ -148,7 +173,8 @@ FUSEDOPTIM_HD bool all_operands_are(const Entry& e, int variant, DType d) {
 
 template <class Rule, int variant, class F32, class F64>
 UpdateFn update_for(const Entry& e) {
-  constexpr int f32 = static_cast<int>(DType::f32), bf16 = static_cast<int>(DType::bf16);
+  constexpr int f32 = static_cast<int>(DType::f32), bf16 = static_cast<int>(DType::bf16),
+                f16 = static_cast<int>(DType::f16);
   if (e.compute_dtype() == DType::f64) {
     if (e.layout) return update_strided<Rule, variant, F64>;
     if (all_operands_are<Rule>(e, variant, DType::f64))
@@ -158,6 +184,7 @@ UpdateFn update_for(const Entry& e) {
   if (e.layout) return update_strided<Rule, variant, F32>;
   if (all_operands_are<Rule>(e, variant, DType::f32)) return update_linear<Rule, variant, F32, f32>;
   if (all_operands_are<Rule>(e, variant, DType::bf16)) return update_linear<Rule, variant, F32, bf16>;
+  if (all_operands_are<Rule>(e, variant, DType::f16)) return update_linear<Rule, variant, F32, f16>;
   return update_linear<Rule, variant, F32, kAnyDType>;
 }
 

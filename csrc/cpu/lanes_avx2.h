@@ -26,15 +26,30 @@ struct F32 {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   }
-  FUSEDOPTIM_HD static void store_bf16(uint16_t* x, V v) {
+  // The rounded value in the upper 16 bits of each element (see f32_to_bf16).
+  FUSEDOPTIM_HD static __m256i round_bf16(V v) {
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i r = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm256_blendv_epi8(rounded, quiet, nan);
+  }
+  FUSEDOPTIM_HD static void store_bf16(uint16_t* x, V v) {
+    const __m256i r = _mm256_srli_epi32(round_bf16(v), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
+  }
+  // 2*width values at once, those of even index and those of odd: one shift or mask each, and no lane changes place.
+  static constexpr bool has_pairs = true;
+  FUSEDOPTIM_HD static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  FUSEDOPTIM_HD static void store_bf16_pair(uint16_t* x, V even, V odd) {
+    const __m256i low = _mm256_srli_epi32(round_bf16(even), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm256_blend_epi16(low, round_bf16(odd), 0xaa));
   }
   FUSEDOPTIM_HD static V load_f16(const uint16_t* x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
@@ -47,6 +62,7 @@ struct F32 {
 struct F64 {
   using T = double;
   using V = __m256d;
+  static constexpr bool has_pairs = false;
   static constexpr int width = 4;
   FUSEDOPTIM_HD static V set(T x) { return _mm256_set1_pd(x); }
   FUSEDOPTIM_HD static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }

@@ -26,13 +26,28 @@ struct F32 {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   }
-  FUSEDOPTIM_HD static void store_bf16(uint16_t* x, V v) {
+  // The rounded value in the upper 16 bits of each element (see f32_to_bf16).
+  FUSEDOPTIM_HD static __m512i round_bf16(V v) {
     const __m512i u = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-    const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
-    const __m512i r = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+    const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+    __m512i r = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+    r = _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
+    return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+  }
+  FUSEDOPTIM_HD static void store_bf16(uint16_t* x, V v) {
+    const __m512i r = _mm512_srli_epi32(round_bf16(v), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(r));
+  }
+  // 2*width values at once, those of even index and those of odd: one shift or mask each, and no lane changes place.
+  static constexpr bool has_pairs = true;
+  FUSEDOPTIM_HD static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
+    const __m512i both = _mm512_loadu_si512(x);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  FUSEDOPTIM_HD static void store_bf16_pair(uint16_t* x, V even, V odd) {
+    const __m512i low = _mm512_srli_epi32(round_bf16(even), 16);
+    _mm512_storeu_si512(x, _mm512_mask_blend_epi16(0xaaaaaaaau, low, round_bf16(odd)));
   }
   FUSEDOPTIM_HD static V load_f16(const uint16_t* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
@@ -45,6 +60,7 @@ struct F32 {
 struct F64 {
   using T = double;
   using V = __m512d;
+  static constexpr bool has_pairs = false;
   static constexpr int width = 8;
   FUSEDOPTIM_HD static V set(T x) { return _mm512_set1_pd(x); }
   FUSEDOPTIM_HD static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }

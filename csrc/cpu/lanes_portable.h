@@ -14,6 +14,7 @@ struct Lane {
   using T = Scalar;
   using V = Scalar;
   static constexpr int width = 1;
+  static constexpr bool has_pairs = false;
   FUSEDOPTIM_HD static V set(T x) { return x; }
   FUSEDOPTIM_HD static V fma(V a, V b, V c) { return std::fma(a, b, c); }
   FUSEDOPTIM_HD static V sqrt(V a) { return std::sqrt(a); }
