@@ -4,6 +4,7 @@ left out, said here and, with its cause, by ``python -m fusedoptim``."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import traceback
 from pathlib import Path
@@ -51,6 +52,12 @@ FLAGS = [
     # The oldest torch that the library is to run on.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
+# For the tests: memory errors and undefined behaviour in the kernels end the process.
+LINK_FLAGS: list[str] = []
+if os.environ.get("FUSEDOPTIM_SANITIZE") == "1":
+    FLAGS = [f for f in FLAGS if f != "-g0"] + ["-O1", "-g1", "-fno-omit-frame-pointer"]
+    LINK_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    FLAGS += LINK_FLAGS
 
 
 class BuildWhatCanBeBuilt(BuildExtension):
@@ -73,6 +80,6 @@ class BuildWhatCanBeBuilt(BuildExtension):
 
 
 setup(
-    ext_modules=[CppExtension("fusedoptim._C", SOURCES, extra_compile_args={"cxx": FLAGS})],
+    ext_modules=[CppExtension("fusedoptim._C", SOURCES, extra_compile_args={"cxx": FLAGS}, extra_link_args=LINK_FLAGS)],
     cmdclass={"build_ext": BuildWhatCanBeBuilt},
 )

@@ -1,0 +1,216 @@
+"""``python -m benchmarks.train``: trains a small GPT on text, with any of the optimizers.
+
+``--compare`` trains a second model beside it with torch.optim, on the same batches, and says whether the losses are the
+same to the last bit; and steps a third set of parameters with the fastest that torch has, for the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, choices, witness
+from .checkpoint import Progress
+from .errors import UsageError
+from .files import make_folder, write_atomically
+from .gpt import GPT, GPTConfig
+from .text import Text, load_text
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    p.add_argument("--optimizer", default="AdamW", help=f"one of {', '.join(choices.SETTINGS)} (default: AdamW)")
+    p.add_argument("--text", type=Path, help="a file to train on, by bytes (default: Python's standard library)")
+    p.add_argument("--steps", type=int, default=800)
+    p.add_argument("--lr", type=float, help="the highest learning rate (default: one that suits the optimizer)")
+    p.add_argument("--warmup", type=int, default=40, help="steps of linear warm-up; cosine decay to a tenth follows")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--accumulate", type=int, default=1, help="batches per step")
+    p.add_argument("--max-grad-norm", type=float, default=1.0, help="0 for no clipping")
+    p.add_argument("--eval-every", type=int, default=100, help="steps between validations, which write checkpoints")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--layers", type=int, default=GPTConfig.layers)
+    p.add_argument("--width", type=int, default=GPTConfig.width)
+    p.add_argument("--heads", type=int, default=GPTConfig.heads)
+    p.add_argument("--context", type=int, default=GPTConfig.context)
+    p.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for checkpoints, history and plot")
+    p.add_argument("--resume", type=Path, help="a checkpoint of this program, latest.pt or best.pt")
+    p.add_argument("--compare", action="store_true", help="train the same model with torch.optim, too")
+    args = p.parse_args(argv)
+    args.optimizer = choices.canonical(args.optimizer)
+    if args.lr is None:
+        args.lr = choices.SETTINGS[args.optimizer][0]
+    for name in ("steps", "batch", "accumulate", "eval_every", "layers", "width", "heads", "context"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}")
+    if args.width % args.heads:
+        raise UsageError(f"--width {args.width} must be a multiple of --heads {args.heads}")
+    if args.compare and args.resume:
+        raise UsageError("--compare starts both models afresh: leave out --resume")
+    return args
+
+
+class Learner:
+    """A model, its optimizer and its schedule."""
+
+    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
+        self.model, self.optimizer, self.args = model, optimizer, args
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        warmup, steps = self.args.warmup, self.args.steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+    def gradients(self, text: Text, step: int) -> tuple[float, float]:
+        """Loss and gradient norm before clipping."""
+        args, total = self.args, 0.0
+        self.optimizer.zero_grad()
+        for micro in range(args.accumulate):
+            x, y = text.batch(args.seed, step * args.accumulate + micro, args.batch, args.context)
+            loss = self.model(x, y) / args.accumulate
+            loss.backward()
+            total += loss.item()
+        limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+        return total, float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+
+    @torch.no_grad()
+    def validate(self, text: Text) -> float:
+        batches = text.validation_batches(self.args.batch, self.args.context, 8)
+        return statistics.fmean(self.model(x, y).item() for x, y in batches)
+
+
+class Comparison:
+    """The same training with torch.optim, and the fastest torch optimizer on parameters of its own."""
+
+    def __init__(self, config: GPTConfig, args: argparse.Namespace, params: list[torch.nn.Parameter]) -> None:
+        model = GPT(config, args.seed)
+        self.learner = Learner(model, choices.make_witness(args.optimizer, model.parameters(), args.lr), args)
+        self.params = params
+        self.shadow = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        self.fastest_name, self.fastest = choices.make_fastest(args.optimizer, self.shadow, args.lr)
+        self.first_difference: int | None = None
+        self.seconds: list[float] = []
+
+    def step(self, text: Text, step: int, loss: float) -> None:
+        other, _ = self.learner.gradients(text, step)
+        if other != loss and self.first_difference is None:
+            self.first_difference = step
+        witness.step(self.learner.optimizer)
+        self.learner.schedule.step()
+
+    def time_fastest(self) -> None:
+        for p, q in zip(self.params, self.shadow, strict=True):
+            q.grad = p.grad
+        start = time.perf_counter()
+        self.fastest.step()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def train(args: argparse.Namespace) -> int:
+    config = GPTConfig(args.layers, args.width, args.heads, args.context)
+    text = load_text(args.text, args.context)
+    make_folder(args.out, "--out")
+    model = GPT(config, args.seed)
+    learner = Learner(model, choices.make(args.optimizer, model.parameters(), args.lr), args)
+    settings: dict[str, Any] = {**asdict(config), "optimizer": args.optimizer, "seed": args.seed, "batch": args.batch}
+    settings |= {"accumulate": args.accumulate, "bytes": len(text.train), "steps": args.steps, "lr": args.lr}
+    parts = {"model": model, "optimizer": learner.optimizer, "schedule": learner.schedule}
+    progress = Progress()
+    if args.resume is not None:
+        progress = checkpoint.load(args.resume, settings, **parts)
+    params = list(model.parameters())
+    comparison = Comparison(config, args, params) if args.compare else None
+    entropy = text.unigram_entropy()
+    print(
+        f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters in {len(params)} tensors, {args.optimizer}, "
+        f"lr {args.lr:g}, {len(text.train) / 1e6:.2f} MB of text, unigram entropy {entropy:.3f} nats"
+    )
+    tokens = args.batch * args.context * args.accumulate
+    bar = tqdm(total=args.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5)
+    began, start_step = time.perf_counter(), progress.step
+    while progress.step < args.steps:
+        step = progress.step
+        loss, norm = learner.gradients(text, step)
+        lr = learner.schedule.get_last_lr()[0]
+        if comparison is not None and step % 2:
+            comparison.time_fastest()  # before or after, in turn: whoever comes second finds warm gradients
+        start = time.perf_counter()
+        learner.optimizer.step()
+        seconds = time.perf_counter() - start
+        if comparison is not None and not step % 2:
+            comparison.time_fastest()
+        learner.schedule.step()
+        if comparison is not None:
+            comparison.step(text, step, loss)
+        progress.train.append({"loss": loss, "lr": lr, "grad_norm": norm, "optimizer_s": seconds})
+        progress.step += 1
+        bar.update()
+        speed = tokens * (progress.step - start_step) / (time.perf_counter() - began)
+        bar.set_postfix_str(
+            f"loss {loss:.3f} lr {lr:.1e} |g| {norm:.2f} {speed:,.0f} tok/s opt {seconds * 1e3:.2f} ms", refresh=False
+        )
+        if progress.step % args.eval_every == 0 or progress.step == args.steps:
+            record(args, learner, text, settings, progress, parts, entropy)
+    bar.close()
+    return summary(args, progress, entropy, comparison)
+
+
+def record(
+    args: argparse.Namespace, learner: Learner, text: Text, settings: dict[str, Any], progress: Progress,
+    parts: dict[str, Any], entropy: float,
+) -> None:  # fmt: skip
+    """Validates and writes. The best checkpoint comes first: if the process is killed between the two, the run resumes
+    before this point and comes here again."""
+    best = min((v["loss"] for v in progress.validation), default=math.inf)
+    progress.validation.append({"step": progress.step, "loss": learner.validate(text)})
+    if progress.validation[-1]["loss"] < best:
+        checkpoint.save(args.out / "best.pt", settings, progress, **parts)
+    checkpoint.save(args.out / "latest.pt", settings, progress, **parts)
+    history = {"settings": settings, "unigram_entropy": entropy, "torch": torch.__version__, **vars(progress)}
+    write_atomically(args.out / "history.json", lambda f: f.write(json.dumps(history).encode()))
+
+
+def summary(args: argparse.Namespace, progress: Progress, entropy: float, comparison: Comparison | None) -> int:
+    from .curves import plot_training
+
+    plot_training(args.out / "loss.png", args.optimizer, vars(progress), entropy)
+    mine = statistics.median(t["optimizer_s"] for t in progress.train) * 1e3
+    best = min(v["loss"] for v in progress.validation)
+    print(f"validation loss {progress.validation[-1]['loss']:.4f}, best {best:.4f}; unigram entropy {entropy:.4f}")
+    print(f"optimizer: {mine:.3f} ms per step (median). Written to {args.out}: latest.pt best.pt history.json loss.png")
+    if comparison is None:
+        return 0
+    theirs = statistics.median(comparison.seconds) * 1e3
+    print(
+        f"optimizer, interleaved: fusedoptim {mine:.3f} ms, "
+        f"{comparison.fastest_name} {theirs:.3f} ms: {theirs / mine:.2f}x"
+    )
+    first = comparison.first_difference
+    if first is not None:
+        print(f"first step at which the losses differ: {first}")
+    print(f"losses identical: {'yes' if first is None else 'no'}")
+    return 0 if first is None else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return train(arguments(argv))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

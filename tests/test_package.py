@@ -1,0 +1,168 @@
+"""The package as it is installed and imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedoptim
+from fusedoptim import __main__ as main_module
+from fusedoptim import _native
+
+ROOT = Path(__file__).parent.parent
+needs_library = pytest.mark.skipif(_native._C is None, reason=f"no compiled library: {_native.problem}")
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **env}, timeout=600, cwd=Path(ROOT).anchor
+    )
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-W", "ignore", "-c", code, PYTHONPATH=env.pop("PYTHONPATH", str(ROOT)), **env)
+
+
+def test_import_is_silent_quick_and_starts_no_cuda() -> None:
+    code = """if True:
+        import time, torch
+        start = time.perf_counter()
+        import fusedoptim
+        seconds = time.perf_counter() - start
+        assert not torch.cuda.is_initialized()
+        assert "triton" not in __import__("sys").modules or hasattr(torch, "_inductor")
+        open({path!r}, "w").write(str(seconds))
+    """
+    best = 1.0
+    for _ in range(5):
+        path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"fusedoptim-import-{os.getpid()}")
+        result = python(code.replace("{path!r}", repr(path)))
+        assert result.returncode == 0 and result.stdout == "" and result.stderr == "", result.stderr
+        best = min(best, float(Path(path).read_text()))
+        Path(path).unlink()
+    assert best < 0.1
+
+
+def test_report_says_what_works_and_what_does_not() -> None:
+    result = run(sys.executable, "-W", "ignore", "-m", "fusedoptim", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"torch {torch.__version__}" in result.stdout
+    for name in ("cuda", "triton", "cpu", "reference"):
+        assert re.search(rf"^  {name} +(available|not available: .+)$", result.stdout, re.M)
+    assert "self-check: cpu, 6 optimizers in 4 dtypes: the reference's bits" in result.stdout
+
+
+def test_report_fails_if_the_self_check_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main_module, "differing", lambda backend, device: ["Adam torch.float32"])
+    assert main_module.main() == 1
+    assert "FAILED for Adam torch.float32" in capsys.readouterr().out
+
+
+@needs_library
+def test_library_refers_to_no_cpp_symbol_of_torch() -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    symbols = run("nm", "-DC", _native._C.__file__).stdout
+    assert "torch_parallel_for" in symbols
+    undefined = [line for line in symbols.splitlines() if " U " in line]
+    assert not [line for line in undefined if re.search(r"\b(c10|at|torch)::", line)]
+
+
+@needs_library
+def test_wide_instructions_stay_in_the_functions_that_are_chosen_for_them() -> None:
+    """A shared function compiled for AVX-512 would end the process on a machine without it."""
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump")
+    listing = run("objdump", "-dC", "--no-show-raw-insn", _native._C.__file__).stdout
+    function, offenders, users = "", set(), 0
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif re.search(r"%[yz]mm\d|\tv[a-z]", line):
+            users += 1
+            if not re.search(r"avx512|avx2", function):
+                offenders.add(function)
+    if "x86" in os.uname().machine:
+        assert users > 1000
+    assert not offenders
+
+
+@needs_library
+def test_rules_of_the_library_are_those_of_the_package() -> None:
+    classes = (fusedoptim.Adam, fusedoptim.SGD, fusedoptim.RMSprop, fusedoptim.Adagrad, fusedoptim.NormAdaptive)
+    assert sorted(_native._C.rules()) == sorted(c.rule.name for c in classes)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_installs_and_says_so_once(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.so", ".venv", "runs", "*.egg-info"))
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(target)]
+    result = run(*command, str(source), CXX="no-such-compiler")
+    assert result.returncode == 0, result.stdout + result.stderr
+    # An editable installation in this environment would lend its library.
+    alone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+    code = """if True:
+        import warnings, torch, fusedoptim
+        p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            o = fusedoptim.AdamW([p], lr=0.5)
+            o.step(); o.step()
+            fusedoptim.SGD([p]).step()
+        assert p[0] < 0.1, p
+        messages = [str(w.message) for w in seen if "fusedoptim" in str(w.message)]
+        assert len(messages) == 1 and "no-such-compiler" in messages[0] and "apt-get install g++" in messages[0], messages
+    """
+    result = python(alone + code, PYTHONPATH=str(target))
+    assert result.returncode == 0, result.stderr
+    report = python(alone + "import runpy; runpy.run_module('fusedoptim', run_name='__main__')", PYTHONPATH=str(target))
+    assert report.returncode == 0 and "cpu        not available: they were not built" in report.stdout, report.stdout
+
+
+@pytest.mark.slow
+def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    """Layouts, tails, errors and stale memory, once more, in a library that ends the process at the first bad access."""
+    runtime = run("g++", "-print-file-name=libasan.so").stdout.strip() if shutil.which("g++") else ""
+    if not os.path.isabs(runtime):
+        pytest.skip("needs g++ with libasan")
+    shutil.copytree(ROOT / "fusedoptim", tmp_path / "fusedoptim", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("tests", "benchmarks", "pyproject.toml"):
+        source = ROOT / name
+        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path)
+    build = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path / "temp"),
+    ]
+    built = subprocess.run(
+        build, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "FUSEDOPTIM_SANITIZE": "1"}
+    )
+    assert built.returncode == 0 and list((tmp_path / "fusedoptim").glob("_C*.so")), built.stdout + built.stderr
+    env = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(tmp_path),
+    }
+    tests = ["tests/test_layout.py", "tests/test_staleness.py", "tests/test_rounding.py", "tests/test_norm.py"]
+    chosen = "not ten_thousand and not allocates and not float64 and not threads"
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, env=env)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert " passed" in result.stdout

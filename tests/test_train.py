@@ -1,0 +1,158 @@
+"""The training program: it learns, compares, resumes with the same bits, and explains its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.train import main
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--eval-every", "5"]
+
+
+def command(*options: object, module: str = "train") -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", *map(str, options)]
+
+
+def run(*options: object, module: str = "train") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*options, module=module), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def train(out: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    return run(*TINY, "--out", out, *options)
+
+
+def same_checkpoints(a: Path, b: Path) -> None:
+    one, two = (torch.load(p, weights_only=True) for p in (a, b))
+    assert [t["loss"] for t in one["progress"]["train"]] == [t["loss"] for t in two["progress"]["train"]]
+    assert one["progress"]["validation"] == two["progress"]["validation"]
+    for name, value in one["model"].items():
+        assert torch.equal(value, two["model"][name]), name
+    for i, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, two["optimizer"]["state"][i][name]), (i, name)
+
+
+def test_it_learns_and_leaves_its_files(tmp_path: Path) -> None:
+    result = train(tmp_path, "--steps", 150, "--eval-every", 50)
+    assert result.returncode == 0, result.stderr
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert history["validation"][-1]["loss"] < history["unigram_entropy"]
+    assert len(history["train"]) == 150 and {"loss", "lr", "grad_norm", "optimizer_s"} == set(history["train"][0])
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "history.json", "latest.pt", "loss.png"]
+    for shown in ("loss", "lr", "|g|", "tok/s", "opt"):
+        assert shown in result.stderr
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "adamw", "SGD", "rmsprop", "ADAGRAD", "NormAdaptive"])
+def test_losses_are_those_of_torch(tmp_path: Path, optimizer: str) -> None:
+    result = train(tmp_path, "--steps", 12, "--optimizer", optimizer, "--compare", "--accumulate", 2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "losses identical: yes"
+    assert "optimizer, interleaved: fusedoptim" in result.stdout
+
+
+def test_a_difference_is_noticed(tmp_path: Path) -> None:
+    """With torch's own square root, which is another."""
+    code = (
+        "from contextlib import nullcontext; from benchmarks import witness, train; witness.ieee_sqrt = nullcontext; "
+    )
+    code += f"raise SystemExit(train.main({[*TINY, '--out', str(tmp_path), '--steps', '30', '--compare']!r}))"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "losses identical: no" and lines[-2].startswith("first step at which the losses differ: ")
+
+
+def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    assert train(straight, "--steps", 20, "--optimizer", "sgd").returncode == 0
+    assert train(cut, "--steps", 20, "--optimizer", "sgd").returncode == 0
+    first = torch.load(cut / "best.pt", weights_only=True)["progress"]["step"]
+    assert train(cut, "--steps", 20, "--optimizer", "sgd", "--resume", cut / "best.pt").returncode == 0, first
+    same_checkpoints(straight / "latest.pt", cut / "latest.pt")
+
+
+def test_killed_at_any_moment_it_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    options = ["--steps", 120, "--eval-every", 2]
+    assert train(straight, *options).returncode == 0
+    resume: list[object] = []
+    kills = 0
+    for pause in (0.05, 0.4, 0.9, 60):
+        process = subprocess.Popen(
+            command(*TINY, "--out", killed, *options, *resume),
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        latest = killed / "latest.pt"
+        before = latest.stat().st_mtime_ns if latest.exists() else None
+        while process.poll() is None and (not latest.exists() or latest.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        try:
+            process.wait(timeout=pause)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+        for name in ("latest.pt", "best.pt"):
+            torch.load(killed / name, weights_only=True)
+        resume = ["--resume", latest]
+    assert kills >= 1
+    same_checkpoints(straight / "latest.pt", killed / "latest.pt")
+    same_checkpoints(straight / "best.pt", killed / "best.pt")
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("short")
+    good = tmp_path / "good"
+    assert train(good, "--steps", 5).returncode == 0
+    corrupt = tmp_path / "corrupt.pt"
+    corrupt.write_bytes((good / "latest.pt").read_bytes()[:3000])
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"model": {}}, foreign)
+    cases = [
+        (["--text", tmp_path / "missing"], f"--text {tmp_path / 'missing'} cannot be read: No such file"),
+        (["--text", file], "5 bytes are too few"),
+        (["--out", file / "below"], f"--out {file / 'below'} cannot be written"),
+        (["--resume", tmp_path / "missing"], "No such file"),
+        (["--resume", corrupt], f"--resume {corrupt} cannot be read"),
+        (["--resume", foreign], "is not a checkpoint of python -m benchmarks.train"),
+        (["--resume", good / "latest.pt", "--width", 64], "was made with width=32, this run has width=64"),
+        (["--optimizer", "lion"], "'lion' is unknown: choose one of Adam, AdamW, SGD, RMSprop, Adagrad, NormAdaptive"),
+        (["--steps", 0], "--steps must be at least 1"),
+        (["--width", 33], "must be a multiple of"),
+    ]
+    for options, message in cases:
+        assert main([*TINY, *map(str, ["--out", tmp_path / "out", *options])]) == 2, options
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.startswith("error: ") and message in shown.err
+        assert shown.err.count("\n") == 1
+
+
+def test_convergence() -> None:
+    result = run(module="convergence")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count(" yes\n") == 6
+
+
+def test_quick_benchmark_writes_its_table_and_results(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    result = run("--device", "cpu", "--quick", "--case", "465 groups", "--out", out, module="run")
+    assert result.returncode == 0, result.stderr
+    assert "| AdamW float32 | 465 groups |" in result.stdout
+    saved = json.loads(out.read_text())
+    assert saved["results"][0]["ms"]["fusedoptim"]["n"] >= 7
+    assert {"cpu", "torch", "threads", "commit", "date", "command"} <= set(saved["environment"])
+    bad = run("--device", "cpu", "--out", tmp_path / "no" / "x.json", module="run")
+    assert bad.returncode == 2 and "cannot be written" in bad.stderr
