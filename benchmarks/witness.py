@@ -1,7 +1,7 @@
 """torch.optim as the witness of the numerical contract: its own for-loop code, with an IEEE square root.
 
-torch's square root on the CPU is MKL's, which is off by one unit in the last place for a fifth of all fp32 values. Every
-other operation of the for-loop code is what the contract says, so for the time of a step that one is replaced.
+torch's square root on the CPU is MKL's, which is off by one unit in the last place for a fifth of all fp32 values.
+Every other operation of the for-loop code is what the contract says, so for the time of a step that one is replaced.
 """
 
 from __future__ import annotations

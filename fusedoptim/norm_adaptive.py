@@ -36,7 +36,7 @@ class NormAdaptive(FusedOptimizer):
 
     Args:
         params: parameters, named parameters or groups.
-        lr: the learning rate, a float or a one-element tensor: the length of a step whose gradient has the average norm.
+        lr: the learning rate, a float or a one-element tensor: the length of a step along a gradient of average norm.
         beta: the decay rate of the average, in [0, 1).
         eps: added to the average, above 0.
         weight_decay: decoupled decay, ``p * (1 - lr * weight_decay)``.

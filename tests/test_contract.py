@@ -43,8 +43,13 @@ def test_norm_adaptive_signature() -> None:
     parameters = inspect.signature(fusedoptim.NormAdaptive).parameters
     head = [(n, p.default) for n, p in parameters.items()][:6]
     assert head == [
-        ("params", inspect.Parameter.empty), ("lr", 1e-2), ("beta", 0.9), ("eps", 1e-8), ("weight_decay", 0.0), ("maximize", False),
-    ]  # fmt: skip
+        ("params", inspect.Parameter.empty),
+        ("lr", 1e-2),
+        ("beta", 0.9),
+        ("eps", 1e-8),
+        ("weight_decay", 0.0),
+        ("maximize", False),
+    ]
 
 
 @pytest.mark.parametrize("case", IN_TORCH, ids=str)
@@ -63,12 +68,37 @@ def test_groups_and_states_are_torchs(case: Case) -> None:
 
 
 BAD = {
-    "Adam": [{"lr": -1.0}, {"eps": -1e-8}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1.0}, {"lr": float("nan")}],
-    "AdamW": [{"lr": -1.0}, {"eps": -1.0}, {"betas": (0.9, 1.5)}, {"weight_decay": -0.1}, {"betas": (float("nan"), 0.9)}],
-    "SGD": [{"lr": -1.0}, {"momentum": -0.5}, {"weight_decay": -1.0}, {"nesterov": True}, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}],
+    "Adam": [
+        {"lr": -1.0},
+        {"eps": -1e-8},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+        {"weight_decay": -1.0},
+        {"lr": float("nan")},
+    ],
+    "AdamW": [
+        {"lr": -1.0},
+        {"eps": -1.0},
+        {"betas": (0.9, 1.5)},
+        {"weight_decay": -0.1},
+        {"betas": (float("nan"), 0.9)},
+    ],
+    "SGD": [
+        {"lr": -1.0},
+        {"momentum": -0.5},
+        {"weight_decay": -1.0},
+        {"nesterov": True},
+        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+    ],
     "RMSprop": [{"lr": -1.0}, {"eps": -1.0}, {"momentum": -1.0}, {"weight_decay": -1.0}, {"alpha": -0.1}],
-    "Adagrad": [{"lr": -1.0}, {"lr_decay": -1.0}, {"weight_decay": -1.0}, {"initial_accumulator_value": -1.0}, {"eps": -1.0}],
-}  # fmt: skip
+    "Adagrad": [
+        {"lr": -1.0},
+        {"lr_decay": -1.0},
+        {"weight_decay": -1.0},
+        {"initial_accumulator_value": -1.0},
+        {"eps": -1.0},
+    ],
+}
 
 
 @pytest.mark.parametrize(("name", "options"), [(n, o) for n, rows in BAD.items() for o in rows], ids=str)
@@ -78,7 +108,7 @@ def test_messages_for_invalid_values_are_torchs(name: str, options: dict) -> Non
     with pytest.raises(ValueError) as mine:
         getattr(fusedoptim, name)(parameters([(2,)]), **options)
     assert str(mine.value) == str(theirs.value)
-    with pytest.raises(ValueError, match="Invalid|Nesterov"):  # torch does not look at a group's own values
+    with pytest.raises(ValueError, match=r"Invalid|Nesterov"):  # torch does not look at a group's own values
         getattr(fusedoptim, name)([{"params": parameters([(2,)]), **options}])
 
 

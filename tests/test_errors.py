@@ -169,7 +169,7 @@ def test_a_missing_library_is_explained_once_and_the_reference_runs(monkeypatch:
 
 
 def test_a_backend_for_another_device() -> None:
-    with pytest.raises(ValueError, match="backend='cpu' cannot step parameters on cuda:0.*backend=None"):
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot step parameters on cuda:0.*backend=None"):
         _backends.choose("cpu", torch.device("cuda:0"))
 
 

@@ -122,7 +122,8 @@ def test_without_a_compiler_it_installs_and_says_so_once(tmp_path: Path) -> None
             fusedoptim.SGD([p]).step()
         assert p[0] < 0.1, p
         messages = [str(w.message) for w in seen if "fusedoptim" in str(w.message)]
-        assert len(messages) == 1 and "no-such-compiler" in messages[0] and "apt-get install g++" in messages[0], messages
+        assert len(messages) == 1, messages
+        assert "no-such-compiler" in messages[0] and "apt-get install g++" in messages[0], messages
     """
     result = python(alone + code, PYTHONPATH=str(target))
     assert result.returncode == 0, result.stderr
@@ -132,7 +133,7 @@ def test_without_a_compiler_it_installs_and_says_so_once(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    """Layouts, tails, errors and stale memory, once more, in a library that ends the process at the first bad access."""
+    """Layouts, tails, errors and stale memory, once more, in a library that ends the process at a bad access."""
     runtime = run("g++", "-print-file-name=libasan.so").stdout.strip() if shutil.which("g++") else ""
     if not os.path.isabs(runtime):
         pytest.skip("needs g++ with libasan")

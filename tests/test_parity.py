@@ -78,8 +78,8 @@ def test_equals_torch_on_large_tensors(case: Case) -> None:
 
 # torch's fused kernels take the scalar path for what is left of each thread's share after whole vectors, and round
 # differently there; a tensor of whole vectors per thread has no such tail. Its Adagrad computes 1 + (step-1)*lr_decay
-# as an fma, unlike its eager code: in fp64 up to 0.5 % of the elements then differ in the last place, at the steps where
-# that product is inexact.
+# as an fma, unlike its eager code: in fp64 up to 0.5 % of the elements then differ in the last place, at the steps
+# where that product is inexact.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "case",

@@ -58,7 +58,7 @@ FUSEDOPTIM_HD uint16_t f32_to_f16(float x) {
   const uint32_t a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((a >> 13) & 0x3ffu));
   if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
-  if (a < 0x38800000u) {                                                // below 2^-14: subnormal, multiples of 2^-24
+  if (a < 0x38800000u) {                                               // below 2^-14: subnormal, multiples of 2^-24
     // Adding 0.5 aligns the last kept bit with the last bit of the sum, which the addition then rounds to.
     const uint32_t r = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
     return static_cast<uint16_t>(sign | r);
@@ -71,10 +71,14 @@ FUSEDOPTIM_HD uint16_t f32_to_f16(float x) {
 template <class T>
 FUSEDOPTIM_HD T load_element(const void* base, DType d, int64_t i) {
   switch (d) {
-    case DType::f32: return static_cast<T>(static_cast<const float*>(base)[i]);
-    case DType::f64: return static_cast<T>(static_cast<const double*>(base)[i]);
-    case DType::bf16: return static_cast<T>(bf16_to_f32(static_cast<const uint16_t*>(base)[i]));
-    default: return static_cast<T>(f16_to_f32(static_cast<const uint16_t*>(base)[i]));
+    case DType::f32:
+      return static_cast<T>(static_cast<const float*>(base)[i]);
+    case DType::f64:
+      return static_cast<T>(static_cast<const double*>(base)[i]);
+    case DType::bf16:
+      return static_cast<T>(bf16_to_f32(static_cast<const uint16_t*>(base)[i]));
+    default:
+      return static_cast<T>(f16_to_f32(static_cast<const uint16_t*>(base)[i]));
   }
 }
 
@@ -82,10 +86,18 @@ FUSEDOPTIM_HD T load_element(const void* base, DType d, int64_t i) {
 template <class T>
 FUSEDOPTIM_HD void store_element(void* base, DType d, int64_t i, T x) {
   switch (d) {
-    case DType::f32: static_cast<float*>(base)[i] = static_cast<float>(x); break;
-    case DType::f64: static_cast<double*>(base)[i] = static_cast<double>(x); break;
-    case DType::bf16: static_cast<uint16_t*>(base)[i] = f32_to_bf16(static_cast<float>(x)); break;
-    default: static_cast<uint16_t*>(base)[i] = f32_to_f16(static_cast<float>(x)); break;
+    case DType::f32:
+      static_cast<float*>(base)[i] = static_cast<float>(x);
+      break;
+    case DType::f64:
+      static_cast<double*>(base)[i] = static_cast<double>(x);
+      break;
+    case DType::bf16:
+      static_cast<uint16_t*>(base)[i] = f32_to_bf16(static_cast<float>(x));
+      break;
+    default:
+      static_cast<uint16_t*>(base)[i] = f32_to_f16(static_cast<float>(x));
+      break;
   }
 }
 

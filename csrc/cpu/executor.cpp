@@ -106,8 +106,10 @@ void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
     if (!e.active) continue;
     if (e.scalar_state) *e.scalar_state = rule_.next_scalar_state(inputs(e, rows, nullptr));
     if (e.step) {
-      if (e.step_dtype == DType::f64) *static_cast<double*>(e.step) += 1.0;
-      else *static_cast<float*>(e.step) += 1.0f;
+      if (e.step_dtype == DType::f64)
+        *static_cast<double*>(e.step) += 1.0;
+      else
+        *static_cast<float*>(e.step) += 1.0f;
     }
     e.first = false;
   }

@@ -19,7 +19,8 @@
 #include "apply.h"
 
 namespace fusedoptim {
-extern const Kernels kAvx2Kernels = {"avx2", update_kernel<avx2::F32, avx2::F64>, tile_sum_kernel<avx2::F32, avx2::F64>};
+extern const Kernels kAvx2Kernels = {"avx2", update_kernel<avx2::F32, avx2::F64>,
+                                     tile_sum_kernel<avx2::F32, avx2::F64>};
 }
 
 #if defined(__clang__)

@@ -9,7 +9,8 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
@@ -19,7 +20,8 @@
 #include "apply.h"
 
 namespace fusedoptim {
-extern const Kernels kAvx512Kernels = {"avx512", update_kernel<avx512::F32, avx512::F64>, tile_sum_kernel<avx512::F32, avx512::F64>};
+extern const Kernels kAvx512Kernels = {"avx512", update_kernel<avx512::F32, avx512::F64>,
+                                       tile_sum_kernel<avx512::F32, avx512::F64>};
 }
 
 #if defined(__clang__)

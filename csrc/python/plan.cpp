@@ -16,11 +16,16 @@ using StableTensor = torch::stable::Tensor;
 
 DType dtype_of(const StableTensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: return DType::unsupported;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      return DType::unsupported;
   }
 }
 
@@ -173,7 +178,8 @@ bool Plan::read_hyper(PyObject* value, double& out, LrDType* lr_dtype) {
   }
   if (TensorReader::get().is_tensor(value)) {
     TensorView v;
-    if (!TensorReader::get().view(value, v) || !v.on_cpu) return no("a hyper-parameter is a tensor that cannot be read on the CPU");
+    if (!TensorReader::get().view(value, v) || !v.on_cpu)
+      return no("a hyper-parameter is a tensor that cannot be read on the CPU");
     for (int d = 0; d < v.ndim; ++d)
       if (v.sizes[d] != 1) return no("a hyper-parameter is a tensor of several elements");
     out = load_element<double>(v.data, v.dtype, 0);
@@ -305,7 +311,8 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
     if (gi + 2 < group_.size()) prefetch_dict_keys(group_[gi + 2].dict.ptr());
     if (PyList_GET_ITEM(groups.ptr(), gi) != g.dict.ptr()) return no("a group was replaced");
     PyObject* params = PyDict_GetItem(g.dict.ptr(), params_key_.ptr());
-    if (params != g.params.ptr() || PyList_GET_SIZE(params) != g.end - g.begin) return no("a group's parameters changed");
+    if (params != g.params.ptr() || PyList_GET_SIZE(params) != g.end - g.begin)
+      return no("a group's parameters changed");
     if (!refresh_group(g, rows_[gi])) return false;
     for (int64_t i = g.begin; i < g.end; ++i) {
       prefetch_gradients(i);

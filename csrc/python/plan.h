@@ -50,8 +50,8 @@ class Plan {
  private:
   struct Member {  // a parameter, as refresh() needs it
     PyObject* param = nullptr;
-    const char* memory = nullptr;  // for prefetching
-    int64_t* shape = nullptr;      // its sizes, then its strides
+    const char* memory = nullptr;              // for prefetching
+    int64_t* shape = nullptr;                  // its sizes, then its strides
     PyObject* last_grad = nullptr;             // of the last step: perhaps gone, so only to be prefetched
     const int64_t* last_grad_sizes = nullptr;  // likewise
     int32_t ndim = 0;

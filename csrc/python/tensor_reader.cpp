@@ -17,10 +17,12 @@ TensorReader::TensorReader() {
   auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
   if (api->major != dlpack::kMajorVersion || !api->tensor_from_python)
-    throw std::runtime_error("this torch offers another version of the DLPack exchange API than fusedoptim was built for");
+    throw std::runtime_error(
+        "this torch offers another version of the DLPack exchange API than fusedoptim was built for");
   from_tensor_ = api->tensor_from_python;
   py::object grad = torch.attr("_C").attr("TensorBase").attr("grad");
-  if (Py_TYPE(grad.ptr()) != &PyGetSetDescr_Type) throw std::runtime_error("torch.Tensor.grad is no longer a getset descriptor");
+  if (Py_TYPE(grad.ptr()) != &PyGetSetDescr_Type)
+    throw std::runtime_error("torch.Tensor.grad is no longer a getset descriptor");
   grad_getter_ = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
   tensor_type_ = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type_ = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());

@@ -37,7 +37,11 @@ class TensorReader {
       PyErr_Clear();
       return false;
     }
-    out = {static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), t.ndim, t.shape, t.strides,
+    out = {static_cast<char*>(t.data) + t.byte_offset,
+           dtype_of(t.dtype),
+           t.ndim,
+           t.shape,
+           t.strides,
            t.device.type == dlpack::kCpu};
     return out.dtype != DType::unsupported;
   }

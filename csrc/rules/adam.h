@@ -10,7 +10,15 @@ struct Adam {
   static constexpr const char* name = "adam";
   static constexpr bool has_step = true, needs_norm = false;
   enum Hyper {
-    kBeta1 = kFirstRuleHyper, kBeta2, kEps, kWeightDecay, kAmsgrad, kMaximize, kDecoupled, kBiasCorrection, kHypers
+    kBeta1 = kFirstRuleHyper,
+    kBeta2,
+    kEps,
+    kWeightDecay,
+    kAmsgrad,
+    kMaximize,
+    kDecoupled,
+    kBiasCorrection,
+    kHypers
   };
   enum Slot { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kSlots };
 

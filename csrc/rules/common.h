@@ -40,11 +40,11 @@ struct PowMemo {
 
 // Where a rule's scalars come from, per tensor and step. All of it is double: scalars are rounded once, at the end.
 struct StepInputs {
-  const double* hyper;       // the group's row, indexed by the rule's Hyper enum
-  double step;               // the number of this step, counted from 1; 0 for a rule without a step
-  bool first;                // the states are to be taken as absent: this is the tensor's first step
-  double sum_of_squares;     // of the gradient, for rules that ask for it
-  float scalar_state;        // the rule's per-tensor scalar, for rules that have one
+  const double* hyper;    // the group's row, indexed by the rule's Hyper enum
+  double step;            // the number of this step, counted from 1; 0 for a rule without a step
+  bool first;             // the states are to be taken as absent: this is the tensor's first step
+  double sum_of_squares;  // of the gradient, for rules that ask for it
+  float scalar_state;     // the rule's per-tensor scalar, for rules that have one
   PowMemo* pow;
 };
 

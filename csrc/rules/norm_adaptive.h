@@ -42,8 +42,7 @@ struct NormAdaptive {
   }
 
   template <int variant, class M>
-  FUSEDOPTIM_HD static void update(typename M::V& p, typename M::V g, typename M::V*,
-                                   const Scalars<typename M::T>& c) {
+  FUSEDOPTIM_HD static void update(typename M::V& p, typename M::V g, typename M::V*, const Scalars<typename M::T>& c) {
     p = M::fma(M::set(c.neg_step_size), g, p * M::set(c.decay));
   }
 };

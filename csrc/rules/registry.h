@@ -31,10 +31,18 @@ void prepare_into(const StepInputs& in, void* out) {
 template <class Rule>
 RuleInfo info_of() {
   static_assert(Rule::kHypers <= kMaxHypers && Rule::kSlots <= kMaxSlots && Rule::variants <= kMaxVariants);
-  RuleInfo r{Rule::name, Rule::kHypers, Rule::kSlots, Rule::has_step, Rule::needs_norm, Rule::variant,
+  RuleInfo r{Rule::name,
+             Rule::kHypers,
+             Rule::kSlots,
+             Rule::has_step,
+             Rule::needs_norm,
+             Rule::variant,
              [](int variant, int slot) { return Rule::uses(variant, slot); },
-             prepare_into<Rule, float>, prepare_into<Rule, double>, nullptr};
-  if constexpr (Rule::needs_norm) r.next_scalar_state = [](const StepInputs& in) { return Rule::next_scalar_state(in); };
+             prepare_into<Rule, float>,
+             prepare_into<Rule, double>,
+             nullptr};
+  if constexpr (Rule::needs_norm)
+    r.next_scalar_state = [](const StepInputs& in) { return Rule::next_scalar_state(in); };
   return r;
 }
 

@@ -43,8 +43,10 @@ struct SGD {
     g = transform<M>(g, p, c.gradient);
     if constexpr (variant == 1) {
       typename M::V& buf = s[kMomentumBuffer];
-      if (c.first) buf = g;
-      else buf = M::fma(M::set(c.one_minus_dampening), g, buf * M::set(c.momentum));
+      if (c.first)
+        buf = g;
+      else
+        buf = M::fma(M::set(c.one_minus_dampening), g, buf * M::set(c.momentum));
       g = c.nesterov ? M::fma(M::set(c.momentum), buf, g) : buf;
     }
     p = M::fma(M::set(c.neg_lr), g, p);
