@@ -263,7 +263,7 @@ def test_hooks_closures_and_profiler_label() -> None:
         return loss
 
     before = (p[0].detach() ** 2).sum()
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         assert o.step(closure).item() == before.item()
     assert calls == ["pre", "closure", "post"]
     assert any(e.key == "Optimizer.step#SGD.step" for e in profile.key_averages())

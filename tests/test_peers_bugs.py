@@ -143,8 +143,8 @@ def test_bitsandbytes_replaces_the_storage_of_non_contiguous_parameters_and_zero
 
 
 def test_weight_decay_lost_in_bf16() -> None:
-    """p * (1 - lr*wd) rounds back to p when lr*wd < 2**-9. As part of the one sum that is rounded, decay counts: here it
-    and the update are each below half a unit in the last place (0.0039 at 1.5), and together above."""
+    """p * (1 - lr*wd) rounds back to p when lr*wd < 2**-9. As part of the one sum that is rounded, decay counts: here
+    it and the update are each below half a unit in the last place (0.0039 at 1.5), and together above."""
     options = {"lr": 3e-3, "weight_decay": 0.5}
 
     def after_one_step(cls: type, **more: object) -> float:

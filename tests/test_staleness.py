@@ -193,7 +193,7 @@ def test_a_step_allocates_nothing_that_grows_with_the_model() -> None:
     for case in (BY_NAME["adamw"], BY_NAME["norm_adaptive"]):
         o = case.make(ps)
         o.step()
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             o.step()
         allocated = sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
         assert allocated == 0
