@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import shutil
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +36,13 @@ def save(path: Path, settings: dict[str, Any], progress: Progress, **parts: Any)
 def load(path: Path, settings: dict[str, Any], **parts: Any) -> Progress:
     """Restores the parts. Raises UsageError for a file that is no such checkpoint, or one of another run."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums that torch.save writes
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
         content = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # an unpickler given arbitrary bytes raises anything
+        first = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(f"--resume {path} cannot be read: {first}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"--resume {path} is not a checkpoint of python -m benchmarks.train")
@@ -49,3 +53,11 @@ def load(path: Path, settings: dict[str, Any], **parts: Any) -> Progress:
     for name, part in parts.items():
         part.load_state_dict(content[name])
     return Progress(**content["progress"])
+
+
+def carry_best(resumed: Path, folder: Path) -> None:
+    """Copies the best checkpoint so far to the folder of a run that goes on elsewhere. It may never be beaten there."""
+    source, target = resumed.parent / "best.pt", folder / "best.pt"
+    if source.is_file() and not target.exists():
+        with source.open("rb") as f:
+            write_atomically(target, lambda out: shutil.copyfileobj(f, out))

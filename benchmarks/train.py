@@ -1,7 +1,7 @@
 """``python -m benchmarks.train``: trains a small GPT on text, with any of the optimizers.
 
 ``--compare`` trains a second model beside it with torch.optim, on the same batches, and says whether the losses are the
-same to the last bit; and steps a third set of parameters with the fastest that torch has, for the time.
+same to the last bit. For the time, fusedoptim and the fastest that torch has step copies of the parameters, in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -27,8 +27,13 @@ from .gpt import GPT, GPTConfig
 from .text import Text, load_text
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    p = Parser(prog="python -m benchmarks.train", description=__doc__)
     p.add_argument("--optimizer", default="AdamW", help=f"one of {', '.join(choices.SETTINGS)} (default: AdamW)")
     p.add_argument("--text", type=Path, help="a file to train on, by bytes (default: Python's standard library)")
     p.add_argument("--steps", type=int, default=800)
@@ -53,6 +58,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch", "accumulate", "eval_every", "layers", "width", "heads", "context"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}")
+    for name in ("lr", "warmup", "max_grad_norm"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 0 and finite, but is {getattr(args, name)}")
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed must be from 0 to 2**32 - 1, but is {args.seed}")
     if args.width % args.heads:
         raise UsageError(f"--width {args.width} must be a multiple of --heads {args.heads}")
     if args.compare and args.resume:
@@ -92,30 +102,37 @@ class Learner:
 
 
 class Comparison:
-    """The same training with torch.optim, and the fastest torch optimizer on parameters of its own."""
+    """The same training with torch.optim's witness. Beside it, fusedoptim and the fastest that torch has are timed, each
+    on a copy of the parameters: the model's own lie in the cache after a backward pass, which would favour one."""
 
     def __init__(self, config: GPTConfig, args: argparse.Namespace, params: list[torch.nn.Parameter]) -> None:
         model = GPT(config, args.seed)
         self.learner = Learner(model, choices.make_witness(args.optimizer, model.parameters(), args.lr), args)
         self.params = params
-        self.shadow = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        self.fastest_name, self.fastest = choices.make_fastest(args.optimizer, self.shadow, args.lr)
+        ours, theirs = ([torch.nn.Parameter(p.detach().clone()) for p in params] for _ in range(2))
+        self.fastest_name, fastest = choices.make_fastest(args.optimizer, theirs, args.lr)
+        self.timed = [(choices.make(args.optimizer, ours, args.lr), ours), (fastest, theirs)]
+        self.seconds: tuple[list[float], list[float]] = ([], [])
         self.first_difference: int | None = None
-        self.seconds: list[float] = []
 
     def step(self, text: Text, step: int, loss: float) -> None:
         other, _ = self.learner.gradients(text, step)
-        if other != loss and self.first_difference is None:
-            self.first_difference = step
-        witness.step(self.learner.optimizer)
+        self.check(step, loss, other)
+        witness.witness_step(self.learner.optimizer)
         self.learner.schedule.step()
 
-    def time_fastest(self) -> None:
-        for p, q in zip(self.params, self.shadow, strict=True):
-            q.grad = p.grad
-        start = time.perf_counter()
-        self.fastest.step()
-        self.seconds.append(time.perf_counter() - start)
+    def check(self, step: int, loss: float, other: float) -> None:
+        if other != loss and self.first_difference is None:
+            self.first_difference = step
+
+    def time_steps(self, step: int) -> None:
+        for i in (0, 1) if step % 2 else (1, 0):  # whoever comes second finds warm gradients
+            optimizer, copies = self.timed[i]
+            for p, q in zip(self.params, copies, strict=True):
+                q.grad = p.grad
+            start = time.perf_counter()
+            optimizer.step()
+            self.seconds[i].append(time.perf_counter() - start)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -125,11 +142,13 @@ def train(args: argparse.Namespace) -> int:
     model = GPT(config, args.seed)
     learner = Learner(model, choices.make(args.optimizer, model.parameters(), args.lr), args)
     settings: dict[str, Any] = {**asdict(config), "optimizer": args.optimizer, "seed": args.seed, "batch": args.batch}
-    settings |= {"accumulate": args.accumulate, "bytes": len(text.train), "steps": args.steps, "lr": args.lr}
+    settings |= {"accumulate": args.accumulate, "steps": args.steps, "lr": args.lr}
+    settings |= {"warmup": args.warmup, "max_grad_norm": args.max_grad_norm, "text_crc32": text.checksum()}
     parts = {"model": model, "optimizer": learner.optimizer, "schedule": learner.schedule}
     progress = Progress()
     if args.resume is not None:
         progress = checkpoint.load(args.resume, settings, **parts)
+        checkpoint.carry_best(args.resume, args.out)
     params = list(model.parameters())
     comparison = Comparison(config, args, params) if args.compare else None
     entropy = text.unigram_entropy()
@@ -143,16 +162,16 @@ def train(args: argparse.Namespace) -> int:
     while progress.step < args.steps:
         step = progress.step
         loss, norm = learner.gradients(text, step)
+        if not math.isfinite(loss):
+            bar.close()
+            raise UsageError(f"the loss is {loss} at step {step}: try an --lr below {args.lr:g}")
         lr = learner.schedule.get_last_lr()[0]
-        if comparison is not None and step % 2:
-            comparison.time_fastest()  # before or after, in turn: whoever comes second finds warm gradients
         start = time.perf_counter()
         learner.optimizer.step()
         seconds = time.perf_counter() - start
-        if comparison is not None and not step % 2:
-            comparison.time_fastest()
         learner.schedule.step()
         if comparison is not None:
+            comparison.time_steps(step)
             comparison.step(text, step, loss)
         progress.train.append({"loss": loss, "lr": lr, "grad_norm": norm, "optimizer_s": seconds})
         progress.step += 1
@@ -164,6 +183,8 @@ def train(args: argparse.Namespace) -> int:
         if progress.step % args.eval_every == 0 or progress.step == args.steps:
             record(args, learner, text, settings, progress, parts, entropy)
     bar.close()
+    if comparison is not None:  # the last step shows in no training loss
+        comparison.check(args.steps, progress.validation[-1]["loss"], comparison.learner.validate(text))
     return summary(args, progress, entropy, comparison)
 
 
@@ -192,10 +213,10 @@ def summary(args: argparse.Namespace, progress: Progress, entropy: float, compar
     print(f"optimizer: {mine:.3f} ms per step (median). Written to {args.out}: latest.pt best.pt history.json loss.png")
     if comparison is None:
         return 0
-    theirs = statistics.median(comparison.seconds) * 1e3
+    mine, theirs = (statistics.median(s) * 1e3 for s in comparison.seconds)
     print(
-        f"optimizer, interleaved: fusedoptim {mine:.3f} ms, "
-        f"{comparison.fastest_name} {theirs:.3f} ms: {theirs / mine:.2f}x"
+        f"optimizer, interleaved: fusedoptim {mine:.3f} ms, {comparison.fastest_name} {theirs:.3f} ms: "
+        f"{theirs / mine:.2f}x (medians, on copies of the parameters)"
     )
     first = comparison.first_difference
     if first is not None:

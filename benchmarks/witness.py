@@ -45,7 +45,7 @@ def ieee_sqrt() -> Iterator[None]:
         Tensor.sqrt, Tensor.sqrt_ = _sqrt, _sqrt_  # type: ignore[method-assign]
 
 
-def step(optimizer: torch.optim.Optimizer) -> None:
+def witness_step(optimizer: torch.optim.Optimizer) -> None:
     """Steps with a correctly rounded square root."""
     with ieee_sqrt():
         optimizer.step()
