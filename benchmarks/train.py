@@ -102,8 +102,8 @@ class Learner:
 
 
 class Comparison:
-    """The same training with torch.optim's witness. Beside it, fusedoptim and the fastest that torch has are timed, each
-    on a copy of the parameters: the model's own lie in the cache after a backward pass, which would favour one."""
+    """The same training with torch.optim's witness. Beside it, fusedoptim and the fastest that torch has are
+    timed, each on a copy of the parameters: the model's own lie in the cache after a backward pass."""
 
     def __init__(self, config: GPTConfig, args: argparse.Namespace, params: list[torch.nn.Parameter]) -> None:
         model = GPT(config, args.seed)

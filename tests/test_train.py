@@ -13,18 +13,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import checkpoint, witness
 from benchmarks.train import main
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--eval-every", "5"]
 
 
+#: One thread: models as tiny as these gain nothing from two, and wait for each other when the machine is busy.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 def command(*options: object, module: str = "train") -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", *map(str, options)]
+    return [sys.executable, "-W", "error", "-m", f"benchmarks.{module}", *map(str, options)]
 
 
 def run(*options: object, module: str = "train") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*options, module=module), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(*options, module=module), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
 
 
 def train(out: Path, *options: object) -> subprocess.CompletedProcess[str]:
@@ -68,31 +80,72 @@ def test_a_difference_is_noticed(tmp_path: Path) -> None:
         "from contextlib import nullcontext; from benchmarks import witness, train; witness.ieee_sqrt = nullcontext; "
     )
     code += f"raise SystemExit(train.main({[*TINY, '--out', str(tmp_path), '--steps', '30', '--compare']!r}))"
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert result.returncode == 1, result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1] == "losses identical: no" and lines[-2].startswith("first step at which the losses differ: ")
 
 
-def test_resuming_gives_the_same_bits(tmp_path: Path) -> None:
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    assert train(straight, "--steps", 20, "--optimizer", "sgd").returncode == 0
-    assert train(cut, "--steps", 20, "--optimizer", "sgd").returncode == 0
-    first = torch.load(cut / "best.pt", weights_only=True)["progress"]["step"]
-    assert train(cut, "--steps", 20, "--optimizer", "sgd", "--resume", cut / "best.pt").returncode == 0, first
-    same_checkpoints(straight / "latest.pt", cut / "latest.pt")
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "normadaptive"])
+def test_resuming_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    """Stopped between its two checkpoints of step 10, continued in another folder, to which the best comes along."""
+    straight, cut, there = tmp_path / "straight", tmp_path / "cut", tmp_path / "there"
+    options = [*TINY, "--steps", "20", "--optimizer", optimizer, "--accumulate", "2"]
+    assert main([*options, "--out", str(straight)]) == 0
+    save = checkpoint.save
+
+    def save_and_stop(path: Path, settings: dict[str, object], progress: checkpoint.Progress, **parts: object) -> None:
+        if progress.step == 10 and path.name == "latest.pt":
+            raise Stopped
+        save(path, settings, progress, **parts)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    with pytest.raises(Stopped):
+        main([*options, "--out", str(cut)])
+    monkeypatch.undo()
+    assert torch.load(cut / "latest.pt", weights_only=True)["progress"]["step"] == 5
+    assert main([*options, "--out", str(there), "--resume", str(cut / "latest.pt")]) == 0
+    for name in ("latest.pt", "best.pt"):
+        same_checkpoints(straight / name, there / name)
+
+
+def test_resuming_elsewhere_keeps_the_best_checkpoint(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert main([*TINY, "--steps", "10", "--out", str(here)]) == 0
+    assert main([*TINY, "--steps", "10", "--out", str(there), "--resume", str(here / "latest.pt")]) == 0
+    same_checkpoints(here / "best.pt", there / "best.pt")
+
+
+def test_the_last_step_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It shows in no training loss."""
+
+    def step_twice(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        optimizer.step()
+
+    monkeypatch.setattr(witness, "witness_step", step_twice)
+    assert main([*TINY, "--out", str(tmp_path), "--steps", "1", "--compare"]) == 1
+    assert "first step at which the losses differ: 1\nlosses identical: no\n" in capsys.readouterr().out
 
 
 def test_killed_at_any_moment_it_resumes_with_the_same_bits(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    options = ["--steps", 120, "--eval-every", 2]
+    options = ["--steps", 60, "--eval-every", 2]
     assert train(straight, *options).returncode == 0
     resume: list[object] = []
     kills = 0
-    for pause in (0.05, 0.4, 0.9, 60):
+    for pause in (0.05, 0.3, 0.6, 60):
         process = subprocess.Popen(
             command(*TINY, "--out", killed, *options, *resume),
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         latest = killed / "latest.pt"
         before = latest.stat().st_mtime_ns if latest.exists() else None
@@ -118,7 +171,14 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     good = tmp_path / "good"
     assert train(good, "--steps", 5).returncode == 0
     corrupt = tmp_path / "corrupt.pt"
-    corrupt.write_bytes((good / "latest.pt").read_bytes()[:3000])
+    intact = (good / "latest.pt").read_bytes()
+    corrupt.write_bytes(intact[:3000])
+    flipped = tmp_path / "flipped.pt"
+    flipped.write_bytes(
+        intact[: len(intact) // 2] + bytes([intact[len(intact) // 2] ^ 1]) + intact[len(intact) // 2 + 1 :]
+    )
+    other_text = tmp_path / "other.txt"
+    other_text.write_text("another text " * 1000)
     foreign = tmp_path / "foreign.pt"
     torch.save({"model": {}}, foreign)
     cases = [
@@ -127,10 +187,14 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--out", file / "below"], f"--out {file / 'below'} cannot be written"),
         (["--resume", tmp_path / "missing"], "No such file"),
         (["--resume", corrupt], f"--resume {corrupt} cannot be read"),
+        (["--resume", flipped], "is damaged"),
+        (["--resume", good / "latest.pt", "--steps", 5, "--text", other_text], "was made with text_crc32="),
         (["--resume", foreign], "is not a checkpoint of python -m benchmarks.train"),
         (["--resume", good / "latest.pt", "--width", 64], "was made with width=32, this run has width=64"),
         (["--optimizer", "lion"], "'lion' is unknown: choose one of Adam, AdamW, SGD, RMSprop, Adagrad, NormAdaptive"),
         (["--steps", 0], "--steps must be at least 1"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--lr", -1], "--lr must be at least 0"),
         (["--width", 33], "must be a multiple of"),
     ]
     for options, message in cases:
