@@ -22,6 +22,26 @@ def replace_by_transposed(o: torch.optim.Optimizer, ps: list) -> None:
     ps[1].data = (ps[1].detach() + 1).t().contiguous().t()
 
 
+def transpose_in_place(o: torch.optim.Optimizer, ps: list) -> None:
+    ps[3].data = ps[3].detach().t()  # the same memory, shape and size
+
+
+def read_as_another_dtype(o: torch.optim.Optimizer, ps: list) -> None:
+    ps[4].data = ps[4].detach().view(torch.float16)  # the same memory and size
+
+
+def stretch(o: torch.optim.Optimizer, ps: list) -> None:
+    ps[0].data = torch.as_strided(ps[0].detach(), (3,), (2,))
+    ps[0].grad = torch.ones(3)
+    o.state.pop(ps[0], None)
+
+
+def transpose_state_in_place(o: torch.optim.Optimizer, ps: list) -> None:
+    for s in o.state[ps[3]].values():
+        if s.dim() == 2:
+            s.data = s.t()
+
+
 def replace_state(o: torch.optim.Optimizer, ps: list) -> None:
     state = o.state[ps[1]]
     for name in list(state):
@@ -95,7 +115,8 @@ def resize(o: torch.optim.Optimizer, ps: list) -> None:
 
 
 CHANGES = [
-    replace_storage, replace_by_transposed, replace_state, replace_state_memory, write_state_in_place, share_memory,
+    replace_storage, replace_by_transposed, transpose_in_place, read_as_another_dtype, stretch,
+    transpose_state_in_place, replace_state, replace_state_memory, write_state_in_place, share_memory,
     drop_state, clear_all_state, other_state_dict_object, reload, change_values, lists_as_betas, split_groups, reorder,
     no_gradient, double, resize,
 ]  # fmt: skip
@@ -105,10 +126,10 @@ CHANGES = [
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_a_change_takes_effect_at_the_next_step(case: Case, change: Change) -> None:
     """The reference looks at everything anew, so it is what a step without a cache does."""
-    shapes = [(5,), (6, 7), (1025,)]
+    shapes = [(5,), (6, 7), (1025,), (9, 9)]
     optimizers = []
     for backend in ("cpu", "reference"):
-        ps = parameters(shapes)
+        ps = [*parameters(shapes), *parameters([(20,)], torch.bfloat16)]
         o = case.make(ps, backend=backend)
         for step in range(6):
             if step != 3:
@@ -116,8 +137,9 @@ def test_a_change_takes_effect_at_the_next_step(case: Case, change: Change) -> N
             else:
                 set_gradients(ps, step)
                 change(o, ps)
-            if change in (double, resize) and step > 3:
-                ps[1].grad = torch.ones_like(ps[1])
+            if change in (double, resize, read_as_another_dtype, stretch) and step >= 3:
+                for p in ps:
+                    p.grad = torch.ones_like(p)
             o.step()
         optimizers.append(o)
     assert_same_optimizers(*optimizers)

@@ -1,5 +1,5 @@
-// The addresses of tensors that a plan keeps, checked at every step: a tensor object can be given other memory
-// (.data =, set_, resize_, share_memory_, FSDP) without becoming another object.
+// The addresses of tensors that a plan keeps, checked at every step: a tensor object can be given other memory, strides
+// or dtype (.data =, set_, resize_, share_memory_, FSDP) without becoming another object.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,12 +15,17 @@ class AddressBook {
   // Returns the tensor's address.
   void* add(const torch::stable::Tensor& t) {
     tensors_.push_back(t);
-    items_.push_back({t.get(), t.mutable_data_ptr(), t.numel(), tensor_memory(t.get())});
+    Item item{t.get(), t.mutable_data_ptr(), t.numel(), tensor_memory(t.get()), 0, 0, strides_.size()};
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &item.dtype));
+    const auto strides = t.strides();
+    item.ndim = static_cast<int32_t>(strides.size());
+    strides_.insert(strides_.end(), strides.begin(), strides.end());
+    items_.push_back(item);
     return items_.back().data;
   }
 
-  // True if every tensor still has the address and number of elements that it was added with. Touches no Python
-  // object, so that any thread may call it.
+  // True if every tensor still has the address, number of elements, strides and dtype that it was added with. Touches
+  // no Python object, so that any thread may call it.
   bool unchanged() const {
     const size_t n = items_.size();
     for (size_t i = 0; i < n; ++i) {
@@ -29,10 +34,18 @@ class AddressBook {
         prefetch_tensor(items_[i + kFar].memory);
       }
       if (i + kNear < n) prefetch_storage(items_[i + kNear].memory);
+      const Item& item = items_[i];
       void* data = nullptr;
-      int64_t numel = 0;
-      if (aoti_torch_get_data_ptr(items_[i].handle, &data) != 0 || data != items_[i].data) return false;
-      if (aoti_torch_get_numel(items_[i].handle, &numel) != 0 || numel != items_[i].numel) return false;
+      int64_t numel = 0, ndim = 0, *strides = nullptr;
+      int32_t dtype = 0;
+      if (aoti_torch_get_data_ptr(item.handle, &data) != 0 || data != item.data) return false;
+      if (aoti_torch_get_numel(item.handle, &numel) != 0 || numel != item.numel) return false;
+      if (aoti_torch_get_dtype(item.handle, &dtype) != 0 || dtype != item.dtype) return false;
+      if (aoti_torch_get_dim(item.handle, &ndim) != 0 || ndim != item.ndim) return false;
+      if (ndim == 0) continue;
+      if (aoti_torch_get_strides(item.handle, &strides) != 0) return false;
+      for (int64_t d = 0; d < ndim; ++d)
+        if (strides[d] != strides_[item.strides + d]) return false;
     }
     return true;
   }
@@ -43,11 +56,14 @@ class AddressBook {
     void* data;
     int64_t numel;
     const char* memory;
+    int32_t dtype, ndim;
+    size_t strides;  // where they begin in strides_
   };
   static constexpr size_t kFar = 24, kNear = 12;
 
   std::vector<torch::stable::Tensor> tensors_;
   std::vector<Item> items_;
+  std::vector<int64_t> strides_;
 };
 
 }  // namespace fusedoptim

@@ -344,6 +344,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
 
 bool Plan::refresh(py::handle groups, py::handle state) {
   if (!bound_) throw std::runtime_error("refresh() must follow build() and bind()");
+  if (running_) throw std::runtime_error("step() was called while another thread is in step() of the same optimizer");
   refreshed_ = false;
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   rescheduling_ = rescheduling_ || threads != threads_;
@@ -366,7 +367,7 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   if (!python_checked) fits = refresh_python(groups, state);
   if (!fits) return false;
   if (!addresses_checked) unchanged = addresses_.unchanged();
-  if (!unchanged) return no("a parameter or a state has new memory or a new size");
+  if (!unchanged) return no("a parameter or a state has new memory, strides or dtype");
   refreshed_ = true;
   return true;
 }
@@ -374,12 +375,14 @@ bool Plan::refresh(py::handle groups, py::handle state) {
 void Plan::run() {
   if (!refreshed_) throw std::runtime_error("run() must follow a refresh() that returned True");
   refreshed_ = false;
-  struct Release {  // what was held for the kernels
-    std::vector<py::object>& grads;
-    ~Release() {
-      for (py::object& g : grads) g = py::object();
+  struct Running {  // releases what was held for the kernels
+    Plan& plan;
+    explicit Running(Plan& p) : plan(p) { plan.running_ = true; }
+    ~Running() {
+      plan.running_ = false;
+      for (py::object& g : plan.grads_) g = py::object();
     }
-  } release_grads{grads_};
+  } running(*this);
   if (rescheduling_) {
     executor_.reschedule(entries_);
     py::list active;

@@ -101,7 +101,7 @@ class Plan {
   py::object active_params_;
   const Kernels* kernels_ = nullptr;
   int threads_ = 0;
-  bool rescheduling_ = true, refreshed_ = false;
+  bool rescheduling_ = true, refreshed_ = false, running_ = false;
   std::string reason_;
 };
 
