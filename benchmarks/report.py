@@ -23,7 +23,8 @@ def section(name: str) -> str:
     content = json.loads((ROOT / name).read_text())
     e = content["environment"]
     source = (
-        f"{e['cpu']}, {e['threads']} threads, {e['capability']}, torch {e['torch']}, Python {e['python']}, {e['system']}; "
+        f"{e['cpu']}, {e['threads']} threads, {e['capability']}, torch {e['torch']}, Python {e['python']}, "
+        f"{e['system']}; "
         f"commit {e['commit']}, {e['date'][:10]}; `{e['command']}`"
     )
     return f"<!-- results: {name} -->\n{table(content['results'])}\n\n{source}\n<!-- end of results -->"
