@@ -128,6 +128,8 @@ class FusedOptimizer(Optimizer):
                 _checks.check_param(p, who, name)
                 if p.grad is not None:
                     _checks.check_grad(p, who, name)
+                    if p.grad.is_neg():  # the kernels read memory, which does not show a negation still owed
+                        p.grad = p.grad.resolve_neg()
                 state = self.state.get(p, {})
                 _checks.check_states(p, state, self.rule, who)
                 if p.grad is not None:

@@ -99,6 +99,22 @@ def test_expanded_gradient(case: Case) -> None:
     assert_same_bits(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 5)], ids=str)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_gradients_that_are_negated_lazily(case: Case, shape: tuple[int, ...]) -> None:
+    """As the backward pass of complex numbers makes them."""
+    p, q = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(shape))
+    a, b = case.make([p]), case.make([q])
+    for step in range(4):
+        g = gradient(p, step, 0).float()
+        lazy = torch.complex(torch.zeros_like(g), -g).conj().imag
+        assert lazy.is_neg()
+        p.grad, q.grad = (lazy, g) if step != 1 else (g.clone(), g)
+        a.step()
+        b.step()
+    assert_same_bits(p.detach(), q.detach())
+
+
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_empty_tensors_anywhere(case: Case) -> None:
     """Also last, where a trailing launch can get lost."""

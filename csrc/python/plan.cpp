@@ -331,6 +331,10 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
         TensorView view;
         if (!reader.view(m.last_grad, view)) return no("a gradient is not a strided tensor of a supported dtype");
         m.last_grad_sizes = view.sizes;
+        // Such gradients are every second element of a complex tensor, so only unusual strides are worth the question.
+        const bool usual =
+            e.numel > 1 && view.ndim == m.ndim && std::equal(view.strides, view.strides + m.ndim, m.shape + m.ndim);
+        if (!usual && reader.is_negated(m.last_grad)) return no("a gradient is negated lazily");
         if (!refresh_gradient(i, view)) return false;
       }
       if (active != e.active) {

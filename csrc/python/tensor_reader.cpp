@@ -27,6 +27,7 @@ TensorReader::TensorReader() {
   tensor_type_ = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type_ = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   grad_name_ = PyUnicode_InternFromString("grad");
+  is_neg_name_ = PyUnicode_InternFromString("is_neg");
   capsule.release();
   grad.release();
 }

@@ -28,6 +28,15 @@ class TensorReader {
     return PyObject_GetAttr(param, grad_name_);
   }
 
+  // Whether torch still owes this tensor a negation (the imaginary part of a conjugate), which its memory does not
+  // show.
+  bool is_negated(PyObject* tensor) const {
+    PyObject* answer = PyObject_CallMethodNoArgs(tensor, is_neg_name_);
+    if (!answer) PyErr_Clear();
+    Py_XDECREF(answer);
+    return answer != Py_False;
+  }
+
   bool is_tensor(PyObject* x) const { return PyObject_TypeCheck(x, tensor_type_); }
 
   // False, with no Python error left set, for what has no strided memory of a supported dtype.
@@ -58,7 +67,7 @@ class TensorReader {
   dlpack::TensorFromPython from_tensor_;
   PyTypeObject *tensor_type_, *parameter_type_;
   PyGetSetDef* grad_getter_;
-  PyObject* grad_name_;
+  PyObject *grad_name_, *is_neg_name_;
 };
 
 }  // namespace fusedoptim
