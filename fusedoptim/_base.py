@@ -76,12 +76,12 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         runners = self._runners
-        if runners is not None:
+        if runners:
             for runner in runners:
                 if not runner.refresh(self.param_groups, self.state):
                     runners = None
                     break
-        if runners is None:
+        if not runners:  # none yet, none that fits, or no parameters so far
             self._runners = None
             runners = self._prepare()
         for runner in runners:

@@ -99,6 +99,10 @@ def check_param(p: Tensor, who: str, optimizer: str) -> None:
         raise ValueError(f"{who} has layout {p.layout}: only dense (torch.strided) parameters can be updated")
     if is_traceable_wrapper_subclass(p):
         raise ValueError(f"{who} is a {type(p).__name__}, which holds other tensors: optimize those instead")
+    if p.is_neg():
+        raise ValueError(f"{who} is negated lazily, which its memory does not show: use resolve_neg()")
+    if p.dim() > 64:
+        raise ValueError(f"{who} has {p.dim()} dimensions, at most 64 are supported: reshape it")
     if p.device.type == "meta":
         raise ValueError(f"{who} is on the meta device and has no memory: materialise it first, with to_empty()")
     if _overlaps(p):
@@ -116,6 +120,8 @@ def check_grad(p: Tensor, who: str, optimizer: str) -> None:
         raise ValueError(
             f"{who} has a sparse gradient ({g.layout}): use torch.optim.{instead} for it, or Embedding(sparse=False)"
         )
+    if is_traceable_wrapper_subclass(g) or g._is_zerotensor():
+        raise ValueError(f"{who} has a gradient without memory of its own ({type(g).__name__}): give it a plain tensor")
     if g.is_complex() or g.dtype not in DTYPES:
         raise ValueError(f"{who} has a gradient of unsupported dtype {g.dtype}: it must be {_NAMES}")
     if g.device != p.device:
@@ -144,7 +150,7 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
         wanted = torch.device("cpu") if name == "step" and value.device.type == "cpu" else p.device
         if devices and value.device != wanted:
             raise ValueError(f"state {name!r} of {who} is on {value.device}: move it with .to({str(p.device)!r})")
-        if value.layout != torch.strided or _overlaps(value):
+        if value.layout != torch.strided or _overlaps(value) or value.is_neg():
             raise ValueError(f"state {name!r} of {who} has no dense memory of its own: use .contiguous()")
 
 

@@ -187,6 +187,27 @@ def test_params_of_wrong_types() -> None:
     fusedoptim.SGD([{"params": []}, {"params": p}]).step()  # an empty group is none
 
 
+def test_gradients_without_memory() -> None:
+    o, ps = stepped(FULL[0])
+    ps[1].grad = torch._efficientzerotensor(6)
+    fails_without_a_trace(o, ps, "parameter 1 of group 0.*gradient without memory")
+
+
+def test_too_many_dimensions() -> None:
+    with pytest.raises(ValueError, match="82 dimensions"):
+        fusedoptim.SGD([torch.nn.Parameter(torch.ones([2, 3] + [1] * 80))])
+
+
+def test_parameters_that_come_after_a_step_without_any() -> None:
+    o = fusedoptim.SGD([{"params": []}], lr=0.5)
+    o.step()
+    p = torch.nn.Parameter(torch.ones(2))
+    o.add_param_group({"params": [p]})
+    p.grad = torch.ones(2)
+    o.step()
+    assert (p == 0.5).all()
+
+
 def test_tensor_betas_are_refused() -> None:
     with pytest.raises(ValueError, match=r"betas\[0\] as a Tensor is not supported"):
         fusedoptim.Adam(parameters([(2,)]), betas=(torch.tensor(0.9), torch.tensor(0.99)))

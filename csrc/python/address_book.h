@@ -15,16 +15,17 @@ class AddressBook {
   // Returns the tensor's address.
   void* add(const torch::stable::Tensor& t) {
     tensors_.push_back(t);
-    Item item{t.get(), t.mutable_data_ptr(), t.numel(), tensor_memory(t.get()), 0, 0, strides_.size()};
+    Item item{t.get(), t.mutable_data_ptr(), t.numel(), tensor_memory(t.get()), 0, 0, shapes_.size()};
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &item.dtype));
-    const auto strides = t.strides();
+    const auto sizes = t.sizes(), strides = t.strides();
     item.ndim = static_cast<int32_t>(strides.size());
-    strides_.insert(strides_.end(), strides.begin(), strides.end());
+    shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
+    shapes_.insert(shapes_.end(), strides.begin(), strides.end());
     items_.push_back(item);
     return items_.back().data;
   }
 
-  // True if every tensor still has the address, number of elements, strides and dtype that it was added with. Touches
+  // True if every tensor still has the address, sizes, strides and dtype that it was added with. Touches
   // no Python object, so that any thread may call it.
   bool unchanged() const {
     const size_t n = items_.size();
@@ -36,16 +37,17 @@ class AddressBook {
       if (i + kNear < n) prefetch_storage(items_[i + kNear].memory);
       const Item& item = items_[i];
       void* data = nullptr;
-      int64_t numel = 0, ndim = 0, *strides = nullptr;
+      int64_t numel = 0, ndim = 0, *sizes = nullptr, *strides = nullptr;
       int32_t dtype = 0;
       if (aoti_torch_get_data_ptr(item.handle, &data) != 0 || data != item.data) return false;
       if (aoti_torch_get_numel(item.handle, &numel) != 0 || numel != item.numel) return false;
       if (aoti_torch_get_dtype(item.handle, &dtype) != 0 || dtype != item.dtype) return false;
       if (aoti_torch_get_dim(item.handle, &ndim) != 0 || ndim != item.ndim) return false;
       if (ndim == 0) continue;
+      if (aoti_torch_get_sizes(item.handle, &sizes) != 0) return false;
       if (aoti_torch_get_strides(item.handle, &strides) != 0) return false;
       for (int64_t d = 0; d < ndim; ++d)
-        if (strides[d] != strides_[item.strides + d]) return false;
+        if (sizes[d] != shapes_[item.shape + d] || strides[d] != shapes_[item.shape + ndim + d]) return false;
     }
     return true;
   }
@@ -57,13 +59,13 @@ class AddressBook {
     int64_t numel;
     const char* memory;
     int32_t dtype, ndim;
-    size_t strides;  // where they begin in strides_
+    size_t shape;  // where its sizes, then its strides, begin in shapes_
   };
   static constexpr size_t kFar = 24, kNear = 12;
 
   std::vector<torch::stable::Tensor> tensors_;
   std::vector<Item> items_;
-  std::vector<int64_t> strides_;
+  std::vector<int64_t> shapes_;
 };
 
 }  // namespace fusedoptim

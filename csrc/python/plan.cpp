@@ -253,6 +253,7 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   Entry& e = entries_[i];
   if (!m.ready) return no("a parameter has a gradient for the first time");
   if (!g.on_cpu) return no("a gradient is not on the CPU");
+  if (!g.data && e.numel > 0) return no("a gradient has no memory");
   if (g.ndim != m.ndim) return no("a gradient's shape differs from its parameter's");
   for (int d = 0; d < g.ndim; ++d)
     if (g.sizes[d] != m.shape[d]) return no("a gradient's shape differs from its parameter's");
