@@ -131,6 +131,8 @@ class FusedOptimizer(Optimizer):
                     if p.grad.is_neg():  # the kernels read memory, which does not show a negation still owed
                         p.grad = p.grad.resolve_neg()
                 state = self.state.get(p, {})
+                if not isinstance(state, dict):
+                    raise ValueError(f"the state of {who} must be a dict, but is {state!r}")
                 _checks.check_states(p, state, self.rule, who)
                 if p.grad is not None:
                     _checks.check_names(state, self.rule, who, name)

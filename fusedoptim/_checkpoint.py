@@ -25,15 +25,17 @@ def keep_dtypes(state_dict: dict[str, Any], groups: list[dict[str, Any]], rule: 
     owners = dict(zip(ids, members, strict=False))  # torch itself checks that the groups match
     kept = {}
     for k, values in state_dict["state"].items():
+        if k not in owners:
+            kept[k] = values
+            continue
         if not isinstance(values, dict):
             raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
         if isinstance(values.get("step"), (int, float)):  # as torch saved it before 1.12
             values = {**values, "step": torch.tensor(float(values["step"]), dtype=torch.float32)}
-        if k in owners:
-            group, index, i = owners[k]
-            who = _checks.describe(group, index, i)
-            _checks.check_names(values, rule, who, optimizer)
-            _checks.check_states(group["params"][i], values, rule, who, devices=False)
+        group, index, i = owners[k]
+        who = _checks.describe(group, index, i)
+        _checks.check_names(values, rule, who, optimizer)
+        _checks.check_states(group["params"][i], values, rule, who, devices=False)
         kept[k] = {name: Kept(v) if isinstance(v, Tensor) else v for name, v in values.items()}
     return {**state_dict, "state": kept}
 

@@ -193,6 +193,23 @@ def test_gradients_without_memory() -> None:
     fails_without_a_trace(o, ps, "parameter 1 of group 0.*gradient without memory")
 
 
+def test_entries_of_others_in_the_state_are_left_alone() -> None:
+    o, ps = stepped(FULL[0])
+    o.state["global"] = 5
+    o.state["more"] = {"x": torch.ones(2)}
+    o.step()
+    runners = o._runners
+    o.step()
+    assert o._runners is runners
+    saved = o.state_dict()
+    o.load_state_dict(saved)
+    assert o.state["global"] == 5 and torch.equal(o.state["more"]["x"], torch.ones(2))
+    o.step()
+    o.state[ps[0]] = 5
+    with pytest.raises(ValueError, match=r"the state of parameter 0.*must be a dict"):
+        o.step()
+
+
 def test_too_many_dimensions() -> None:
     with pytest.raises(ValueError, match="82 dimensions"):
         fusedoptim.SGD([torch.nn.Parameter(torch.ones([2, 3] + [1] * 80))])

@@ -15,6 +15,11 @@ class StateSnapshot {
     for (auto item : state) {
       add(item.first);
       add(item.second);
+      if (!PyDict_Check(item.second.ptr())) {  // somebody else's entry
+        dicts_.push_back(state.ptr());
+        sizes_.push_back(-1);
+        continue;
+      }
       dicts_.push_back(item.second.ptr());
       const auto inner = pybind11::reinterpret_borrow<pybind11::dict>(item.second);
       sizes_.push_back(PyDict_Size(inner.ptr()));
@@ -35,7 +40,10 @@ class StateSnapshot {
     for (size_t i = 0; PyDict_Next(state, &at, &key, &value); ++i) {
       if (i + kFar < dicts_.size()) prefetch_dict(dicts_[i + kFar]);
       if (i + kNear < dicts_.size()) prefetch_dict_keys(dicts_[i + kNear]);
-      if (key != (expected++)->ptr() || value != (expected++)->ptr() || PyDict_Size(value) != sizes_[i]) return false;
+      if (key != (expected++)->ptr() || value != (expected++)->ptr() ||
+          (sizes_[i] >= 0 && PyDict_Size(value) != sizes_[i]))
+        return false;
+      if (sizes_[i] < 0) continue;
       PyObject *name, *tensor;
       Py_ssize_t inner_at = 0;
       while (PyDict_Next(value, &inner_at, &name, &tensor))
