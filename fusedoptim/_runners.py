@@ -53,7 +53,9 @@ class CompiledRunner:
     def __init__(self, rule: Rule) -> None:
         assert _native._C is not None
         self.rule = rule
-        self.plan = _native._C.Plan(rule.name, rule.hyper, torch.autograd.graph.increment_version)
+        # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
+        bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+        self.plan = _native._C.Plan(rule.name, rule.hyper, bump)
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
         self.run: Callable[[], None] = self.plan.run
