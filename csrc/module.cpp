@@ -3,7 +3,10 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <optional>
+
 #include "cpu/capability.h"
+#include "cuda/executor.h"
 #include "python/plan.h"
 
 namespace py = pybind11;
@@ -11,15 +14,29 @@ using namespace fusedoptim;
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan")
-      .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object>())
+      .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object, int>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
-      .def("run", &Plan::run)
+      .def("run", &Plan::run, py::arg("stream") = 0)
       .def_property_readonly("reason", &Plan::reason)
-      .def_property_readonly("address", &Plan::address);
+      .def_property_readonly("address", &Plan::address)
+      .def_property_readonly("captured", &Plan::captured);
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("cpu_capability", [] { return std::string(cpu_kernels().name); });
   m.def("set_cpu_capability", &set_cpu_capability);
+  // Hands over the functions of _C_cuda, by the address that its fusedoptim_cuda_api() returns.
+  m.def("set_cuda_api", [](int64_t address) {
+    const auto* found = reinterpret_cast<const cuda::Api*>(address);
+    if (found && found->version != cuda::kApiVersion)
+      throw std::runtime_error("_C_cuda was built from another version of fusedoptim");
+    cuda::api = found;
+  });
+  // Why the CUDA kernels cannot run on a device; None if they can.
+  m.def("cuda_problem", [](int device) -> std::optional<std::string> {
+    const char* problem = cuda::api ? cuda::api->check(device) : "the library is not loaded";
+    return problem ? std::optional<std::string>(problem) : std::nullopt;
+  });
+  m.def("cuda_on_host", [] { return cuda::api && cuda::api->on_host; });
   m.def("rules", [] {
     std::vector<std::string> names;
     for (int i = 0; i < Rules::size; ++i) names.push_back(rule_info(i).name);

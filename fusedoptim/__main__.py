@@ -10,7 +10,7 @@ import time
 import torch
 
 from . import __version__, _native
-from ._backends import BACKENDS
+from ._backends import BACKENDS, cuda_on_host
 from ._selfcheck import OPTIMIZERS, differing
 
 
@@ -28,11 +28,11 @@ def main() -> int:
         print(f"library: none (built with torch {built.get('torch', 'unknown')}), {torch.get_num_threads()} threads")
     print("backends:")
     for backend in BACKENDS.values():
-        problem = backend.problem()
+        problem = backend.problem(None)
         print(f"  {backend.name:<10} {'available' if problem is None else f'not available: {problem}'}")
     failed = False
-    for name, device in (("cpu", "cpu"),):
-        if BACKENDS[name].problem() is not None:
+    for name, device in (("cuda", "cpu" if cuda_on_host() else "cuda"), ("cpu", "cpu")):
+        if BACKENDS[name].problem(None) is not None:
             continue
         start = time.perf_counter()
         bad = differing(name, device)

@@ -16,33 +16,50 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 
 @dataclass(frozen=True)
 class Backend:
-    """``problem`` says why it cannot be used here and what to do about it; None if it can. ``devices`` are the device
-    types whose parameters it steps; None means all of them."""
+    """``problem(device)`` says why it cannot be used here, on a device or (None) at all, and what to do about it; None
+    if it can. ``devices`` are the device types whose parameters it steps; None means all of them."""
 
     name: str
     devices: tuple[str, ...] | None
-    problem: Callable[[], str | None]
+    problem: Callable[[torch.device | None], str | None]
+    #: Whether it keeps the states called "step" on the parameters' device.
+    steps_on_device: bool = False
+
+    def takes(self, device: torch.device) -> bool:
+        return self.devices is None or device.type in self.devices
 
 
-def _cpu_problem() -> str | None:
+def _cpu_problem(device: torch.device | None) -> str | None:
     return _native.problem
 
 
-def _cuda_problem() -> str | None:
-    return "this version of fusedoptim has no CUDA kernels"
+def _cuda_problem(device: torch.device | None) -> str | None:
+    if torch.version.hip is not None:
+        return "they are for NVIDIA GPUs, and this is a ROCm build of torch"
+    problem = _native.cuda_problem()
+    if problem is not None or cuda_on_host():
+        return problem
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device; see what torch.cuda.init() says"
+    return None if device is None else _native.cuda_device_problem(device.index or 0)
 
 
-def _triton_problem() -> str | None:
+def _triton_problem(device: torch.device | None) -> str | None:
     return "this version of fusedoptim has no Triton kernels"
+
+
+def cuda_on_host() -> bool:
+    """Whether the CUDA kernels that are loaded were compiled for the host, for tests. They then step CPU parameters."""
+    return _native._C is not None and bool(_native._C.cuda_on_host())
 
 
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("cuda", ("cuda",), _cuda_problem),
+        Backend("cuda", ("cuda",), _cuda_problem, steps_on_device=True),
         Backend("triton", ("cuda", "xpu"), _triton_problem),
         Backend("cpu", ("cpu",), _cpu_problem),
-        Backend("reference", None, lambda: None),
+        Backend("reference", None, lambda device: None),
     )
 }
 
@@ -55,7 +72,7 @@ def check_name(name: str | None) -> None:
         return
     if name not in BACKENDS:
         raise ValueError(f"Invalid backend: {name!r}; choose one of {', '.join(map(repr, NAMES))}, or None")
-    problem = BACKENDS[name].problem()
+    problem = BACKENDS[name].problem(None)
     if problem is not None:
         raise RuntimeError(f"backend={name!r} cannot be used: {problem}. backend=None takes the best that there is")
 
@@ -63,21 +80,24 @@ def check_name(name: str | None) -> None:
 def choose(name: str | None, device: torch.device) -> str:
     """The backend for a device: the one asked for, else the first that can. Warns once if that is the slow one."""
     if name is not None:
-        devices = BACKENDS[name].devices
-        if devices is not None and device.type not in devices:
+        backend = BACKENDS[name]
+        if not backend.takes(device) and not (name == "cuda" and device.type == "cpu" and cuda_on_host()):
             raise ValueError(
-                f"backend={name!r} cannot step parameters on {device}: it handles {' and '.join(devices)}. "
-                "Use backend=None, which chooses per device"
+                f"backend={name!r} cannot step parameters on {device}: it handles "
+                f"{' and '.join(backend.devices or ())}. Use backend=None, which chooses per device"
             )
+        problem = backend.problem(device)
+        if problem is not None:
+            raise RuntimeError(f"backend={name!r} cannot be used: {problem}")
         return name
     causes = []
-    for b in BACKENDS.values():
-        if b.devices is None or device.type not in b.devices:
+    for backend in BACKENDS.values():
+        if backend.devices is None or not backend.takes(device):
             continue
-        problem = b.problem()
+        problem = backend.problem(device)
         if problem is None:
-            return b.name
-        causes.append(f"{b.name}: {problem}")
+            return backend.name
+        causes.append(f"{backend.name}: {problem}")
     if device.type not in _warned:
         _warned.add(device.type)
         cause = "; ".join(causes) or f"no backend has kernels for {device.type!r} devices"

@@ -49,6 +49,7 @@ class FusedOptimizer(Optimizer):
         self._check_group(defaults)
         self._options: dict[str, Any] = {"backend": backend, "state_dtype": state_dtype}
         self._runners: list[Runner] | None = None
+        self._captured: list[Runner] = []
         super().__init__(params, defaults)
 
     # ---- the step ----
@@ -82,39 +83,62 @@ class FusedOptimizer(Optimizer):
                     runners = None
                     break
         if not runners:  # none yet, none that fits, or no parameters so far
-            self._runners = None
-            runners = self._prepare()
+            self._step_afresh()
+            return loss
         for runner in runners:
             runner.run()
         return loss
 
-    def _prepare(self) -> list[Runner]:
-        """Validates everything, creates missing states and the runners, ready to run; or raises, having changed
-        nothing."""
+    def _step_afresh(self) -> None:
+        """Validates everything, creates missing states and runners, and steps; or raises, having changed nothing."""
+        self._drop_runners()
         created: Created = []
         had_state = set(self.state)
+        runners: list[Runner] = []
+        ran = 0
         try:
-            members = self._members(created)
-            runners = []
-            for device, of_device in members.items():
-                runner = make_runner(_backends.choose(self._options["backend"], device), self.rule)
-                runner.build(self.param_groups, self.state, of_device)
-                if not runner.refresh(self.param_groups, self.state):
-                    raise RuntimeError(
-                        f"a plan does not fit what it was made from ({runner.reason}): please report this"
-                    )
-                runners.append(runner)
+            runners = self._prepare(created)
+            for runner in runners:  # one that raises has written nothing
+                runner.run()
+                ran += 1
         except BaseException:
-            for p, name, old in created:
-                if old is _ABSENT:
-                    del self.state[p][name]
-                else:
-                    self.state[p][name] = old
-                if p not in had_state and not self.state[p]:
-                    del self.state[p]
+            if ran == 0:
+                self._undo(created, had_state)
             raise
         self._runners = runners
+
+    def _drop_runners(self) -> None:
+        """Forgets the runners, but for those whose tables a CUDA graph reads at every replay."""
+        self._captured += [runner for runner in self._runners or () if runner.captured]
+        self._runners = None
+
+    def _prepare(self, created: Created) -> list[Runner]:
+        """Runners that are ready to run. What is changed in the states is noted in ``created``."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "this step cannot be captured in a CUDA graph, because it sets up states and tables: take a step before"
+                " the capture, and none that changes groups, states, dtypes or memory layouts in between"
+            )
+        runners = []
+        for device, of_device in self._members(created).items():
+            backend = _backends.choose(self._options["backend"], device)
+            if self.rule.has_step and _backends.BACKENDS[backend].steps_on_device:
+                self._move_steps([m.param for m in of_device], device, created)
+            runner = make_runner(backend, self.rule, device)
+            runner.build(self.param_groups, self.state, of_device)
+            if not runner.refresh(self.param_groups, self.state):
+                raise RuntimeError(f"a plan does not fit what it was made from ({runner.reason}): please report this")
+            runners.append(runner)
         return runners
+
+    def _undo(self, created: Created, had_state: set[Tensor]) -> None:
+        for p, name, old in reversed(created):
+            if old is _ABSENT:
+                del self.state[p][name]
+            else:
+                self.state[p][name] = old
+            if p not in had_state and not self.state[p]:
+                del self.state[p]
 
     def _members(self, created: Created) -> dict[torch.device, list[Member]]:
         """Every parameter that can be stepped, by device. New states are noted in ``created``."""
@@ -172,6 +196,19 @@ class FusedOptimizer(Optimizer):
         fill = self.defaults[slot.initial] if slot.initial else 0
         return torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
+    def _move_steps(self, params: list[Tensor], device: torch.device, created: Created) -> None:
+        """Moves steps that are on the CPU to the device, in one copy: they become views of one buffer."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for p in params:
+            step = self.state.get(p, {}).get("step")
+            if step is not None and step.device != device:
+                by_dtype.setdefault(step.dtype, []).append(p)
+        for of_dtype in by_dtype.values():
+            steps = torch.stack([self.state[p]["step"].reshape(()) for p in of_dtype]).to(device)
+            for p, step in zip(of_dtype, steps.unbind(), strict=True):
+                created.append((p, "step", self.state[p]["step"]))
+                self.state[p]["step"] = step
+
     # ---- groups, checkpoints, copies ----
 
     def _check_group(self, group: Group) -> None:
@@ -219,7 +256,9 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_options", {"backend": None, "state_dtype": None})
-        self._runners = None
+        self.__dict__.setdefault("_runners", None)
+        self.__dict__.setdefault("_captured", [])
+        self._drop_runners()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

@@ -61,11 +61,16 @@ def check_step_values(group: Group, rule: Rule, index: int) -> None:
                     f"it must have one element of {_NAMES}"
                 )
             if value.device.type != "cpu":
-                on_cpu = [p for p in group["params"] if p.device.type == "cpu"]
-                if on_cpu:
+                if key != "lr":
                     raise ValueError(
-                        f"parameter group {index}: {key!r} is on {value.device}, its parameters are on the CPU; "
-                        f"use group[{key!r}] = group[{key!r}].cpu()"
+                        f"parameter group {index}: {key!r} is a tensor on {value.device}, where only lr may be; "
+                        f"use group[{key!r}] = float(group[{key!r}])"
+                    )
+                elsewhere = {str(p.device) for p in group["params"] if p.device != value.device}
+                if elsewhere:
+                    raise ValueError(
+                        f"parameter group {index}: lr is on {value.device}, but has parameters on "
+                        f"{', '.join(sorted(elsewhere))}; use group['lr'] = group['lr'].cpu(), or a group per device"
                     )
                 continue
         if isinstance(value, str) or not hasattr(value, "__float__"):

@@ -1,8 +1,11 @@
-"""Loads the compiled library once and keeps the cause if that fails. Silent."""
+"""Loads the compiled libraries, each once, and keeps the cause if that fails. Silent."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
+import os
 import platform
 from pathlib import Path
 from types import ModuleType
@@ -47,3 +50,40 @@ try:
     _C = _loaded
 except ImportError as error:
     problem = _explain(error)
+
+
+def cuda_library() -> Path:
+    """Where the CUDA kernels are; FUSEDOPTIM_CUDA_LIBRARY names another file."""
+    return Path(os.environ.get("FUSEDOPTIM_CUDA_LIBRARY") or Path(__file__).with_name("_C_cuda.so"))
+
+
+@functools.cache
+def cuda_problem() -> str | None:
+    """Loads the CUDA kernels, without starting CUDA. Why there are none, and the remedy; None if there are."""
+    if _C is None:
+        return problem
+    path = cuda_library()
+    if not path.exists():
+        cause = build_report().get("cuda") or f"there is no {path}; build again: {INSTALL}"
+        return f"they were not built: {cause}"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.fusedoptim_cuda_api.restype = ctypes.c_void_p
+        _C.set_cuda_api(library.fusedoptim_cuda_api())
+    except (OSError, AttributeError, RuntimeError) as error:
+        return f"{path} does not load ({error}); build again: {INSTALL}"
+    return None
+
+
+@functools.cache
+def cuda_device_problem(index: int) -> str | None:
+    """Why the CUDA kernels, which are loaded, cannot run on a device."""
+    assert _C is not None
+    cause: str | None = _C.cuda_problem(index)
+    if cause is None or _C.cuda_on_host():
+        return cause
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"on {torch.cuda.get_device_name(index)}: {cause}. If they lack code for it, build again with "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor} {INSTALL}"
+    )

@@ -30,6 +30,10 @@ class Runner(Protocol):
     def reason(self) -> str:
         """Why refresh() returned False."""
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds on to its tables, so that it must outlive its use here."""
+
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
         """Prepares to step the members, once."""
 
@@ -40,9 +44,11 @@ class Runner(Protocol):
         """Steps every member that has a gradient."""
 
 
-def make_runner(backend: str, rule: Rule) -> Runner:
+def make_runner(backend: str, rule: Rule, device: torch.device) -> Runner:
     if backend == "cpu":
         return CompiledRunner(rule)
+    if backend == "cuda":
+        return CudaRunner(rule, device)
     assert backend == "reference", backend
     return ReferenceRunner(rule)
 
@@ -50,12 +56,12 @@ def make_runner(backend: str, rule: Rule) -> Runner:
 class CompiledRunner:
     """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h)."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, cuda_device: int = -1) -> None:
         assert _native._C is not None
         self.rule = rule
         # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
         bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-        self.plan = _native._C.Plan(rule.name, rule.hyper, bump)
+        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, cuda_device)
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
         self.run: Callable[[], None] = self.plan.run
@@ -63,6 +69,10 @@ class CompiledRunner:
     @property
     def reason(self) -> str:
         return str(self.plan.reason)
+
+    @property
+    def captured(self) -> bool:
+        return bool(self.plan.captured)
 
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
         ours = {m.param: m.first for m in members}
@@ -89,10 +99,22 @@ class CompiledRunner:
         torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
 
 
+class CudaRunner(CompiledRunner):
+    """The same with the tables in a GPU's memory (csrc/cuda/executor.h), on torch's current stream."""
+
+    def __init__(self, rule: Rule, device: torch.device) -> None:
+        index = device.index or 0
+        super().__init__(rule, index)
+        if device.type == "cuda":
+            current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
+            self.run = lambda: self.plan.run(current_stream(index))
+
+
 class ReferenceRunner:
     """Steps with the functions of fusedoptim.reference, on any device."""
 
     reason = "the reference looks at everything anew at each step"
+    captured = False
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import fusedoptim
+
+#: The backend of every optimizer that a test makes without naming one. None is the user's default.
+BACKEND = os.environ.get("FUSEDOPTIM_TEST_BACKEND")
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Case:
     in_torch: bool = True
 
     def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
-        return getattr(fusedoptim, self.optimizer)(params, **{**self.options, **more})
+        return getattr(fusedoptim, self.optimizer)(params, **{"backend": BACKEND, **self.options, **more})
 
     def make_torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         return getattr(torch.optim, self.optimizer)(params, **{**self.options, **more})

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <thread>
 
+#include "capability.h"
+
 namespace fusedoptim {
 namespace {
 
@@ -34,9 +36,24 @@ StepInputs CpuExecutor::inputs(const Entry& e, const std::vector<HyperRow>& rows
   return {rows[e.group].value, step_number(e), e.first, e.sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f, pow};
 }
 
+bool CpuExecutor::outdated() {
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  scheduled_ = scheduled_ && threads == threads_;
+  threads_ = threads;
+  const Kernels *current = &cpu_kernels(), *before = kernels_;
+  kernels_ = current;
+  return before && before != current;
+}
+
+void CpuExecutor::prepare(Entry& entry, int variant) {
+  entry.update = kernels_->update(rule_, variant, entry);
+  entry.tile_sum = kernels_->tile_sum(entry);
+  scheduled_ = false;
+}
+
 void CpuExecutor::reschedule(const std::vector<Entry>& entries) {
-  schedule_.build(entries, torch::stable::get_num_threads(), rule_.needs_norm ? kWindowElements : INT64_MAX / 2);
-  if (!rule_.needs_norm) return;
+  schedule_.build(entries, torch::stable::get_num_threads(), info_.needs_norm ? kWindowElements : INT64_MAX / 2);
+  if (!info_.needs_norm) return;
   first_partial_.resize(entries.size());
   int64_t total = 0;
   for (size_t i = 0; i < entries.size(); ++i) {
@@ -44,6 +61,12 @@ void CpuExecutor::reschedule(const std::vector<Entry>& entries) {
     if (entries[i].active) total += tiles(entries[i].numel);
   }
   partial_.resize(total);
+}
+
+bool CpuExecutor::takes_long(const std::vector<Entry>& entries) {
+  if (!scheduled_) reschedule(entries);
+  scheduled_ = true;
+  return schedule_.cost >= kReleaseCost;
 }
 
 // Threads take chunks from a counter, so that a thread that the machine slows down takes fewer.
@@ -86,10 +109,10 @@ void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vec
   for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
     const Entry& e = entries[i];
     const StepInputs in = inputs(e, rows, &pow);
-    const bool same = prepared && !rule_.needs_norm && prepared->group == e.group && prepared->first == e.first &&
+    const bool same = prepared && !info_.needs_norm && prepared->group == e.group && prepared->first == e.first &&
                       prepared->compute_dtype() == e.compute_dtype() && prepared_step == in.step;
     if (!same) {
-      (e.compute_dtype() == DType::f64 ? rule_.prepare_f64 : rule_.prepare_f32)(in, scalars);
+      (e.compute_dtype() == DType::f64 ? info_.prepare_f64 : info_.prepare_f32)(in, scalars);
       prepared = &e;
       prepared_step = in.step;
     }
@@ -99,11 +122,11 @@ void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vec
   });
 }
 
-void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows,
+void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t,
                       const std::function<void()>& on_caller) {
   const std::function<void()>* once = &on_caller;
   for (const Window& w : schedule_.windows) {
-    if (rule_.needs_norm) {
+    if (info_.needs_norm) {
       parallel_chunks(w, once, [&](int64_t chunk) {
         for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
           double* out = partial_.data() + first_partial_[i];
@@ -120,7 +143,7 @@ void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   }
   for (Entry& e : entries) {
     if (!e.active) continue;
-    if (e.scalar_state) *e.scalar_state = rule_.next_scalar_state(inputs(e, rows, nullptr));
+    if (e.scalar_state) *e.scalar_state = info_.next_scalar_state(inputs(e, rows, nullptr));
     if (e.step) {
       if (e.step_dtype == DType::f64)
         *static_cast<double*>(e.step) += 1.0;

@@ -4,24 +4,24 @@
 #include <functional>
 #include <vector>
 
+#include "../core/executor.h"
 #include "../core/schedule.h"
-#include "../core/tensor_table.h"
 #include "../rules/registry.h"
+#include "kernels.h"
 
 namespace fusedoptim {
 
-class CpuExecutor {
+class CpuExecutor : public Executor {
  public:
-  explicit CpuExecutor(int rule) : rule_(rule_info(rule)) {}
+  explicit CpuExecutor(int rule) : rule_(rule), info_(rule_info(rule)) {}
 
-  // Call when the set of active entries or their sizes and layouts change. Allocates; run() does not.
-  void reschedule(const std::vector<Entry>& entries);
-
-  // Updates all active entries and stores their step counts. on_caller runs once on the calling thread, while the
-  // other threads already work.
-  void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const std::function<void()>& on_caller);
-
-  int64_t cost() const { return schedule_.cost; }
+  bool outdated() override;
+  void prepare(Entry& entry, int variant) override;
+  void activity_changed() override { scheduled_ = false; }
+  bool takes_long(const std::vector<Entry>& entries) override;
+  // Takes no stream.
+  void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t,
+           const std::function<void()>& on_caller) override;
 
  private:
   // A step of less than this is over before a second thread has woken up.
@@ -29,6 +29,10 @@ class CpuExecutor {
   // 8 MiB of fp32 gradients
   static constexpr int64_t kWindowElements = int64_t{2} << 20;
 
+  // Releasing the interpreter and taking it back costs more than such a step.
+  static constexpr int64_t kReleaseCost = int64_t{1} << 20;
+
+  void reschedule(const std::vector<Entry>& entries);
   StepInputs inputs(const Entry& e, const std::vector<HyperRow>& rows, PowMemo* pow) const;
   template <class F>
   void parallel_chunks(const Window& w, const std::function<void()>* on_caller, const F& chunk) const;
@@ -36,7 +40,11 @@ class CpuExecutor {
   void for_each_part(const std::vector<Entry>& entries, int64_t chunk, const F& part) const;
   void update_chunk(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t chunk) const;
 
-  const RuleInfo& rule_;
+  const int rule_;
+  const RuleInfo& info_;
+  const Kernels* kernels_ = nullptr;
+  int threads_ = 0;
+  bool scheduled_ = false;
   Schedule schedule_;
   std::vector<double> partial_;         // tile sums of all gradients
   std::vector<int64_t> first_partial_;  // of each entry

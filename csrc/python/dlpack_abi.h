@@ -7,11 +7,12 @@
 namespace fusedoptim::dlpack {
 
 inline constexpr uint32_t kMajorVersion = 1;
-inline constexpr int32_t kCpu = 1;
+inline constexpr int32_t kCpu = 1, kCuda = 2;
 inline constexpr uint8_t kFloat = 2, kBfloat = 4;
 
 struct Device {
   int32_t type, id;
+  bool operator==(const Device& other) const { return type == other.type && id == other.id; }
 };
 struct DataType {
   uint8_t code, bits;

@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <thread>
 
-#include "../cpu/capability.h"
+#include "../cpu/executor.h"
+#include "../cuda/executor.h"
 
 namespace fusedoptim {
 namespace {
@@ -75,10 +77,26 @@ bool is_immutable(PyObject* x) {
 
 }  // namespace
 
-Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version)
+namespace {
+
+std::unique_ptr<Executor> make_executor(int rule, int cuda_device) {
+  if (cuda_device >= 0) return std::make_unique<cuda::CudaExecutor>(rule, cuda_device);
+  return std::make_unique<CpuExecutor>(rule);
+}
+
+dlpack::Device device_of(int cuda_device) {
+  const bool on_gpu = cuda_device >= 0 && !(cuda::api && cuda::api->on_host);
+  return on_gpu ? dlpack::Device{dlpack::kCuda, cuda_device} : dlpack::Device{dlpack::kCpu, 0};
+}
+
+}  // namespace
+
+Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
+           int cuda_device)
     : rule_(find_rule(rule.c_str())),
       info_(rule_ >= 0 ? rule_info(rule_) : throw py::value_error("no compiled rule is called '" + rule + "'")),
-      executor_(rule_),
+      device_(device_of(cuda_device)),
+      executor_(make_executor(rule_, cuda_device)),
       increment_version_(std::move(increment_version)),
       params_key_(py::str("params")),
       lr_key_(py::str("lr")) {
@@ -171,20 +189,26 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   e.first = binding[3 + info_.slots] != 0;
 }
 
-bool Plan::read_hyper(PyObject* value, double& out, LrDType* lr_dtype) {
+bool Plan::read_hyper(PyObject* value, double& out, double* lr_dtype) {
   if (PyFloat_CheckExact(value)) {
     out = PyFloat_AS_DOUBLE(value);
     return true;
   }
   if (TensorReader::get().is_tensor(value)) {
     TensorView v;
-    if (!TensorReader::get().view(value, v) || !v.on_cpu)
-      return no("a hyper-parameter is a tensor that cannot be read on the CPU");
+    if (!TensorReader::get().view(value, v)) return no("a hyper-parameter is a tensor that cannot be read");
     for (int d = 0; d < v.ndim; ++d)
       if (v.sizes[d] != 1) return no("a hyper-parameter is a tensor of several elements");
-    out = load_element<double>(v.data, v.dtype, 0);
     static constexpr LrDType kOf[] = {LrDType::f32, LrDType::f64, LrDType::bf16, LrDType::f16};
-    if (lr_dtype) *lr_dtype = kOf[static_cast<int>(v.dtype)];
+    const double dtype = static_cast<double>(kOf[static_cast<int>(v.dtype)]);
+    if (lr_dtype && executor_->reads_lr_on_device() && v.device == device_) {
+      std::memcpy(&out, &v.data, sizeof(out));
+      *lr_dtype = dtype + kLrOnDevice;
+      return true;
+    }
+    if (v.device.type != dlpack::kCpu) return no("a hyper-parameter is a tensor on another device");
+    out = load_element<double>(v.data, v.dtype, 0);
+    if (lr_dtype) *lr_dtype = dtype;
     return true;
   }
   out = PyFloat_AsDouble(value);
@@ -210,11 +234,10 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
   if (g.unchanged()) return true;
   PyObject* dict = g.dict.ptr();
   double* h = row.value;
-  LrDType lr_dtype = LrDType::python;
   PyObject* lr = PyDict_GetItem(dict, lr_key_.ptr());
   if (!lr) return no("a group has no 'lr'");
-  if (!read_hyper(lr, h[kLr], &lr_dtype)) return false;
-  h[kLrDType] = static_cast<double>(lr_dtype);
+  h[kLrDType] = static_cast<double>(LrDType::python);
+  if (!read_hyper(lr, h[kLr], &h[kLrDType])) return false;
   bool nan = std::isnan(h[kLr]), immutable = is_immutable(lr);
   for (size_t k = 0; k < hyper_.size(); ++k) {
     PyObject* value = PyDict_GetItem(dict, hyper_[k].first.ptr());
@@ -252,14 +275,14 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   Member& m = member_[i];
   Entry& e = entries_[i];
   if (!m.ready) return no("a parameter has a gradient for the first time");
-  if (!g.on_cpu) return no("a gradient is not on the CPU");
+  if (!(g.device == device_)) return no("a gradient is on another device");
   if (!g.data && e.numel > 0) return no("a gradient has no memory");
   if (g.ndim != m.ndim) return no("a gradient's shape differs from its parameter's");
   for (int d = 0; d < g.ndim; ++d)
     if (g.sizes[d] != m.shape[d]) return no("a gradient's shape differs from its parameter's");
   const bool linear = m.linear && (e.numel <= 1 || same_strides(m.ndim, m.shape, g.strides, m.shape + m.ndim));
   std::unique_ptr<Layout>& layout = strides_[i].layout;
-  bool changed = !e.update || e.grad_dtype != g.dtype || linear != (e.layout == nullptr);
+  bool changed = !m.prepared || e.grad_dtype != g.dtype || linear != (e.layout == nullptr);
   if (!linear && (changed || !std::equal(g.strides, g.strides + g.ndim, layout->grad.begin()))) {
     layout = std::make_unique<Layout>();
     layout->sizes.assign(m.shape, m.shape + m.ndim);
@@ -270,11 +293,10 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   }
   e.grad = g.data;
   if (changed) {
-    rescheduling_ = rescheduling_ || linear != (e.layout == nullptr);
     e.grad_dtype = g.dtype;
     e.layout = linear ? nullptr : layout.get();
-    e.update = kernels_->update(rule_, group_[e.group].variant, e);
-    e.tile_sum = kernels_->tile_sum(e);
+    executor_->prepare(e, group_[e.group].variant);
+    m.prepared = true;
   }
   return true;
 }
@@ -301,10 +323,8 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
       PyList_GET_SIZE(groups.ptr()) != static_cast<Py_ssize_t>(group_.size()))
     return no("the groups or the state were replaced");
   if (!snapshot_.matches(state.ptr())) return no("a state was replaced");
-  if (const Kernels* current = &cpu_kernels(); kernels_ != current) {
-    kernels_ = current;
-    for (Entry& e : entries_) e.update = nullptr;
-  }
+  if (executor_->outdated())
+    for (Member& m : member_) m.prepared = false;
   const TensorReader& reader = TensorReader::get();
   for (size_t gi = 0; gi < group_.size(); ++gi) {
     Group& g = group_[gi];
@@ -340,7 +360,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
       }
       if (active != e.active) {
         e.active = active;
-        rescheduling_ = true;
+        activity_changed_ = true;
       }
     }
   }
@@ -352,8 +372,6 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   if (running_) throw std::runtime_error("step() was called while another thread is in step() of the same optimizer");
   refreshed_ = false;
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-  rescheduling_ = rescheduling_ || threads != threads_;
-  threads_ = threads;
   // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile.
   constexpr size_t kManyMembers = 256;
   bool addresses_checked = false, unchanged = false, python_checked = false, fits = false;
@@ -377,7 +395,7 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   return true;
 }
 
-void Plan::run() {
+void Plan::run(int64_t stream) {
   if (!refreshed_) throw std::runtime_error("run() must follow a refresh() that returned True");
   refreshed_ = false;
   struct Running {  // releases what was held for the kernels
@@ -388,27 +406,26 @@ void Plan::run() {
       for (py::object& g : plan.grads_) g = py::object();
     }
   } running(*this);
-  if (rescheduling_) {
-    executor_.reschedule(entries_);
+  if (activity_changed_) {
+    executor_->activity_changed();
     py::list active;
     for (size_t i = 0; i < entries_.size(); ++i)
       if (entries_[i].active) active.append(member_[i].param);
     active_params_ = active;
-    rescheduling_ = false;
+    activity_changed_ = false;
   }
   // Autograd's version counters, so that a backward pass through overwritten parameters is noticed. It needs the
   // interpreter: short steps do it beside the kernels, long ones before, so that other Python threads can run.
-  constexpr int64_t kReleaseCost = int64_t{1} << 20;
-  if (executor_.cost() < kReleaseCost) {
+  if (!executor_->takes_long(entries_)) {
     py::object result = py::none();
-    executor_.run(entries_, rows_, [&] {
+    executor_->run(entries_, rows_, stream, [&] {
       result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), active_params_.ptr()));
     });
     if (!result) throw py::error_already_set();
   } else {
     increment_version_(active_params_);
     py::gil_scoped_release release;
-    executor_.run(entries_, rows_, [] {});
+    executor_->run(entries_, rows_, stream, [] {});
   }
 }
 

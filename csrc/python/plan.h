@@ -15,9 +15,8 @@
 #include <utility>
 #include <vector>
 
-#include "../core/tensor_table.h"
-#include "../cpu/executor.h"
-#include "../cpu/kernels.h"
+#include "../core/executor.h"
+#include "../rules/registry.h"
 #include "address_book.h"
 #include "prefetch.h"
 #include "state_snapshot.h"
@@ -30,7 +29,9 @@ namespace py = pybind11;
 class Plan {
  public:
   // hyper: (group key, index into its value or -1) for each hyper-parameter of the rule after lr and its dtype.
-  Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version);
+  // cuda_device: the index of the CUDA device whose tensors it steps; -1 for the CPU.
+  Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
+       int cuda_device);
 
   // groups is optimizer.param_groups, state is optimizer.state. bindings has one tuple per parameter, in order:
   // indices into the list of tensors given to bind(), or -1 where there is none: (param, slots..., step,
@@ -41,10 +42,12 @@ class Plan {
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
   bool refresh(py::handle groups, py::handle state);
-  // Steps all parameters that had a gradient in refresh().
-  void run();
+  // Steps all parameters that had a gradient in refresh(). stream: the address of the device's stream, for CUDA.
+  void run(int64_t stream);
 
   const std::string& reason() const { return reason_; }
+  // Whether a CUDA graph has captured a step, and with it the addresses of this plan's tables.
+  bool captured() const { return executor_->captured(); }
   int64_t address() const { return reinterpret_cast<int64_t>(this); }
 
  private:
@@ -55,9 +58,10 @@ class Plan {
     PyObject* last_grad = nullptr;             // of the last step: perhaps gone, so only to be prefetched
     const int64_t* last_grad_sizes = nullptr;  // likewise
     int32_t ndim = 0;
-    bool ours = false;    // on this plan's device
-    bool ready = false;   // its states exist
-    bool linear = false;  // parameter and states share one dense memory order
+    bool ours = false;      // on this plan's device
+    bool ready = false;     // its states exist
+    bool linear = false;    // parameter and states share one dense memory order
+    bool prepared = false;  // by the executor, for the gradient's dtype and layout
   };
   struct Strides {  // of a member whose operands may differ in memory order
     std::vector<int64_t> state[kMaxSlots];
@@ -74,14 +78,15 @@ class Plan {
   bool refresh_python(py::handle groups, py::handle state);
   bool refresh_group(Group&, HyperRow&);
   bool refresh_gradient(int64_t i, const TensorView&);
-  bool read_hyper(PyObject* value, double& out, LrDType* lr_dtype);
+  bool read_hyper(PyObject* value, double& out, double* lr_dtype);
   void bind_member(int64_t i, const std::vector<torch::stable::Tensor>& tensors, const std::vector<int>& binding);
   void prefetch_gradients(int64_t i) const;
   bool no(const char* why);
 
   const int rule_;
   const RuleInfo& info_;
-  CpuExecutor executor_;
+  const dlpack::Device device_;
+  const std::unique_ptr<Executor> executor_;
   std::vector<std::pair<py::object, int>> hyper_;
   py::object increment_version_, params_key_, lr_key_;
 
@@ -99,9 +104,7 @@ class Plan {
   std::vector<HyperRow> rows_;
   std::vector<py::object> params_, grads_;  // grads are held from refresh() to the end of run()
   py::object active_params_;
-  const Kernels* kernels_ = nullptr;
-  int threads_ = 0;
-  bool rescheduling_ = true, refreshed_ = false, running_ = false;
+  bool activity_changed_ = true, refreshed_ = false, running_ = false;
   std::string reason_;
 };
 

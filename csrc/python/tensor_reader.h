@@ -14,7 +14,7 @@ struct TensorView {
   DType dtype;
   int ndim;
   const int64_t *sizes, *strides;
-  bool on_cpu;
+  dlpack::Device device;
 };
 
 class TensorReader {
@@ -46,12 +46,7 @@ class TensorReader {
       PyErr_Clear();
       return false;
     }
-    out = {static_cast<char*>(t.data) + t.byte_offset,
-           dtype_of(t.dtype),
-           t.ndim,
-           t.shape,
-           t.strides,
-           t.device.type == dlpack::kCpu};
+    out = {static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), t.ndim, t.shape, t.strides, t.device};
     return out.dtype != DType::unsupported;
   }
 

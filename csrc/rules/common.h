@@ -16,11 +16,14 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "../core/power.h"
 
 namespace fusedoptim {
 
 // Every rule's row of hyper-parameters starts with these two.
 enum CommonHyper { kLr, kLrDType, kFirstRuleHyper };
+// Added to a row's kLrDType where its kLr holds the bits of the address of a learning rate on the device.
+inline constexpr int kLrOnDevice = 8;
 
 // pow, remembering the last result of each of its few uses: tensors of one model differ in lr far more often than in
 // beta or step, and two calls of pow cost as much as a hundred elements.
@@ -32,7 +35,7 @@ struct PowMemo {
     if (base[use] != x || exponent[use] != y) {
       base[use] = x;
       exponent[use] = y;
-      result[use] = std::pow(x, y);
+      result[use] = power(x, y);
     }
     return result[use];
   }

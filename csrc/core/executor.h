@@ -1,0 +1,38 @@
+// What a plan asks of a backend: to run steps over its table of tensors.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "tensor_table.h"
+
+namespace fusedoptim {
+
+class Executor {
+ public:
+  virtual ~Executor() = default;
+
+  // Whether something outside the table changed (threads, instruction set), so that every entry has to be prepared
+  // anew.
+  virtual bool outdated() { return false; }
+  // Call for an entry whose dtypes or layout changed, and for all before the first run.
+  virtual void prepare(Entry& entry, int variant) = 0;
+  // Call when an entry began or ceased to be active.
+  virtual void activity_changed() {}
+
+  // Whether a learning rate that is a tensor on the device is handed over by its address.
+  virtual bool reads_lr_on_device() const { return false; }
+
+  // Whether a CUDA graph may read its tables, so that it has to be kept.
+  virtual bool captured() const { return false; }
+
+  // Call before run(). Whether it may take so long that the interpreter should be released for it.
+  virtual bool takes_long(const std::vector<Entry>& entries) = 0;
+  // Updates all active entries and stores their step counts. on_caller runs once on the calling thread, while the work
+  // goes on elsewhere. stream is the device's, as an address.
+  virtual void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t stream,
+                   const std::function<void()>& on_caller) = 0;
+};
+
+}  // namespace fusedoptim

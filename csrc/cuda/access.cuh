@@ -1,0 +1,103 @@
+// Groups of elements between memory and registers, as wide as the hardware can: 16 bytes at once.
+//
+// A group has the same elements in every operand, so its width follows from the operands' dtypes: 8 elements where all
+// have 16 bits, 2 where all have 64, else 4: then 16-bit operands move 8 bytes at once, which still fills whole
+// sectors. Fetching is apart from decoding so that all loads of a pass are under way before the first is waited for.
+#pragma once
+
+#if !defined(FUSEDOPTIM_CUDA_ON_HOST)
+#include <cuda_fp16.h>
+#endif
+
+#include "table.h"
+
+namespace fusedoptim::cuda {
+
+// ---- dtypes ----
+
+// The hardware's conversions have the bits of core/dtype.h, apart from the payloads of NaNs.
+__device__ __forceinline__ float decode_f16(uint16_t x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x));
+#else
+  return f16_to_f32(x);
+#endif
+}
+__device__ __forceinline__ uint16_t encode_f16(float x) {
+#if defined(__CUDA_ARCH__)
+  return __half_as_ushort(__float2half_rn(x));
+#else
+  return f32_to_f16(x);
+#endif
+}
+__device__ __forceinline__ float decode_16(uint16_t x, DType d) {
+  return d == DType::bf16 ? bf16_to_f32(x) : decode_f16(x);
+}
+__device__ __forceinline__ uint16_t encode_16(float x, DType d) {
+  return d == DType::bf16 ? f32_to_bf16(x) : encode_f16(x);
+}
+
+// ---- groups ----
+
+struct Raw {  // a group as it is in memory
+  uint32_t word[4];
+};
+
+// Read once and not again before the next step: such lines should be the first to leave the caches.
+template <int G>
+__device__ __forceinline__ void fetch(Raw& raw, const void* base, DType d, int64_t i) {
+  const char* at = static_cast<const char*>(base) + i * size_of(d);
+  if (G == 4 && size_of(d) == 2) {
+    const uint2 x = __ldcs(reinterpret_cast<const uint2*>(at));
+    raw.word[0] = x.x, raw.word[1] = x.y;
+  } else {
+    const uint4 x = __ldcs(reinterpret_cast<const uint4*>(at));
+    raw.word[0] = x.x, raw.word[1] = x.y, raw.word[2] = x.z, raw.word[3] = x.w;
+  }
+}
+
+template <int G, class T>
+__device__ __forceinline__ void decode(T (&x)[G], const Raw& raw, DType d) {
+  if constexpr (G == 2) {
+    memcpy(x, raw.word, 16);
+  } else if (G == 4 && d == DType::f32) {
+    for (int k = 0; k < 4; ++k) x[k] = float_of(raw.word[k]);
+  } else {
+    for (int k = 0; k < G; ++k) x[k] = decode_16(static_cast<uint16_t>(raw.word[k / 2] >> (k % 2 ? 16 : 0)), d);
+  }
+}
+
+template <int G, class T>
+__device__ __forceinline__ void put(void* base, DType d, int64_t i, const T (&x)[G]) {
+  char* at = static_cast<char*>(base) + i * size_of(d);
+  if constexpr (G == 2) {
+    uint4 w;
+    memcpy(&w, x, 16);
+    __stcs(reinterpret_cast<uint4*>(at), w);
+  } else if (G == 4 && d == DType::f32) {
+    __stcs(reinterpret_cast<uint4*>(at), uint4{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])});
+  } else {
+    uint32_t pair[G / 2];
+    for (int k = 0; k < G / 2; ++k)
+      pair[k] = encode_16(x[2 * k], d) | static_cast<uint32_t>(encode_16(x[2 * k + 1], d)) << 16;
+    if constexpr (G == 4)
+      __stcs(reinterpret_cast<uint2*>(at), uint2{pair[0], pair[1]});
+    else
+      __stcs(reinterpret_cast<uint4*>(at), uint4{pair[0], pair[1], pair[2], pair[3]});
+  }
+}
+
+// ---- where elements lie ----
+
+// The offsets of logical element i in each operand.
+__device__ inline void strided_offsets(const int64_t* layout, int64_t i, int64_t (&at)[kOperands]) {
+  for (int k = 0; k < kOperands; ++k) at[k] = 0;
+  const int64_t* dim = layout + 1;
+  for (int64_t d = layout[0]; d > 0; --d, dim += kLayoutWordsPerDim) {
+    const int64_t size = dim[0], index = d > 1 ? i % size : i;
+    for (int k = 0; k < kOperands; ++k) at[k] += index * dim[1 + k];
+    if (d > 1) i /= size;
+  }
+}
+
+}  // namespace fusedoptim::cuda

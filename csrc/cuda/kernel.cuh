@@ -1,0 +1,203 @@
+// The kernels: a block finds its work, works out its scalars and updates its range. Grids are one-dimensional, blocks
+// have kThreads threads.
+#pragma once
+
+#include "norm.cuh"
+#include "update.cuh"
+
+namespace fusedoptim::cuda {
+
+// The last segment that starts at or before the item. Whole warps call: 32-way search, two rounds for 1000 tensors.
+__device__ inline int32_t find_segment(const uint32_t* first_item, int32_t segments, uint32_t item) {
+  const int32_t lane = threadIdx.x % kWarp;
+  int32_t low = 0, count = segments;
+  while (count > 1) {
+    const int32_t stride = (count + kWarp - 1) / kWarp, at = lane * stride;
+    const bool before = at < count && first_item[low + at] <= item;
+    const int32_t last = __popc(__ballot_sync(0xffffffffu, before)) - 1;
+    low += last * stride;
+    count = count - last * stride < stride ? count - last * stride : stride;
+  }
+  return low;
+}
+
+// Called by the block's first warp; fills `work` except for its unscale. False if there is nothing to do.
+__device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t item) {
+  const Tables& t = args.tables;
+  const int32_t s = find_segment(t.first_item, args.segments, item);
+  const Segment segment = t.segments[s];
+  const uint64_t* grads = args.grads ? args.grads : args.words + args.inline_grads;
+  const uint64_t grad = grads[segment.entry];
+  if (grad == 0) return false;
+  if (threadIdx.x == 0) {
+    work.index = segment.entry;
+    work.work = segment.work;
+    work.entry = t.entries[segment.entry];
+    work.grad = reinterpret_cast<const void*>(static_cast<uintptr_t>(grad & kAddress));
+    work.items = t.first_item[s + 1] - t.first_item[s];
+    work.item = item - t.first_item[s];
+    // The update goes backwards: what was read last is still in the cache.
+    if (segment.work == Work::apply) work.item = work.items - 1 - work.item;
+    const int64_t size = segment.work == Work::update ? args.chunk : kPart;
+    work.begin = work.item * size;
+    work.end = work.begin + size < work.entry.numel ? work.begin + size : work.entry.numel;
+  }
+  return true;
+}
+
+__device__ inline double number_of_step(const DeviceEntry& e) {
+  if (!e.step) return 0;
+  return e.step_dtype == DType::f64 ? *static_cast<const double*>(e.step) + 1.0
+                                    : static_cast<double>(*static_cast<const float*>(e.step) + 1.0f);
+}
+
+// One thread's work: the scalars of the block's tensor. The last block of the tensor to get here stores the new step
+// and average: by then all have read the old ones.
+template <class Rule, class T>
+__device__ __noinline__ void prepare_scalars(typename Rule::template Scalars<T>& scalars, const BlockWork& work,
+                                             const StepArgs& args, double sum_of_squares) {
+  const DeviceEntry& e = work.entry;
+  EntryControl& control = args.tables.control[work.index];
+  const uint64_t* rows = args.rows ? args.rows : args.words + args.inline_rows;
+  const uint64_t* row = rows + static_cast<int64_t>(e.group) * args.row_words;
+  double hyper[Rule::kHypers];
+  for (int k = 0; k < Rule::kHypers; ++k) memcpy(&hyper[k], row + k, 8);
+  if (hyper[kLrDType] >= kLrOnDevice) {
+    hyper[kLrDType] -= kLrOnDevice;
+    constexpr DType kOf[] = {DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16};
+    const DType d = kOf[static_cast<int>(hyper[kLrDType])];
+    hyper[kLr] = load_element<double>(reinterpret_cast<const void*>(static_cast<uintptr_t>(row[kLr])), d, 0);
+  }
+  PowMemo pow;
+  StepInputs in{hyper, number_of_step(e), control.absent != 0, sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f,
+                &pow};
+  scalars = Rule::template prepare<T>(in);
+  if (!Rule::has_step && !Rule::needs_norm && !in.first) return;
+  const uint32_t blocks = static_cast<uint32_t>(work.items);
+  if (blocks > 1) {
+    __threadfence();
+    if (atomicAdd(&control.arrivals, 1u) + 1 != blocks) return;
+    control.arrivals = 0;
+  }
+  control.absent = 0;
+  control.ready = 0;
+  if (e.step) {
+    if (e.step_dtype == DType::f64)
+      *static_cast<double*>(e.step) = in.step;
+    else
+      *static_cast<float*>(e.step) = static_cast<float>(in.step);
+  }
+  if constexpr (Rule::needs_norm) *e.scalar_state = Rule::next_scalar_state(in);
+}
+
+template <class Rule, class T, bool mixed>
+__device__ __forceinline__ void prepare_and_update(const BlockWork& work, const StepArgs& args, double sum_of_squares) {
+  __shared__ typename Rule::template Scalars<T> scalars;
+  if (threadIdx.x == 0) prepare_scalars<Rule, T>(scalars, work, args, sum_of_squares);
+  __syncthreads();
+  update_variant<Rule, T, mixed>(work, scalars, args.tables.layouts);
+}
+
+template <class Rule, bool mixed>
+__device__ __forceinline__ void prepare_and_update(const BlockWork& work, const StepArgs& args, double sum_of_squares) {
+  if constexpr (mixed) {
+    if (work.entry.param_dtype == DType::f64) {
+      prepare_and_update<Rule, double, mixed>(work, args, sum_of_squares);
+      return;
+    }
+  }
+  prepare_and_update<Rule, float, mixed>(work, args, sum_of_squares);
+}
+
+// Sums the tiles of a part, each by a warp, and leaves the sums at `out`, tile by tile.
+template <bool mixed>
+__device__ __forceinline__ void sum_tiles(const BlockWork& work, const int64_t* layouts, double* out) {
+  const int64_t first = work.item * kTilesPerPart, left = tiles(work.entry.numel) - first;
+  const int count = static_cast<int>(left < kTilesPerPart ? left : kTilesPerPart);
+  for (int k = threadIdx.x / kWarp; k < count; k += kWarps) {
+    double sum;
+    if (mixed && work.entry.param_dtype == DType::f64)
+      sum = warp_tile_sum<double>(work, first + k, layouts);
+    else
+      sum = warp_tile_sum<float>(work, first + k, layouts);
+    if (threadIdx.x % kWarp == 0) out[k] = sum;
+  }
+}
+
+__device__ inline float unscale_of(const StepArgs& args) {
+  return args.grad_scale ? static_cast<float>(1.0 / static_cast<double>(*args.grad_scale)) : 1.0f;
+}
+
+// An elementwise rule. mixed: some operands may have 64 bits.
+template <class Rule, bool mixed>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM) step_kernel(const __grid_constant__ StepArgs args) {
+  __shared__ BlockWork work;
+  if (args.found_inf && *args.found_inf != 0) return;
+  if (threadIdx.x < kWarp) {
+    const bool any = find_work(work, args, blockIdx.x);
+    if (threadIdx.x == 0) {
+      work.unscale = unscale_of(args);
+      if (!any) work.items = 0;
+    }
+  }
+  __syncthreads();
+  if (work.items == 0) return;
+  prepare_and_update<Rule, mixed>(work, args, 0.0);
+}
+
+// A rule that needs the gradient's norm first. Blocks take tickets, so that what a block waits for has begun already.
+template <class Rule, bool mixed>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const __grid_constant__ StepArgs args) {
+  __shared__ BlockWork work;
+  __shared__ double sums[kTilesPerPart];
+  __shared__ double sum_of_squares;
+  if (args.found_inf && *args.found_inf != 0) return;
+  if (threadIdx.x < kWarp) {
+    uint32_t ticket = 0;
+    if (threadIdx.x == 0) ticket = atomicAdd(&args.tables.launch->tickets, 1u);
+    ticket = __shfl_sync(0xffffffffu, ticket, 0);
+    const bool any = find_work(work, args, ticket);
+    if (threadIdx.x == 0) {
+      work.unscale = unscale_of(args);
+      if (!any) work.items = 0;
+    }
+  }
+  __syncthreads();
+  const Tables& t = args.tables;
+  if (work.items != 0) {
+    if (work.work == Work::sum) {
+      sum_tiles<mixed>(work, t.layouts, t.partials + work.entry.partials + work.item * kTilesPerPart);
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x < kWarp) climb(work, t);
+    } else {
+      if (work.work == Work::sum_apply) {
+        sum_tiles<mixed>(work, t.layouts, sums);
+        __syncthreads();
+        if (threadIdx.x < kWarp) {
+          const int count = static_cast<int>(tiles(work.entry.numel));
+          const double sum = warp_sum_by_halving([&](int i, double (&out)[4]) {
+            for (int j = 0; j < 4; ++j) out[j] = i + j < count ? sums[(i + j) % kTilesPerPart] : 0.0;
+          });
+          if (threadIdx.x == 0) sum_of_squares = sum;
+        }
+      } else if (threadIdx.x == 0) {
+        sum_of_squares = wait_for_sum(t.control[work.index]);
+      }
+      __syncthreads();
+      prepare_and_update<Rule, mixed>(work, args, sum_of_squares);
+    }
+  }
+  // The last block leaves the counters as it found them.
+  if (threadIdx.x == 0 && atomicAdd(&t.launch->finished, 1u) + 1 == gridDim.x) {
+    t.launch->tickets = 0;
+    t.launch->finished = 0;
+  }
+}
+
+// Writes data that travels in the arguments, so that a captured graph holds it.
+static __global__ void write_kernel(const __grid_constant__ WriteArgs args) {
+  for (int64_t i = threadIdx.x; i < args.count; i += kThreads) args.to[i] = args.words[i];
+}
+
+}  // namespace fusedoptim::cuda

@@ -1,0 +1,162 @@
+// Launches, copies and questions to the driver.
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "api.h"
+#include "kernel.cuh"
+
+#if !defined(FUSEDOPTIM_CUDA_ON_HOST)
+#define FUSEDOPTIM_LAUNCH(kernel, blocks, stream, args) \
+  kernel<<<blocks, ::fusedoptim::cuda::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args)
+#endif
+
+namespace fusedoptim::cuda {
+namespace {
+
+// Makes a device the current one, and the one before current again.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = true;
+    }
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t error_;
+};
+
+const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+using Kernel = void (*)(StepArgs);
+
+template <class Rule, bool mixed>
+Kernel kernel_of() {
+  if constexpr (Rule::needs_norm)
+    return norm_step_kernel<Rule, mixed>;
+  else
+    return step_kernel<Rule, mixed>;
+}
+
+template <bool mixed, class... R>
+Kernel find_kernel(RuleList<R...>, int rule) {
+  static const Kernel table[] = {kernel_of<R, mixed>()...};
+  return table[rule];
+}
+
+const char* step(int32_t device, int32_t rule, int32_t mixed, const StepArgs& args, uint32_t blocks, void* stream) {
+  const OnDevice on(device);
+  if (on.error() != cudaSuccess) return text(on.error());
+  const Kernel kernel = mixed ? find_kernel<true>(Rules{}, rule) : find_kernel<false>(Rules{}, rule);
+  FUSEDOPTIM_LAUNCH(kernel, blocks, stream, args);
+  return text(cudaGetLastError());
+}
+
+const char* write(int32_t device, void* to, const void* from, size_t bytes, void* stream) {
+  const OnDevice on(device);
+  if (on.error() != cudaSuccess) return text(on.error());
+  WriteArgs args;
+  for (size_t done = 0; done < bytes; done += kWriteWords * 8) {
+    const size_t now = bytes - done < kWriteWords * 8 ? bytes - done : kWriteWords * 8;
+    args.to = reinterpret_cast<uint64_t*>(static_cast<char*>(to) + done);
+    args.count = static_cast<int64_t>(now / 8);
+    std::memcpy(args.words, static_cast<const char*>(from) + done, now);
+    FUSEDOPTIM_LAUNCH(write_kernel, 1u, stream, args);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return text(error);
+  }
+  return nullptr;
+}
+
+// Pinned buffers, used in turn. A buffer is free again when the event behind its last copy has passed.
+class Staging {
+ public:
+  cudaError_t upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+    Buffer& b = buffer_[next_];
+    next_ = (next_ + 1) % kBuffers;
+    cudaError_t error = cudaSuccess;
+    if (!b.passed) error = cudaEventCreateWithFlags(&b.passed, cudaEventDisableTiming);
+    if (error == cudaSuccess) error = cudaEventSynchronize(b.passed);
+    if (error == cudaSuccess && b.bytes < bytes) {
+      if (b.memory) error = cudaFreeHost(b.memory);
+      b.memory = nullptr;
+      b.bytes = 0;
+      if (error == cudaSuccess) error = cudaMallocHost(&b.memory, 2 * bytes);
+      if (error == cudaSuccess) b.bytes = 2 * bytes;
+    }
+    if (error != cudaSuccess) return error;
+    std::memcpy(b.memory, from, bytes);
+    error = cudaMemcpyAsync(to, b.memory, bytes, cudaMemcpyHostToDevice, stream);
+    return error == cudaSuccess ? cudaEventRecord(b.passed, stream) : error;
+  }
+
+ private:
+  static constexpr int kBuffers = 4;
+  struct Buffer {
+    void* memory = nullptr;
+    size_t bytes = 0;
+    cudaEvent_t passed = nullptr;
+  };
+  Buffer buffer_[kBuffers];
+  int next_ = 0;
+};
+
+constexpr int kMaxDevices = 64;
+
+const char* upload(int32_t device, void* to, const void* from, size_t bytes, void* stream) {
+  static std::mutex mutex;
+  static Staging* staging = new Staging[kMaxDevices];  // never destroyed: the driver may be gone by then
+  const OnDevice on(device);
+  if (on.error() != cudaSuccess) return text(on.error());
+  if (device < 0 || device >= kMaxDevices) return "there are more devices than expected";
+  const std::lock_guard<std::mutex> lock(mutex);
+  return text(staging[device].upload(to, from, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+const char* check(int32_t device) {
+  int driver = 0;
+  if (const cudaError_t error = cudaDriverGetVersion(&driver); error != cudaSuccess) return text(error);
+  if (driver < 12010) return "the driver is older than CUDA 12.1 (R530), which kernel arguments of 32 KB need";
+  const OnDevice on(device);
+  if (on.error() != cudaSuccess) return text(on.error());
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(step_kernel<SGD, false>));
+  cudaGetLastError();  // an error here is an answer, not a failure for others to find
+  return text(error);
+}
+
+int32_t capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return status != cudaStreamCaptureStatusNone;
+}
+
+int64_t l2_bytes(int32_t device) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
+  return bytes;
+}
+
+#if defined(FUSEDOPTIM_CUDA_ON_HOST)
+constexpr int32_t kOnHost = 1;
+#else
+constexpr int32_t kOnHost = 0;
+#endif
+const Api kApi = {kApiVersion, kOnHost, check, step, upload, write, capturing, l2_bytes};
+
+}  // namespace
+}  // namespace fusedoptim::cuda
+
+extern "C" __attribute__((visibility("default"))) const fusedoptim::cuda::Api* fusedoptim_cuda_api() {
+  return &fusedoptim::cuda::kApi;
+}

@@ -1,0 +1,142 @@
+// Sums of squares as core/sum_of_squares.h defines them. A warp sums a tile of 1024 in registers: lane l holds elements
+// 128*k + 4*l + j, so that adding element i+512 to i, then i+256, and i+128, stays in the lane, i+64 to i+4 are
+// shuffles, and the last two stay in the lane again.
+#pragma once
+
+#include "access.cuh"
+#include "update.cuh"
+
+namespace fusedoptim::cuda {
+
+// Sums 1024 terms; load4(i, x) gives terms i to i+3, zeros for missing ones. The sum is lane 0's result.
+template <class Load4>
+__device__ __forceinline__ double warp_sum_by_halving(const Load4& load4) {
+  const int lane = threadIdx.x % kWarp;
+  double s[4][4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    double upper[4];
+    load4(128 * k + 4 * lane, s[k]);
+    load4(128 * k + 4 * lane + 512, upper);
+    for (int j = 0; j < 4; ++j) s[k][j] += upper[j];
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    double x = (s[0][j] + s[2][j]) + (s[1][j] + s[3][j]);
+#pragma unroll
+    for (int delta = 16; delta > 0; delta /= 2) x += __shfl_down_sync(0xffffffffu, x, delta);
+    s[0][j] = x;
+  }
+  return (s[0][0] + s[0][2]) + (s[0][1] + s[0][3]);
+}
+
+// The sum of squares of a tile of the gradient, multiplied by unscale first.
+template <class T>
+__device__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
+  const DeviceEntry& e = work.entry;
+  const int64_t start = tile * kTile, n = e.numel;
+  const T unscale = static_cast<T>(work.unscale);
+  const auto square = [&](T x) {
+    const double y = static_cast<double>(x * unscale);
+    return y * y;
+  };
+  if constexpr (sizeof(T) == 4) {
+    const int64_t group = 4 * size_of(e.grad_dtype);
+    const bool aligned = (reinterpret_cast<uintptr_t>(work.grad) + start * size_of(e.grad_dtype)) % group == 0;
+    if (e.layout < 0 && e.grad_dtype != DType::f64 && aligned && start + kTile <= n) {
+      // All loads before the first use. They are plain ones: the update should find the gradient in the L2.
+      uint32_t word[8][4];
+      const int lane = threadIdx.x % kWarp;
+      const char* base = static_cast<const char*>(work.grad) + (start + 4 * lane) * size_of(e.grad_dtype);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (e.grad_dtype == DType::f32) {
+          const uint4 x = *reinterpret_cast<const uint4*>(base + 512 * k);
+          word[k][0] = x.x, word[k][1] = x.y, word[k][2] = x.z, word[k][3] = x.w;
+        } else {
+          const uint2 x = *reinterpret_cast<const uint2*>(base + 256 * k);
+          word[k][0] = x.x, word[k][1] = x.y;
+        }
+      }
+      return warp_sum_by_halving([&](int i, double (&out)[4]) {
+        Raw raw;
+        const int k = i / 128;
+        for (int j = 0; j < 4; ++j) raw.word[j] = word[k][j];
+        T x[4];
+        decode<4>(x, raw, e.grad_dtype);
+        for (int j = 0; j < 4; ++j) out[j] = square(x[j]);
+      });
+    }
+  }
+  return warp_sum_by_halving([&](int i, double (&out)[4]) {
+    for (int j = 0; j < 4; ++j) {
+      const int64_t at = start + i + j;
+      int64_t offset[kOperands];
+      if (at < n) {
+        if (e.layout >= 0)
+          strided_offsets(layouts + e.layout, at, offset);
+        else
+          offset[kGrad] = at;
+      }
+      out[j] = at < n ? square(load_element<T>(work.grad, e.grad_dtype, offset[kGrad])) : 0.0;
+    }
+  });
+}
+
+// Sums `count` numbers that other blocks wrote, at most 1024.
+__device__ inline double warp_sum(const double* x, int64_t count) {
+  return warp_sum_by_halving([&](int i, double (&out)[4]) {
+    for (int j = 0; j < 4; ++j) out[j] = i + j < count ? __ldcg(x + i + j) : 0.0;
+  });
+}
+
+// One warp's part in the tree of sums above the tiles, after its block wrote a part's tile sums: of the blocks below a
+// node the last to arrive sums the node and goes on to the next; at the root it publishes the sum. Who does it varies,
+// the order of summation never does.
+__device__ inline void climb(const BlockWork& work, const Tables& tables) {
+  const DeviceEntry& e = work.entry;
+  constexpr int64_t kPartsPerNode = kTile / kTilesPerPart;
+  int64_t count = tiles(e.numel), node = work.item / kPartsPerNode;  // sums of this level; the node above them
+  int64_t children = work.items - node * kPartsPerNode;
+  children = children < kPartsPerNode ? children : kPartsPerNode;
+  double* sums = tables.partials + e.partials;
+  uint32_t* arrivals = tables.nodes + e.nodes;
+  for (;;) {
+    uint32_t before = 0;
+    if (threadIdx.x % kWarp == 0) {
+      __threadfence();
+      before = atomicAdd(arrivals + node, 1u);
+    }
+    before = __shfl_sync(0xffffffffu, before, 0);
+    if (before + 1 != children) return;
+    __threadfence();
+    if (threadIdx.x % kWarp == 0) arrivals[node] = 0;
+    const int64_t left = count - node * kTile, nodes = tiles(count);
+    const double sum = warp_sum(sums + node * kTile, left < kTile ? left : kTile);
+    if (nodes == 1) {
+      if (threadIdx.x % kWarp == 0) {
+        EntryControl& control = tables.control[work.index];
+        control.sum_of_squares = sum;
+        __threadfence();
+        atomicExch(&control.ready, 1u);
+      }
+      return;
+    }
+    sums += count;
+    arrivals += nodes;
+    if (threadIdx.x % kWarp == 0) sums[node] = sum;
+    const int64_t parent = node / kTile;
+    children = nodes - parent * kTile < kTile ? nodes - parent * kTile : kTile;
+    node = parent;
+    count = nodes;
+  }
+}
+
+// Waits until the last of the blocks that sum is through. They have lower tickets: they run or have run.
+__device__ inline double wait_for_sum(EntryControl& control) {
+  while (atomicAdd(&control.ready, 0u) == 0) __nanosleep(100);
+  __threadfence();
+  return __ldcg(&control.sum_of_squares);
+}
+
+}  // namespace fusedoptim::cuda

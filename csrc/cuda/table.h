@@ -1,0 +1,107 @@
+// What the host hands to a CUDA kernel: tables in device memory, written when something changed, and arguments that
+// travel by value with every launch. Plain structs, the same for the C++ compiler and nvcc.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/sum_of_squares.h"
+#include "../rules/all.h"
+
+namespace fusedoptim::cuda {
+
+// 128 threads of up to 128 registers, 4 blocks to a multiprocessor: 64 KB of loads under way, twice what an H200 needs.
+inline constexpr int kThreads = 128, kBlocksPerSM = 4, kWarp = 32, kWarps = kThreads / kWarp;
+
+// A rule that needs a norm works in parts of this many elements, both when it sums and when it updates; a tensor of one
+// part is done by one block, without waiting.
+inline constexpr int64_t kTilesPerPart = 16, kPart = kTilesPerPart * kTile;
+
+inline constexpr int kOperands = kMaxSlots + 2;
+enum Operand { kParam, kGrad, kFirstState };
+
+// A tensor. It changes when memory, dtypes or layouts do, not from step to step.
+struct DeviceEntry {
+  void* param;
+  void* state[kMaxSlots];
+  void* step;           // 0-dim, fp32 or fp64; null for a rule without a step
+  float* scalar_state;  // for a rule with one
+  int64_t numel;
+  int64_t layout;    // where its layout starts in Tables::layouts; -1: all operands share one dense memory order
+  int64_t partials;  // where its tile sums start in Tables::partials
+  int32_t nodes;     // where its arrival counters start in Tables::nodes
+  int32_t group;
+  DType param_dtype, grad_dtype, step_dtype, state_dtype[kMaxSlots];
+  uint8_t variant;
+};
+
+// A layout, in words: the number of dimensions, then for each, the innermost first, its size and the stride of each
+// operand, in elements.
+inline constexpr int kLayoutWordsPerDim = 1 + kOperands;
+
+// What blocks tell each other about a tensor. All zero between steps, but for `absent`.
+struct EntryControl {
+  uint32_t arrivals;  // blocks that have read the step and the other scalars
+  uint32_t absent;    // 1 until the first step that was taken: its states count as absent
+  uint32_t ready;     // the sum of squares is in
+  uint32_t unused;
+  double sum_of_squares;
+};
+struct LaunchControl {
+  uint32_t tickets, finished;
+};
+
+// Items of work follow each other in segments: a block's item number gives, by search, a segment and an item in it.
+enum class Work : int32_t {
+  update,     // a chunk of an elementwise update
+  sum,        // a part's tile sums
+  apply,      // a part's update, once all sums are in
+  sum_apply,  // both, for a tensor of one part
+};
+struct Segment {
+  int32_t entry;
+  Work work;
+};
+
+// All pointers are to device memory.
+struct Tables {
+  const DeviceEntry* entries;
+  const uint32_t* first_item;  // of each segment, and the total
+  const Segment* segments;
+  const int64_t* layouts;
+  EntryControl* control;
+  LaunchControl* launch;
+  uint32_t* nodes;
+  double* partials;
+};
+
+// A gradient's address, with two flags in bits that no address uses. A word of 0: no gradient, no update.
+inline constexpr uint64_t kActive = uint64_t{1} << 63, kAddress = kActive - 1;
+
+// Kernel arguments may have 32,764 bytes from CUDA 12.1 on.
+inline constexpr int64_t kArgumentBytes = 32760;
+
+struct StepHeader {
+  Tables tables;
+  const uint64_t* grads;    // one word per entry; null: they are in `words`
+  const uint64_t* rows;     // hyper-parameters, row_words per group; null: they are in `words`
+  const float* found_inf;   // not 0: nothing is to be changed. May be null
+  const float* grad_scale;  // gradients are divided by it. May be null
+  int64_t chunk;            // elements per item of Work::update
+  int32_t segments, row_words, inline_grads, inline_rows;  // the last two: where they start in `words`
+};
+inline constexpr int64_t kInlineWords = (kArgumentBytes - static_cast<int64_t>(sizeof(StepHeader))) / 8;
+
+struct StepArgs : StepHeader {
+  uint64_t words[kInlineWords];
+};
+static_assert(sizeof(StepArgs) <= kArgumentBytes);
+
+// Data that travels by value, to be written to device memory.
+inline constexpr int64_t kWriteWords = (kArgumentBytes - 16) / 8;
+struct WriteArgs {
+  uint64_t* to;
+  int64_t count;
+  uint64_t words[kWriteWords];
+};
+
+}  // namespace fusedoptim::cuda

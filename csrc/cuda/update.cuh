@@ -1,0 +1,172 @@
+// The elementwise update of a range of one tensor by one block: the loop, once for every rule, variant and dtype.
+#pragma once
+
+#include "access.cuh"
+#include "lanes.cuh"
+
+namespace fusedoptim::cuda {
+
+// One block's work, as its first warp found it, in shared memory.
+struct BlockWork {
+  DeviceEntry entry;
+  const void* grad;
+  int64_t begin, end;   // elements
+  int64_t item, items;  // of the segment
+  int32_t index;        // of the entry
+  Work work;
+  float unscale;  // what gradients are multiplied by
+};
+
+// `count` groups of G elements from `begin` on. Each thread has U of them, 16*U bytes per operand, under way at once.
+template <class Rule, int variant, class T, int G, int U>
+__device__ __forceinline__ void update_groups(const BlockWork& work, int64_t begin, int64_t count,
+                                              const typename Rule::template Scalars<T>& c) {
+  const DeviceEntry& e = work.entry;
+  const T unscale = static_cast<T>(work.unscale);
+#pragma unroll 1
+  for (int64_t first = threadIdx.x; first < count; first += U * kThreads) {
+    Raw p[U], g[U], s[U][kMaxSlots];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * kThreads >= count) break;
+      const int64_t i = begin + (first + u * kThreads) * G;
+      fetch<G>(g[u], work.grad, e.grad_dtype, i);
+      fetch<G>(p[u], e.param, e.param_dtype, i);
+#pragma unroll
+      for (int k = 0; k < Rule::kSlots; ++k)
+        if (Rule::uses(variant, k)) fetch<G>(s[u][k], e.state[k], e.state_dtype[k], i);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * kThreads >= count) break;
+      const int64_t i = begin + (first + u * kThreads) * G;
+      T param[G], gradient[G], state[kMaxSlots][G];
+      decode<G>(param, p[u], e.param_dtype);
+      decode<G>(gradient, g[u], e.grad_dtype);
+#pragma unroll
+      for (int k = 0; k < Rule::kSlots; ++k)
+        if (Rule::uses(variant, k)) decode<G>(state[k], s[u][k], e.state_dtype[k]);
+#pragma unroll
+      for (int j = 0; j < G; ++j) {
+        T slots[kMaxSlots];
+#pragma unroll
+        for (int k = 0; k < Rule::kSlots; ++k)
+          if (Rule::uses(variant, k)) slots[k] = state[k][j];
+        Rule::template update<variant, Lane<T>>(param[j], gradient[j] * unscale, slots, c);
+#pragma unroll
+        for (int k = 0; k < Rule::kSlots; ++k)
+          if (Rule::uses(variant, k)) state[k][j] = slots[k];
+      }
+#pragma unroll
+      for (int k = 0; k < Rule::kSlots; ++k)
+        if (Rule::uses(variant, k)) put<G>(e.state[k], e.state_dtype[k], i, state[k]);
+      put<G>(e.param, e.param_dtype, i, param);
+    }
+  }
+}
+
+// Single elements: [begin, begin + gap) and from there on [resume, ...), `count` in all. Heads, tails, and tensors
+// without a common alignment or memory order.
+template <class Rule, int variant, class T, int U>
+__device__ __forceinline__ void update_singles(const BlockWork& work, int64_t begin, int64_t gap, int64_t resume,
+                                               int64_t count, const typename Rule::template Scalars<T>& c,
+                                               const int64_t* layouts) {
+  const DeviceEntry& e = work.entry;
+  const T unscale = static_cast<T>(work.unscale);
+#pragma unroll 1
+  for (int64_t first = threadIdx.x; first < count; first += U * kThreads) {
+    T p[U], g[U], s[U][kMaxSlots];
+    int64_t at[U][kOperands];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int64_t j = first + u * kThreads;
+      if (j >= count) break;
+      const int64_t i = j < gap ? begin + j : resume + (j - gap);
+      if (e.layout >= 0)
+        strided_offsets(layouts + e.layout, i, at[u]);
+      else
+        for (int k = 0; k < kOperands; ++k) at[u][k] = i;
+      g[u] = load_element<T>(work.grad, e.grad_dtype, at[u][kGrad]);
+      p[u] = load_element<T>(e.param, e.param_dtype, at[u][kParam]);
+#pragma unroll
+      for (int k = 0; k < Rule::kSlots; ++k)
+        if (Rule::uses(variant, k)) s[u][k] = load_element<T>(e.state[k], e.state_dtype[k], at[u][kFirstState + k]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (first + u * kThreads >= count) break;
+      Rule::template update<variant, Lane<T>>(p[u], g[u] * unscale, s[u], c);
+#pragma unroll
+      for (int k = 0; k < Rule::kSlots; ++k)
+        if (Rule::uses(variant, k)) store_element<T>(e.state[k], e.state_dtype[k], at[u][kFirstState + k], s[u][k]);
+      store_element<T>(e.param, e.param_dtype, at[u][kParam], p[u]);
+    }
+  }
+}
+
+// How many elements make a group whose operands, from some element on, are all aligned to the group; 1 if none does.
+struct Vectors {
+  int width, head;
+};
+
+template <class Rule, int variant>
+__device__ Vectors vectors(const DeviceEntry& e, const void* grad) {
+  int64_t smallest = size_of(e.param_dtype), largest = smallest;
+  const auto consider = [&](DType d) {
+    const int64_t bytes = size_of(d);
+    smallest = bytes < smallest ? bytes : smallest;
+    largest = bytes > largest ? bytes : largest;
+  };
+  consider(e.grad_dtype);
+  for (int k = 0; k < Rule::kSlots; ++k)
+    if (Rule::uses(variant, k)) consider(e.state_dtype[k]);
+  const int width = static_cast<int>(16 / (largest == 8 && smallest < 8 ? 16 : largest));
+  const auto misaligned = [&](const void* base, DType d, int head) {
+    const int64_t bytes = size_of(d);
+    return (reinterpret_cast<uintptr_t>(base) + head * bytes) % (width * bytes) != 0;
+  };
+  const int64_t bytes = size_of(e.param_dtype), group = width * bytes;
+  const int64_t over = static_cast<int64_t>(reinterpret_cast<uintptr_t>(e.param) % group);
+  const int head = static_cast<int>((group - over) % group / bytes);
+  bool fits = width > 1 && !misaligned(e.param, e.param_dtype, head) && !misaligned(grad, e.grad_dtype, head);
+  for (int k = 0; k < Rule::kSlots; ++k)
+    if (Rule::uses(variant, k)) fits = fits && !misaligned(e.state[k], e.state_dtype[k], head);
+  return fits ? Vectors{width, head} : Vectors{1, 0};
+}
+
+// mixed: some operands may have 64 bits and others less.
+template <class Rule, int variant, class T, bool mixed>
+__device__ __forceinline__ void update_range(const BlockWork& work, const typename Rule::template Scalars<T>& scalars,
+                                             const int64_t* layouts) {
+  constexpr int kSinglesAtOnce = mixed ? 1 : 2;
+  const auto c = scalars;
+  const int64_t n = work.entry.numel;
+  const Vectors v = work.entry.layout >= 0 ? Vectors{1, 0} : vectors<Rule, variant>(work.entry, work.grad);
+  // Ranges are moved up by the head, which the first one does as well, and cut where the tensor ends.
+  const int64_t head = v.head < n ? v.head : n;
+  const int64_t begin = work.begin + head < n ? work.begin + head : n;
+  const int64_t end = work.end + head < n ? work.end + head : n;
+  const int64_t groups = v.width > 1 ? (end - begin) / v.width : 0;
+  if constexpr (sizeof(T) == 8) {
+    if (v.width == 2) update_groups<Rule, variant, T, 2, 1>(work, begin, groups, c);
+  } else if constexpr (!mixed) {
+    if (v.width == 4) update_groups<Rule, variant, T, 4, 2>(work, begin, groups, c);
+    if (v.width == 8) update_groups<Rule, variant, T, 8, 1>(work, begin, groups, c);
+  }
+  const int64_t done = begin + groups * v.width, gap = work.begin == 0 ? head : 0;
+  update_singles<Rule, variant, T, kSinglesAtOnce>(work, 0, gap, done, gap + end - done, c, layouts);
+}
+
+// The same, for the entry's own variant.
+template <class Rule, class T, bool mixed, int variant = 0>
+__device__ __forceinline__ void update_variant(const BlockWork& work, const typename Rule::template Scalars<T>& scalars,
+                                               const int64_t* layouts) {
+  if constexpr (variant < Rule::variants) {
+    if (work.entry.variant == variant)
+      update_range<Rule, variant, T, mixed>(work, scalars, layouts);
+    else
+      update_variant<Rule, T, mixed, variant + 1>(work, scalars, layouts);
+  }
+}
+
+}  // namespace fusedoptim::cuda
