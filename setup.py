@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import traceback
 from pathlib import Path
 
@@ -60,11 +62,77 @@ if os.environ.get("FUSEDOPTIM_SANITIZE") == "1":
     FLAGS += LINK_FLAGS
 
 
+# ---- the CUDA kernels: a library of its own, which needs nothing of torch ----
+
+CUDA_SOURCE = HERE / "csrc" / "cuda" / "launch.cu"
+NVCC_FLAGS = [
+    *("-shared", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    # Exact results, as above. Division and square roots are IEEE by default.
+    "-fmad=false",
+    # The driver is all that it needs to find when it runs.
+    *("-cudart", "static"),
+    *("--threads", "0"),
+]
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes[:2] if home), "nvcc"]
+    return next((found for c in (*candidates, f"{homes[2]}/bin/nvcc") if c and (found := shutil.which(c))), None)
+
+
+def architectures() -> list[str]:
+    """nvcc's options for the GPUs to build for: those of TORCH_CUDA_ARCH_LIST, else those here, else a choice that runs
+    on everything from the A100 on, through the driver's compiler where need be."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wanted and torch.cuda.is_available():
+        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        wanted = ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+    options = []
+    for item in re.split(r"[;, ]+", (wanted or "8.0;9.0+PTX").strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
+        if match is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {item!r}; items look like 8.0 or 9.0+PTX")
+        number = match[1] + match[2]
+        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if match[3]:
+            options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return options
+
+
+def build_cuda(target: Path, memory: Path) -> str | None:
+    """Builds target/_C_cuda.so; returns why that was not possible. ``memory`` keeps the command of the last build."""
+    if torch_version is None or missing is not None:
+        return missing
+    if torch.version.cuda is None and os.environ.get("FUSEDOPTIM_BUILD_CUDA") != "1":
+        return "torch is not a CUDA build: install one (https://pytorch.org), then fusedoptim again"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "no nvcc was found: install the CUDA toolkit or set CUDA_HOME, then install fusedoptim again"
+    library = target / "_C_cuda.so"
+    command = [nvcc, *NVCC_FLAGS, *architectures(), str(CUDA_SOURCE), "-o", str(library)]
+    newest = max(p.stat().st_mtime for p in (HERE / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu"))
+    line = " ".join(command)
+    unchanged = memory.exists() and memory.read_text() == line
+    if unchanged and library.exists() and library.stat().st_mtime > newest:
+        return None
+    print(line, flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        library.unlink(missing_ok=True)
+        print(done.stdout + done.stderr, flush=True)
+        errors = [text for text in (done.stdout + done.stderr).splitlines() if "error" in text.lower()]
+        return f"nvcc failed: {errors[0] if errors else done.stderr.strip()[:500]}"
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    memory.write_text(line)
+    return None
+
+
 class BuildWhatCanBeBuilt(BuildExtension):
     """torch's own build command, which here reports instead of failing."""
 
     def run(self) -> None:
-        report = {"torch": torch_version, "cpu": None}
+        report = {"torch": torch_version, "cpu": None, "cuda": None}
         try:
             if missing is not None:
                 raise RuntimeError(missing)
@@ -74,9 +142,15 @@ class BuildWhatCanBeBuilt(BuildExtension):
             report["cpu"] = f"{type(error).__name__}: {error}".strip()[:2000]
             self.extensions = []
             self.announce(f"\nfusedoptim: installing without its compiled kernels: {report['cpu']}\n", level=3)
-        target = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
-        (target / "fusedoptim").mkdir(parents=True, exist_ok=True)
-        (target / "fusedoptim" / "_build.json").write_text(json.dumps(report, indent=1) + "\n")
+        target = (HERE if self.inplace or self.editable_mode else Path(self.build_lib)) / "fusedoptim"
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            report["cuda"] = build_cuda(target, Path(self.build_temp) / "_C_cuda.command")
+        except Exception as error:
+            report["cuda"] = f"{type(error).__name__}: {error}"
+        if report["cuda"]:
+            self.announce(f"\nfusedoptim: installing without its CUDA kernels: {report['cuda']}\n", level=3)
+        (target / "_build.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 setup(

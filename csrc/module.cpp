@@ -17,7 +17,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object, int>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
-      .def("run", &Plan::run, py::arg("stream") = 0)
+      .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
       .def_property_readonly("reason", &Plan::reason)
       .def_property_readonly("address", &Plan::address)
       .def_property_readonly("captured", &Plan::captured);

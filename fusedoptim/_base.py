@@ -18,6 +18,8 @@ __all__ = ["FusedOptimizer"]
 
 #: (parameter, name, value before) of each state that a step created, to be undone if it fails
 Created = list[tuple[Tensor, str, Any]]
+#: GradScaler's grad_scale, None if gradients are unscaled already, and its found_inf
+Scaling = tuple[Tensor | None, Tensor | None] | None
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
@@ -39,6 +41,10 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    #: Set it to True on an optimizer to have GradScaler leave unscaling and skipping to the step. False, as here, is
+    #: the ordinary way, which PyTorch Lightning's gradient clipping asks for.
+    _step_supports_amp_scaling: bool = False
+    found_inf: Tensor | None
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], backend: str | None, state_dtype: torch.dtype | None
@@ -82,16 +88,25 @@ class FusedOptimizer(Optimizer):
                 if not runner.refresh(self.param_groups, self.state):
                     runners = None
                     break
+        scaling = None
+        if hasattr(self, "found_inf"):  # GradScaler sets both, for the duration of this call
+            scaling = (getattr(self, "grad_scale", None), self.found_inf)
         if not runners:  # none yet, none that fits, or no parameters so far
-            self._step_afresh()
-            return loss
-        for runner in runners:
-            runner.run()
+            self._step_afresh(scaling)
+        elif scaling is None:
+            for runner in runners:
+                runner.run()
+        else:
+            for runner in runners:
+                runner.run_scaled(*scaling)
         return loss
 
-    def _step_afresh(self) -> None:
+    def _step_afresh(self, scaling: Scaling) -> None:
         """Validates everything, creates missing states and runners, and steps; or raises, having changed nothing."""
         self._drop_runners()
+        # The one place that waits for the device: no state may be created in a step that is then skipped.
+        if scaling is not None and scaling[1] is not None and scaling[1].item() != 0:
+            return
         created: Created = []
         had_state = set(self.state)
         runners: list[Runner] = []
@@ -99,7 +114,10 @@ class FusedOptimizer(Optimizer):
         try:
             runners = self._prepare(created)
             for runner in runners:  # one that raises has written nothing
-                runner.run()
+                if scaling is None:
+                    runner.run()
+                else:
+                    runner.run_scaled(*scaling)
                 ran += 1
         except BaseException:
             if ran == 0:

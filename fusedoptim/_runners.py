@@ -41,7 +41,10 @@ class Runner(Protocol):
         """Looks up gradients and hyper-parameters; False if another runner has to be built. Writes nothing."""
 
     def run(self) -> None:
-        """Steps every member that has a gradient."""
+        """Steps every member that has a gradient; raises before the first write, or not at all."""
+
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """The same with gradients divided by the scale; changes nothing if found_inf is not 0."""
 
 
 def make_runner(backend: str, rule: Rule, device: torch.device) -> Runner:
@@ -53,10 +56,31 @@ def make_runner(backend: str, rule: Rule, device: torch.device) -> Runner:
     return ReferenceRunner(rule)
 
 
-class CompiledRunner:
+class _ScaledOnHost:
+    """run_scaled() by reading found_inf and by unscaling the gradients in place, as GradScaler.unscale_ does."""
+
+    run: Callable[[], None]
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+
+    @torch.no_grad()
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        if grad_scale is not None:
+            inverse = grad_scale.double().reciprocal().float()
+            for p in self.params:
+                if p.grad is not None:
+                    p.grad.mul_(inverse.to(p.device))
+        self.run()
+
+
+class CompiledRunner(_ScaledOnHost):
     """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h)."""
 
     def __init__(self, rule: Rule, cuda_device: int = -1) -> None:
+        super().__init__()
         assert _native._C is not None
         self.rule = rule
         # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
@@ -75,6 +99,7 @@ class CompiledRunner:
         return bool(self.plan.captured)
 
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
+        self.params = [m.param for m in members]
         ours = {m.param: m.first for m in members}
         tensors: list[Tensor] = []
 
@@ -103,25 +128,37 @@ class CudaRunner(CompiledRunner):
     """The same with the tables in a GPU's memory (csrc/cuda/executor.h), on torch's current stream."""
 
     def __init__(self, rule: Rule, device: torch.device) -> None:
+        self.device = device
         index = device.index or 0
         super().__init__(rule, index)
+        self.stream: Callable[[], int] = lambda: 0
         if device.type == "cuda":
             current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
+            self.stream = lambda: current_stream(index)
             self.run = lambda: self.plan.run(current_stream(index))
 
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """In the kernel, which waits for nothing on the host."""
+        scalars = [
+            None if t is None else t.to(self.device, torch.float32, non_blocking=True) for t in (grad_scale, found_inf)
+        ]
+        self.plan.run(self.stream(), *(0 if t is None else t.data_ptr() for t in scalars))
 
-class ReferenceRunner:
+
+class ReferenceRunner(_ScaledOnHost):
     """Steps with the functions of fusedoptim.reference, on any device."""
 
     reason = "the reference looks at everything anew at each step"
     captured = False
 
     def __init__(self, rule: Rule) -> None:
+        super().__init__()
         self.rule = rule
         self.fresh = False
 
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
         self.groups, self.state, self.members = groups, state, members
+        self.params = [m.param for m in members]
         self.fresh = True
 
     def refresh(self, groups: Groups, state: State) -> bool:

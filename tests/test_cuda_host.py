@@ -24,6 +24,7 @@ from cases import (
     set_gradients,
 )
 from cuda_host import ROOT, SANITIZE, build
+from test_amp import train
 
 import fusedoptim
 from fusedoptim import _native
@@ -306,6 +307,15 @@ def test_scalars_agree_with_the_cpu_over_many_steps(model: Model) -> None:
             for optimizer in (a, b):
                 for state in optimizer.state.values():
                     state["step"] += step * 7
+    assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_unscaling_and_skipping_in_the_kernel(model: Model, case: Case) -> None:
+    mine, theirs, a, b = pair(case, [(5,), (40,), (20_000,)], torch.float32)
+    a._step_supports_amp_scaling = b._step_supports_amp_scaling = True
+    overflow = {0, 4, 5}
+    assert train(a, mine, 10, overflow) == train(b, theirs, 10, overflow)
     assert_same_optimizers(a, b)
 
 

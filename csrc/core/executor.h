@@ -9,6 +9,13 @@
 
 namespace fusedoptim {
 
+// Addresses on the device, as numbers; a CPU has no use for them.
+struct OnDevice {
+  int64_t stream = 0;
+  int64_t grad_scale = 0;  // an fp32 number that gradients are divided by, or 0
+  int64_t found_inf = 0;   // an fp32 number: nothing is to change unless it is 0. Or 0
+};
+
 class Executor {
  public:
   virtual ~Executor() = default;
@@ -30,8 +37,8 @@ class Executor {
   // Call before run(). Whether it may take so long that the interpreter should be released for it.
   virtual bool takes_long(const std::vector<Entry>& entries) = 0;
   // Updates all active entries and stores their step counts. on_caller runs once on the calling thread, while the work
-  // goes on elsewhere. stream is the device's, as an address.
-  virtual void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t stream,
+  // goes on elsewhere.
+  virtual void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
                    const std::function<void()>& on_caller) = 0;
 };
 

@@ -122,7 +122,7 @@ void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vec
   });
 }
 
-void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t,
+void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice&,
                       const std::function<void()>& on_caller) {
   const std::function<void()>* once = &on_caller;
   for (const Window& w : schedule_.windows) {

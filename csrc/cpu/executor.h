@@ -19,8 +19,7 @@ class CpuExecutor : public Executor {
   void prepare(Entry& entry, int variant) override;
   void activity_changed() override { scheduled_ = false; }
   bool takes_long(const std::vector<Entry>& entries) override;
-  // Takes no stream.
-  void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t,
+  void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice&,
            const std::function<void()>& on_caller) override;
 
  private:

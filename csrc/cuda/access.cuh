@@ -37,6 +37,25 @@ __device__ __forceinline__ uint16_t encode_16(float x, DType d) {
   return d == DType::bf16 ? f32_to_bf16(x) : encode_f16(x);
 }
 
+// One element. mixed: it may have 64 bits; kernels for tensors without such hold no 64-bit arithmetic.
+template <class T, bool mixed>
+__device__ __forceinline__ T load_single(const void* base, DType d, int64_t i) {
+  if constexpr (mixed) return load_element<T>(base, d, i);
+  if (d == DType::f32) return static_cast<const float*>(base)[i];
+  return decode_16(static_cast<const uint16_t*>(base)[i], d);
+}
+template <bool mixed, class T>
+__device__ __forceinline__ void store_single(void* base, DType d, int64_t i, T x) {
+  if constexpr (mixed) {
+    store_element<T>(base, d, i, x);
+  } else {
+    if (d == DType::f32)
+      static_cast<float*>(base)[i] = x;
+    else
+      static_cast<uint16_t*>(base)[i] = encode_16(x, d);
+  }
+}
+
 // ---- groups ----
 
 struct Raw {  // a group as it is in memory

@@ -274,8 +274,6 @@ void CudaExecutor::pack(const std::vector<Entry>& entries, const std::vector<Hyp
   for (size_t r = 0; r < rows.size(); ++r) std::memcpy(&words_[n + r * width], rows[r].value, width * 8);
   args_.tables = tables_;
   args_.row_words = static_cast<int32_t>(width);
-  args_.found_inf = found_inf;
-  args_.grad_scale = grad_scale;
   // What is small goes by value, the gradients first: they change most often.
   int64_t used = 0;
   const auto place = [&](const uint64_t* from, int64_t count, int32_t& start, std::vector<uint64_t>& last,
@@ -290,9 +288,11 @@ void CudaExecutor::pack(const std::vector<Entry>& entries, const std::vector<Hyp
   args_.rows = place(words_.data() + n, row_words, args_.inline_rows, uploaded_rows_, n);
 }
 
-void CudaExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t stream_address,
+void CudaExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
                        const std::function<void()>& on_caller) {
-  void* stream = reinterpret_cast<void*>(stream_address);
+  void* stream = reinterpret_cast<void*>(on_device.stream);
+  args_.grad_scale = reinterpret_cast<const float*>(on_device.grad_scale);
+  args_.found_inf = reinterpret_cast<const float*>(on_device.found_inf);
   if (!tables_valid_) make_tables(entries, rows, stream);
   captured_any_ = captured_any_ || api->capturing(stream);
   pack(entries, rows, stream);

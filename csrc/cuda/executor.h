@@ -46,11 +46,8 @@ class CudaExecutor : public Executor {
   bool reads_lr_on_device() const override { return true; }
   bool captured() const override { return captured_any_; }
   bool takes_long(const std::vector<Entry>&) override { return false; }
-  void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, int64_t stream,
+  void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
            const std::function<void()>& on_caller) override;
-
-  // Addresses of one-element fp32 tensors on the device, or null: see StepHeader.
-  const float *grad_scale = nullptr, *found_inf = nullptr;
 
  private:
   void make_control(const std::vector<Entry>& entries, void* stream);

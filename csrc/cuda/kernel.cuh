@@ -117,9 +117,9 @@ __device__ __forceinline__ void sum_tiles(const BlockWork& work, const int64_t* 
   for (int k = threadIdx.x / kWarp; k < count; k += kWarps) {
     double sum;
     if (mixed && work.entry.param_dtype == DType::f64)
-      sum = warp_tile_sum<double>(work, first + k, layouts);
+      sum = warp_tile_sum<double, mixed>(work, first + k, layouts);
     else
-      sum = warp_tile_sum<float>(work, first + k, layouts);
+      sum = warp_tile_sum<float, mixed>(work, first + k, layouts);
     if (threadIdx.x % kWarp == 0) out[k] = sum;
   }
 }

@@ -30,56 +30,55 @@ __device__ __forceinline__ double warp_sum_by_halving(const Load4& load4) {
   return (s[0][0] + s[0][2]) + (s[0][1] + s[0][3]);
 }
 
-// The sum of squares of a tile of the gradient, multiplied by unscale first.
 template <class T>
-__device__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
+__device__ __forceinline__ double square(T x, float unscale) {
+  const double y = static_cast<double>(x * static_cast<T>(unscale));
+  return y * y;
+}
+
+// The square of element i of the gradient, wherever it lies; 0 beyond the end. One copy, called: its divisions and
+// cases would fill the instruction cache 32 times over.
+template <class T, bool mixed>
+__device__ __noinline__ double square_at(const BlockWork& work, int64_t i, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
-  const int64_t start = tile * kTile, n = e.numel;
-  const T unscale = static_cast<T>(work.unscale);
-  const auto square = [&](T x) {
-    const double y = static_cast<double>(x * unscale);
-    return y * y;
-  };
-  if constexpr (sizeof(T) == 4) {
-    const int64_t group = 4 * size_of(e.grad_dtype);
-    const bool aligned = (reinterpret_cast<uintptr_t>(work.grad) + start * size_of(e.grad_dtype)) % group == 0;
-    if (e.layout < 0 && e.grad_dtype != DType::f64 && aligned && start + kTile <= n) {
+  if (i >= e.numel) return 0.0;
+  int64_t at[kOperands];
+  at[kGrad] = i;
+  if (e.layout >= 0) strided_offsets(layouts + e.layout, i, at);
+  return square(load_single<T, mixed>(work.grad, e.grad_dtype, at[kGrad]), work.unscale);
+}
+
+// The sum of squares of a tile of the gradient, divided by the scale first.
+template <class T, bool mixed>
+__device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
+  const DeviceEntry& e = work.entry;
+  const int64_t start = tile * kTile;
+  if constexpr (!mixed) {
+    const int64_t bytes = size_of(e.grad_dtype);
+    const char* base = static_cast<const char*>(work.grad) + start * bytes;
+    if (e.layout < 0 && reinterpret_cast<uintptr_t>(base) % (4 * bytes) == 0 && start + kTile <= e.numel) {
       // All loads before the first use. They are plain ones: the update should find the gradient in the L2.
-      uint32_t word[8][4];
-      const int lane = threadIdx.x % kWarp;
-      const char* base = static_cast<const char*>(work.grad) + (start + 4 * lane) * size_of(e.grad_dtype);
+      Raw raw[8];
+      base += 4 * (threadIdx.x % kWarp) * bytes;
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         if (e.grad_dtype == DType::f32) {
           const uint4 x = *reinterpret_cast<const uint4*>(base + 512 * k);
-          word[k][0] = x.x, word[k][1] = x.y, word[k][2] = x.z, word[k][3] = x.w;
+          raw[k].word[0] = x.x, raw[k].word[1] = x.y, raw[k].word[2] = x.z, raw[k].word[3] = x.w;
         } else {
           const uint2 x = *reinterpret_cast<const uint2*>(base + 256 * k);
-          word[k][0] = x.x, word[k][1] = x.y;
+          raw[k].word[0] = x.x, raw[k].word[1] = x.y;
         }
       }
       return warp_sum_by_halving([&](int i, double (&out)[4]) {
-        Raw raw;
-        const int k = i / 128;
-        for (int j = 0; j < 4; ++j) raw.word[j] = word[k][j];
         T x[4];
-        decode<4>(x, raw, e.grad_dtype);
-        for (int j = 0; j < 4; ++j) out[j] = square(x[j]);
+        decode<4>(x, raw[i / 128], e.grad_dtype);
+        for (int j = 0; j < 4; ++j) out[j] = square(x[j], work.unscale);
       });
     }
   }
   return warp_sum_by_halving([&](int i, double (&out)[4]) {
-    for (int j = 0; j < 4; ++j) {
-      const int64_t at = start + i + j;
-      int64_t offset[kOperands];
-      if (at < n) {
-        if (e.layout >= 0)
-          strided_offsets(layouts + e.layout, at, offset);
-        else
-          offset[kGrad] = at;
-      }
-      out[j] = at < n ? square(load_element<T>(work.grad, e.grad_dtype, offset[kGrad])) : 0.0;
-    }
+    for (int j = 0; j < 4; ++j) out[j] = square_at<T, mixed>(work, start + i + j, layouts);
   });
 }
 

@@ -67,10 +67,11 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
 
 // Single elements: [begin, begin + gap) and from there on [resume, ...), `count` in all. Heads, tails, and tensors
 // without a common alignment or memory order.
-template <class Rule, int variant, class T, int U>
+template <class Rule, int variant, class T, bool mixed>
 __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t begin, int64_t gap, int64_t resume,
                                                int64_t count, const typename Rule::template Scalars<T>& c,
                                                const int64_t* layouts) {
+  constexpr int U = mixed ? 1 : 2;
   const DeviceEntry& e = work.entry;
   const T unscale = static_cast<T>(work.unscale);
 #pragma unroll 1
@@ -86,11 +87,12 @@ __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t be
         strided_offsets(layouts + e.layout, i, at[u]);
       else
         for (int k = 0; k < kOperands; ++k) at[u][k] = i;
-      g[u] = load_element<T>(work.grad, e.grad_dtype, at[u][kGrad]);
-      p[u] = load_element<T>(e.param, e.param_dtype, at[u][kParam]);
+      g[u] = load_single<T, mixed>(work.grad, e.grad_dtype, at[u][kGrad]);
+      p[u] = load_single<T, mixed>(e.param, e.param_dtype, at[u][kParam]);
 #pragma unroll
       for (int k = 0; k < Rule::kSlots; ++k)
-        if (Rule::uses(variant, k)) s[u][k] = load_element<T>(e.state[k], e.state_dtype[k], at[u][kFirstState + k]);
+        if (Rule::uses(variant, k))
+          s[u][k] = load_single<T, mixed>(e.state[k], e.state_dtype[k], at[u][kFirstState + k]);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -98,8 +100,8 @@ __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t be
       Rule::template update<variant, Lane<T>>(p[u], g[u] * unscale, s[u], c);
 #pragma unroll
       for (int k = 0; k < Rule::kSlots; ++k)
-        if (Rule::uses(variant, k)) store_element<T>(e.state[k], e.state_dtype[k], at[u][kFirstState + k], s[u][k]);
-      store_element<T>(e.param, e.param_dtype, at[u][kParam], p[u]);
+        if (Rule::uses(variant, k)) store_single<mixed>(e.state[k], e.state_dtype[k], at[u][kFirstState + k], s[u][k]);
+      store_single<mixed>(e.param, e.param_dtype, at[u][kParam], p[u]);
     }
   }
 }
@@ -138,7 +140,6 @@ __device__ Vectors vectors(const DeviceEntry& e, const void* grad) {
 template <class Rule, int variant, class T, bool mixed>
 __device__ __forceinline__ void update_range(const BlockWork& work, const typename Rule::template Scalars<T>& scalars,
                                              const int64_t* layouts) {
-  constexpr int kSinglesAtOnce = mixed ? 1 : 2;
   const auto c = scalars;
   const int64_t n = work.entry.numel;
   const Vectors v = work.entry.layout >= 0 ? Vectors{1, 0} : vectors<Rule, variant>(work.entry, work.grad);
@@ -154,7 +155,7 @@ __device__ __forceinline__ void update_range(const BlockWork& work, const typena
     if (v.width == 8) update_groups<Rule, variant, T, 8, 1>(work, begin, groups, c);
   }
   const int64_t done = begin + groups * v.width, gap = work.begin == 0 ? head : 0;
-  update_singles<Rule, variant, T, kSinglesAtOnce>(work, 0, gap, done, gap + end - done, c, layouts);
+  update_singles<Rule, variant, T, mixed>(work, 0, gap, done, gap + end - done, c, layouts);
 }
 
 // The same, for the entry's own variant.

@@ -395,7 +395,7 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   return true;
 }
 
-void Plan::run(int64_t stream) {
+void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
   if (!refreshed_) throw std::runtime_error("run() must follow a refresh() that returned True");
   refreshed_ = false;
   struct Running {  // releases what was held for the kernels
@@ -418,14 +418,14 @@ void Plan::run(int64_t stream) {
   // interpreter: short steps do it beside the kernels, long ones before, so that other Python threads can run.
   if (!executor_->takes_long(entries_)) {
     py::object result = py::none();
-    executor_->run(entries_, rows_, stream, [&] {
+    executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [&] {
       result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), active_params_.ptr()));
     });
     if (!result) throw py::error_already_set();
   } else {
     increment_version_(active_params_);
     py::gil_scoped_release release;
-    executor_->run(entries_, rows_, stream, [] {});
+    executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [] {});
   }
 }
 

@@ -42,8 +42,10 @@ class Plan {
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
   bool refresh(py::handle groups, py::handle state);
-  // Steps all parameters that had a gradient in refresh(). stream: the address of the device's stream, for CUDA.
-  void run(int64_t stream);
+  // Steps all parameters that had a gradient in refresh(). For CUDA: the addresses of the stream and of two fp32
+  // numbers on the device, each may be 0: gradients are divided by the scale, and nothing changes if found_inf is not
+  // 0.
+  void run(int64_t stream, int64_t grad_scale, int64_t found_inf);
 
   const std::string& reason() const { return reason_; }
   // Whether a CUDA graph has captured a step, and with it the addresses of this plan's tables.

@@ -86,13 +86,7 @@ class Block {
     std::shuffle(order.begin(), order.end(), random_);
     for (int t = 0; t < threads; ++t) {
       ++warps_[t / kWarpSize].members;
-      Fiber& f = fibers_[t];
-      f.done = false;
-      getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack;
-      f.context.uc_stack.ss_size = kStackBytes;
-      f.context.uc_link = nullptr;
-      makecontext(&f.context, &Block::enter, 0);
+      start(fibers_[t]);
     }
     for (int left = threads; left > 0;) {
       moved_ = false;
@@ -134,6 +128,14 @@ class Block {
   }
 
  private:
+  static void start(Fiber& f) {
+    f.done = false;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack;
+    f.context.uc_stack.ss_size = kStackBytes;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, &Block::enter, 0);
+  }
   static void enter() {
     Block& b = current();
     finish_switch(nullptr, &b.scheduler_stack_, &b.scheduler_bytes_);
