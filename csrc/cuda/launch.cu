@@ -129,8 +129,9 @@ const char* check(int32_t device) {
   if (driver < 12010) return "the driver is older than CUDA 12.1 (R530), which kernel arguments of 32 KB need";
   const OnDevice on(device);
   if (on.error() != cudaSuccess) return text(on.error());
+  // Asking also loads the kernel that a capture may be the first to launch.
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(step_kernel<SGD, false>));
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(write_kernel));
   cudaGetLastError();  // an error here is an answer, not a failure for others to find
   return text(error);
 }

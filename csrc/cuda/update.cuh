@@ -17,10 +17,11 @@ struct BlockWork {
   float unscale;  // what gradients are multiplied by
 };
 
-// `count` groups of G elements from `begin` on. Each thread has U of them, 16*U bytes per operand, under way at once.
-template <class Rule, int variant, class T, int G, int U>
+// `count` groups of G elements from `begin` on. Each thread has two of them, 32 bytes per operand, under way at once.
+template <class Rule, int variant, class T, int G>
 __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t begin, int64_t count,
                                               const typename Rule::template Scalars<T>& c) {
+  constexpr int U = 2;
   const DeviceEntry& e = work.entry;
   const T unscale = static_cast<T>(work.unscale);
 #pragma unroll 1
@@ -149,10 +150,10 @@ __device__ __forceinline__ void update_range(const BlockWork& work, const typena
   const int64_t end = work.end + head < n ? work.end + head : n;
   const int64_t groups = v.width > 1 ? (end - begin) / v.width : 0;
   if constexpr (sizeof(T) == 8) {
-    if (v.width == 2) update_groups<Rule, variant, T, 2, 1>(work, begin, groups, c);
+    if (v.width == 2) update_groups<Rule, variant, T, 2>(work, begin, groups, c);
   } else if constexpr (!mixed) {
-    if (v.width == 4) update_groups<Rule, variant, T, 4, 2>(work, begin, groups, c);
-    if (v.width == 8) update_groups<Rule, variant, T, 8, 1>(work, begin, groups, c);
+    if (v.width == 4) update_groups<Rule, variant, T, 4>(work, begin, groups, c);
+    if (v.width == 8) update_groups<Rule, variant, T, 8>(work, begin, groups, c);
   }
   const int64_t done = begin + groups * v.width, gap = work.begin == 0 ? head : 0;
   update_singles<Rule, variant, T, mixed>(work, 0, gap, done, gap + end - done, c, layouts);
