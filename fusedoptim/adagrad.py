@@ -30,6 +30,7 @@ class Adagrad(FusedOptimizer):
         foreach, differentiable: only None or False; they exist for torch.optim's signature.
         maximize: go up instead of down.
         fused: accepted; the step is always fused.
+        capturable: accepted; every step can be captured in a CUDA graph, but for the first.
         backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
 
     Raises:
@@ -62,6 +63,7 @@ class Adagrad(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:

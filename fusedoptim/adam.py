@@ -44,7 +44,7 @@ class Adam(FusedOptimizer):
         amsgrad: divide by the largest second moment so far.
         foreach, differentiable: only None or False; they exist for torch.optim's signature.
         maximize: go up instead of down.
-        capturable: accepted; results are the same either way.
+        capturable: accepted; every step can be captured in a CUDA graph, but for the first.
         fused: accepted; the step is always fused.
         decoupled_weight_decay: AdamW's decay, ``p = p * (1 - lr * weight_decay)``.
         bias_correction: False leaves the moments uncorrected, as if both ``1 - beta**t`` were 1.

@@ -41,6 +41,7 @@ class NormAdaptive(FusedOptimizer):
         eps: added to the average, above 0.
         weight_decay: decoupled decay, ``p * (1 - lr * weight_decay)``.
         maximize: go up instead of down.
+        capturable: accepted; every step can be captured in a CUDA graph, but for the first.
         backend: see :class:`fusedoptim.FusedOptimizer`.
 
     Raises:
@@ -68,6 +69,7 @@ class NormAdaptive(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:

@@ -29,7 +29,7 @@ class RMSprop(FusedOptimizer):
         weight_decay: added to the gradient as ``weight_decay * p``.
         momentum: the momentum of the normalised gradient; 0 keeps no buffer.
         centered: subtract the square of the average gradient from the average of squares.
-        capturable: accepted; results are the same either way.
+        capturable: accepted; every step can be captured in a CUDA graph, but for the first.
         foreach, differentiable: only None or False; they exist for torch.optim's signature.
         maximize: go up instead of down.
         fused: accepted (torch.optim.RMSprop has no fused form); the step is always fused.

@@ -39,6 +39,7 @@ class SGD(FusedOptimizer):
         maximize: go up instead of down.
         foreach, differentiable: only None or False; they exist for torch.optim's signature.
         fused: accepted; the step is always fused.
+        capturable: accepted; every step can be captured in a CUDA graph, but for the first.
         backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
 
     Raises:
@@ -67,6 +68,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import fusedoptim
-from fusedoptim import _native
+from fusedoptim import _backends, _native
 
 LIBRARY = _native.cuda_library()
 needs_cuda_library = pytest.mark.skipif(
@@ -90,6 +91,53 @@ def test_library_loads_without_a_gpu_and_needs_only_the_driver() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="torch finds no CUDA device"):
             fusedoptim.SGD([torch.nn.Parameter(torch.ones(1))], backend="cuda")
+
+
+def test_a_library_that_does_not_load_is_explained_and_something_else_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.version.hip is not None:
+        pytest.skip("a ROCm build of torch")
+    broken = tmp_path / "_C_cuda.so"
+    gpu = torch.device("cuda", 0)
+    for content, cause in ((None, "they were not built"), (b"not a library", "does not load")):
+        if content is not None:
+            broken.write_bytes(content)
+        monkeypatch.setenv("FUSEDOPTIM_CUDA_LIBRARY", str(broken))
+        _native.cuda_problem.cache_clear()
+        _backends._warned.clear()
+        try:
+            with pytest.warns(UserWarning, match=f"cuda: .*{cause}.*python -m fusedoptim"):
+                assert _backends.choose(None, gpu) == "reference"
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert _backends.choose(None, gpu) == "reference"  # said once
+            with pytest.raises(RuntimeError, match=cause):
+                fusedoptim.SGD([torch.nn.Parameter(torch.ones(1))], backend="cuda")
+            fusedoptim.SGD([torch.nn.Parameter(torch.ones(1))]).step()  # the CPU is not touched by it
+        finally:
+            monkeypatch.undo()
+            _native.cuda_problem.cache_clear()
+
+
+def test_a_gpu_that_the_kernels_do_not_fit_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the driver answers for a GPU that the build has no code for."""
+    monkeypatch.setattr(_native, "cuda_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a new GPU")
+    monkeypatch.setattr(
+        _native._C, "cuda_problem", lambda i: "no kernel image is available for execution on the device"
+    )
+    monkeypatch.setattr(_native._C, "cuda_on_host", lambda: False)
+    _native.cuda_device_problem.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"on a new GPU: no kernel image.*TORCH_CUDA_ARCH_LIST=12\.0 pip install"):
+            assert _backends.choose(None, torch.device("cuda", 0)) == "reference"
+        with pytest.raises(RuntimeError, match="no kernel image"):
+            _backends.choose("cuda", torch.device("cuda", 0))
+    finally:
+        _native.cuda_device_problem.cache_clear()
 
 
 def test_every_rule_has_both_kernels(kernels: dict[tuple[str, bool], Kernel]) -> None:
