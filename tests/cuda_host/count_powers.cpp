@@ -1,5 +1,7 @@
 // How often power() of device code differs from the C library's, over the powers that bias corrections take.
 #define FUSEDOPTIM_CUDA_ON_HOST 1
+#include <initializer_list>
+
 #include "../../csrc/core/power.h"
 
 // counts: powers, of which differ in fp64, of which one minus them differs in fp32; the same two for roots
