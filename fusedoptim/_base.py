@@ -161,8 +161,10 @@ class FusedOptimizer(Optimizer):
     def _members(self, created: Created) -> dict[torch.device, list[Member]]:
         """Every parameter that can be stepped, by device. New states are noted in ``created``."""
         name = type(self).__name__
+        names = self.rule.state_names()
         members: dict[torch.device, list[Member]] = {}
         steps: list[tuple[Group, Tensor]] = []
+        tensors: list[tuple[str | None, Group, int, int, Tensor]] = []
         for index, group in enumerate(self.param_groups):
             _checks.check_step_values(group, self.rule, index)
             for i, p in enumerate(group["params"]):
@@ -176,9 +178,12 @@ class FusedOptimizer(Optimizer):
                 if not isinstance(state, dict):
                     raise ValueError(f"the state of {who} must be a dict, but is {state!r}")
                 _checks.check_states(p, state, self.rule, who)
+                tensors.append((None, group, index, i, p))
+                tensors += [(n, group, index, i, s) for n in names if isinstance(s := state.get(n), Tensor)]
                 if p.grad is not None:
                     _checks.check_names(state, self.rule, who, name)
                     steps.append((group, p))
+        _checks.check_memory(tensors)
         fresh: set[Tensor] = set()
         for owner, p in steps:
             if self._create_missing_states(owner, p, created):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._memory import overlaps_itself, sharing
 from ._rule import Group, Rule
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -88,10 +89,6 @@ def describe(group: Group, index: int, i: int) -> str:
     return f"parameter {i}{name} of group {index} (shape {tuple(p.shape)}, {p.dtype}, {p.device})"
 
 
-def _overlaps(t: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
-
-
 def check_param(p: Tensor, who: str, optimizer: str) -> None:
     """A parameter that the kernels can update."""
     if p.is_complex():
@@ -110,8 +107,8 @@ def check_param(p: Tensor, who: str, optimizer: str) -> None:
         raise ValueError(f"{who} has {p.dim()} dimensions, at most 64 are supported: reshape it")
     if p.device.type == "meta":
         raise ValueError(f"{who} is on the meta device and has no memory: materialise it first, with to_empty()")
-    if _overlaps(p):
-        raise ValueError(f"{who} is an expanded tensor, whose elements share memory: use parameter.contiguous()")
+    if overlaps_itself(p):
+        raise ValueError(f"{who} has elements that share memory, as an expanded tensor has: use parameter.contiguous()")
 
 
 def check_grad(p: Tensor, who: str, optimizer: str) -> None:
@@ -155,7 +152,7 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
         wanted = torch.device("cpu") if name == "step" and value.device.type == "cpu" else p.device
         if devices and value.device != wanted:
             raise ValueError(f"state {name!r} of {who} is on {value.device}: move it with .to({str(p.device)!r})")
-        if value.layout != torch.strided or _overlaps(value) or value.is_neg():
+        if value.layout != torch.strided or overlaps_itself(value) or value.is_neg():
             raise ValueError(f"state {name!r} of {who} has no dense memory of its own: use .contiguous()")
 
 
@@ -171,3 +168,18 @@ def check_names(state: Mapping[str, Any], rule: Rule, who: str, optimizer: str) 
             f"this checkpoint is not one of {optimizer}: its states of {who} are {sorted(names)}, "
             f"{optimizer} has {sorted(known)}. Nothing was loaded"
         )
+
+
+def check_memory(tensors: list[tuple[str | None, Group, int, int, Tensor]]) -> None:
+    """No two tensors may share memory. Given as (state's name or None, group, its index, the parameter's, tensor)."""
+    found = sharing(t for *_, t in tensors)
+    if found is None:
+        return
+    texts = []
+    for k in sorted(found):
+        name, group, index, i, _ = tensors[k]
+        texts.append(f"state {name!r} of {describe(group, index, i)}" if name else describe(group, index, i))
+    raise ValueError(
+        f"{texts[1]} shares memory with {texts[0]}, and all are updated side by side: pass one parameter for both, or "
+        "give it memory of its own with .clone()"
+    )
