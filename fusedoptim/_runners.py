@@ -161,36 +161,39 @@ class ReferenceRunner(_ScaledOnHost):
         self.params = [m.param for m in members]
         self.fresh = True
 
+    @torch.no_grad()
     def refresh(self, groups: Groups, state: State) -> bool:
         fresh, self.fresh = self.fresh, False
+        for m in self._active():  # a number that overflows should say so before anything is written
+            self._update(m, lambda t: t.new_empty(0))
         return fresh
 
     @torch.no_grad()
     def run(self) -> None:
-        for m in self.members:
-            if m.param.grad is not None:
-                self._step(m, self.state[m.param], self.groups[m.group])
+        for m in self._active():
+            updated, work = self._update(m, lambda t: t)
+            m.param.detach().copy_(updated)
+            for name, value in work.items():
+                self.state[m.param][name].copy_(value)
 
-    def _step(self, m: Member, state: dict[str, Any], group: dict[str, Any]) -> None:
-        p, grad = m.param.detach(), m.param.grad
+    def _active(self) -> list[Member]:
+        return [m for m in self.members if m.param.grad is not None]
+
+    def _update(self, m: Member, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """The new values of the parameter and the states, or of a part of them."""
+        state, group, grad = self.state[m.param], self.groups[m.group], m.param.grad
         assert grad is not None
-        compute = torch.float64 if p.dtype == torch.float64 else torch.float32
+        compute = torch.float64 if m.param.dtype == torch.float64 else torch.float32
 
         def computed(t: Tensor) -> Tensor:
-            return t.detach().to(compute, copy=True, memory_format=torch.contiguous_format)
+            return part(t.detach()).to(compute, copy=True, memory_format=torch.contiguous_format)
 
-        step = 0.0
-        if self.rule.has_step:
-            state["step"] += 1
-            step = state["step"].item()
-        names = [s.name for s in self.rule.slots if s.needed_in(group)]
-        work: dict[str, Any] = {n: computed(state[n]) for n in names}
+        work: dict[str, Any] = {s.name: computed(state[s.name]) for s in self.rule.slots if s.needed_in(group)}
         if m.first:
             work.update({s.name: None for s in self.rule.slots if s.starts_absent and s.name in work})
         if self.rule.scalar_state:
-            work[self.rule.scalar_state] = state[self.rule.scalar_state]
-        updated = computed(p)
-        self.rule.reference(updated, computed(grad), work, step, group)
-        p.copy_(updated)
-        for n in names:
-            state[n].copy_(work[n])
+            work[self.rule.scalar_state] = state[self.rule.scalar_state].clone()
+        step = state["step"] + 1 if self.rule.has_step else None
+        updated = computed(m.param)
+        self.rule.reference(updated, computed(grad), work, 0.0 if step is None else step.item(), group)
+        return updated, work if step is None else {**work, "step": step}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import FULL, Case, assert_same_bits, parameters
+from cases import FULL, Case, assert_same_bits, parameters, set_gradients
 
 import fusedoptim
 from fusedoptim import _backends
@@ -235,3 +235,17 @@ def test_a_tensor_lr_of_the_wrong_kind() -> None:
         fusedoptim.SGD(parameters([(2,)]), lr=torch.ones(2))
     with pytest.raises(ValueError, match="float32, float64"):
         fusedoptim.SGD(parameters([(2,)]), lr=torch.tensor(1))
+
+
+def test_the_reference_computes_numbers_before_it_writes() -> None:
+    """1/(1 - beta**0) of the second group: torch's own error, and the first group is as it was."""
+    params = parameters([(3,), (4,)])
+    optimizer = fusedoptim.Adam([{"params": [p]} for p in params], backend="reference")
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer.state[params[1]]["step"].fill_(-1.0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert optimizer.state[params[0]]["step"].item() == 1
