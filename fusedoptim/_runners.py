@@ -164,8 +164,9 @@ class ReferenceRunner(_ScaledOnHost):
     @torch.no_grad()
     def refresh(self, groups: Groups, state: State) -> bool:
         fresh, self.fresh = self.fresh, False
-        for m in self._active():  # a number that overflows should say so before anything is written
-            self._update(m, lambda t: t.new_empty(0))
+        if fresh:
+            for m in self._active():  # a number that overflows should say so before anything is written
+                self._update(m, lambda t: t.new_empty(0))
         return fresh
 
     @torch.no_grad()
