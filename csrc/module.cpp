@@ -12,8 +12,26 @@
 namespace py = pybind11;
 using namespace fusedoptim;
 
+namespace {
+
+// A plan holds the groups and the state of an optimizer that holds the plan: the garbage collector has to see that.
+void collect_plans(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    return py::detail::is_holder_constructed(self) ? py::cast<Plan&>(py::handle(self)).traverse(visit, arg) : 0;
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
       .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object, int>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _backends, _checkpoint, _checks
-from ._rule import Group, Rule, Slot
+from ._rule import FLAGS, Group, Rule, Slot
 from ._runners import Member, Runner, make_runner
 
 __all__ = ["FusedOptimizer"]
@@ -52,6 +52,7 @@ class FusedOptimizer(Optimizer):
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"Invalid state_dtype: {state_dtype}; choose torch.float32, torch.bfloat16 or None")
         _backends.check_name(backend)
+        _switch_off(defaults)
         self._check_group(defaults)
         self._options: dict[str, Any] = {"backend": backend, "state_dtype": state_dtype}
         self._runners: list[Runner] | None = None
@@ -165,6 +166,7 @@ class FusedOptimizer(Optimizer):
         members: dict[torch.device, list[Member]] = {}
         steps: list[tuple[Group, Tensor]] = []
         tensors: list[tuple[str | None, Group, int, int, Tensor]] = []
+        _checks.check_lists(self.param_groups)
         for index, group in enumerate(self.param_groups):
             _checks.check_step_values(group, self.rule, index)
             for i, p in enumerate(group["params"]):
@@ -241,6 +243,7 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does. Its values and parameters are checked first."""
         if isinstance(param_group, dict):
+            _switch_off(param_group)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
@@ -285,11 +288,19 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+            _switch_off(group)
             for p in group["params"]:
                 if p in self.state:
                     values = self.state[p]
                     for name, value in values.items():
                         values[name] = _checkpoint.restored(name, value, p)
+
+
+def _switch_off(group: dict[str, Any]) -> None:
+    """Options given as None are off."""
+    for key in FLAGS:
+        if key in group and group[key] is None:
+            group[key] = False
 
 
 _ABSENT = object()

@@ -17,12 +17,19 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NAMES = "float32, float64, bfloat16 or float16"
 
 
+def as_float(value: Any, what: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{what} too large for a float: {str(value)[:20]}...") from None
+
+
 def at_least_zero(*keys: tuple[str, str]) -> Callable[[Group], None]:
     """Checks group values, with torch.optim's own messages. A key is (group key, its name in the message)."""
 
     def check(group: Group) -> None:
         for key, label in keys:
-            if not 0.0 <= group[key]:
+            if group[key] is None or not 0.0 <= group[key]:
                 raise ValueError(f"Invalid {label}: {group[key]}")
 
     return check
@@ -36,12 +43,23 @@ def check_common(group: Group, optimizer: str) -> None:
             raise ValueError("Tensor lr must be 1-element")
         if lr.dtype not in DTYPES:
             raise ValueError(f"Tensor lr must be {_NAMES}, but is {lr.dtype}")
-    if not 0.0 <= lr:
+    if lr is None or not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
+    as_float(lr, "the learning rate is")
     if group.get("foreach"):
         raise ValueError(f"foreach=True: the step is fused already; leave it out, or use torch.optim.{optimizer}")
     if group.get("differentiable"):
         raise ValueError(f"differentiable=True: a fused step has no backward pass; use torch.optim.{optimizer} for it")
+
+
+def check_lists(groups: Any) -> None:
+    """torch.optim keeps groups and their parameters in lists, and so must who replaces them."""
+    if not isinstance(groups, list):
+        raise ValueError(f"param_groups must be a list, but is a {type(groups).__name__}: use list(...)")
+    for index, group in enumerate(groups):
+        if not isinstance(group["params"], list):
+            kind = type(group["params"]).__name__
+            raise ValueError(f"the 'params' of parameter group {index} must be a list, but are a {kind}: use list(...)")
 
 
 def check_step_values(group: Group, rule: Rule, index: int) -> None:
@@ -76,7 +94,7 @@ def check_step_values(group: Group, rule: Rule, index: int) -> None:
                 continue
         if isinstance(value, str) or not hasattr(value, "__float__"):
             raise ValueError(f"parameter group {index}: {key!r} must be a number, but is {value!r}")
-        number = float(value)
+        number = as_float(value, f"parameter group {index}: {key!r} is")
         if math.isnan(number):
             raise ValueError(f"parameter group {index}: {key!r} is NaN; nothing was updated")
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 Group = Mapping[str, Any]
+#: Group keys whose values are on or off. torch.optim takes None for off.
+FLAGS = ("amsgrad", "maximize", "nesterov", "centered", "decoupled_weight_decay", "bias_correction")
 #: ``reference(param, grad, states, step, group)`` updates ``param`` and the tensors in ``states`` in place. All are
 #: contiguous and of the compute dtype; ``step`` counts from 1. A state that is ``None`` is absent so far.
 Reference = Callable[[Tensor, Tensor, dict[str, Any], float, Group], None]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -249,3 +251,85 @@ def test_the_reference_computes_numbers_before_it_writes() -> None:
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     assert optimizer.state[params[0]]["step"].item() == 1
+
+
+def test_groups_and_parameters_must_be_lists() -> None:
+    optimizer, params = stepped(FULL[0])
+    optimizer.param_groups[0]["params"] = tuple(params)
+    with pytest.raises(ValueError, match="'params' of parameter group 0 must be a list, but are a tuple"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"] = params
+    optimizer.param_groups = tuple(optimizer.param_groups)
+    with pytest.raises(ValueError, match="param_groups must be a list"):
+        optimizer.step()
+    optimizer.param_groups = list(optimizer.param_groups)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_none_is_an_option_left_out(backend: str) -> None:
+    params, twins = parameters([(5,)]), parameters([(5,)])
+    a = fusedoptim.SGD(params, lr=0.1, maximize=None, nesterov=None, backend=backend)
+    b = fusedoptim.SGD(twins, lr=0.1)
+    for _ in range(2):
+        set_gradients(params, 0)
+        set_gradients(twins, 0)
+        a.step()
+        b.step()
+    assert_same_bits(params[0].detach(), twins[0].detach())
+
+
+@pytest.mark.parametrize("options", [{"lr": None}, {"weight_decay": None}, {"lr": 10**400}], ids=str)
+def test_numbers_that_are_none_or_too_large(options: dict) -> None:
+    with pytest.raises(ValueError, match=r"Invalid|too large"):
+        fusedoptim.SGD(parameters([(3,)]), **options)
+    optimizer, _ = stepped(FULL[2])
+    optimizer.param_groups[0].update(options)
+    with pytest.raises(ValueError, match=r"must be a number|too large"):
+        optimizer.step()
+
+
+def test_an_interrupt_while_looking_at_gradients_is_not_swallowed() -> None:
+    class Interrupting(torch.nn.Parameter):
+        armed = False
+
+        @property
+        def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+            if Interrupting.armed:
+                raise KeyboardInterrupt
+            return torch.ones(3)
+
+    p = Interrupting(torch.zeros(3))
+    optimizer = fusedoptim.SGD([p], lr=1.0)
+    optimizer.step()
+    Interrupting.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    Interrupting.armed = False
+    optimizer.step()
+    assert (p.detach() == -2.0).all()
+
+
+def test_a_cycle_through_a_group_is_collected() -> None:
+    optimizer, params = stepped(FULL[0])
+    optimizer.param_groups[0]["owner"] = optimizer
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer, params
+    gc.collect()
+    assert gone() is None
+
+
+def test_many_parameters_of_a_subclass() -> None:
+    """Their sizes may be Python code, which the thread that checks addresses must not call."""
+
+    class Sub(torch.nn.Parameter):
+        pass
+
+    params = [Sub(torch.ones(2)) for _ in range(300)]
+    optimizer = fusedoptim.SGD(params, lr=0.5)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones(2)
+        optimizer.step()
+    assert all((p.detach() == -0.5).all() for p in params)

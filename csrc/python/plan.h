@@ -47,6 +47,10 @@ class Plan {
   // 0.
   void run(int64_t stream, int64_t grad_scale, int64_t found_inf);
 
+  // For Python's garbage collector: visits, or lets go of, every Python object that is held.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
   const std::string& reason() const { return reason_; }
   // Whether a CUDA graph has captured a step, and with it the addresses of this plan's tables.
   bool captured() const { return executor_->captured(); }
@@ -106,8 +110,16 @@ class Plan {
   std::vector<HyperRow> rows_;
   std::vector<py::object> params_, grads_;  // grads are held from refresh() to the end of run()
   py::object active_params_;
+  bool plain_ = true;  // no parameter or state is of a subclass, whose sizes may be Python code
   bool activity_changed_ = true, refreshed_ = false, running_ = false;
   std::string reason_;
 };
+
+// Strides of dimensions of size 1 mean nothing.
+inline bool same_strides(int ndim, const int64_t* sizes, const int64_t* a, const int64_t* b) {
+  for (int d = 0; d < ndim; ++d)
+    if (sizes[d] != 1 && a[d] != b[d]) return false;
+  return true;
+}
 
 }  // namespace fusedoptim

@@ -52,6 +52,13 @@ class StateSnapshot {
     return true;
   }
 
+  const std::vector<pybind11::object>& held() const { return held_; }
+  void clear() {
+    std::vector<pybind11::object>().swap(held_);
+    dicts_.clear();
+    sizes_.clear();
+  }
+
  private:
   void add(pybind11::handle x) { held_.push_back(pybind11::reinterpret_borrow<pybind11::object>(x)); }
 

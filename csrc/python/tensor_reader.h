@@ -6,6 +6,7 @@
 
 #include "../core/dtype.h"
 #include "dlpack_abi.h"
+#include "python_errors.h"
 
 namespace fusedoptim {
 
@@ -23,8 +24,7 @@ class TensorReader {
 
   // A new reference to param.grad, or null with a Python error set.
   PyObject* grad(PyObject* param) const {
-    PyTypeObject* type = Py_TYPE(param);
-    if (type == parameter_type_ || type == tensor_type_) return grad_getter_->get(param, grad_getter_->closure);
+    if (is_plain(param)) return grad_getter_->get(param, grad_getter_->closure);
     return PyObject_GetAttr(param, grad_name_);
   }
 
@@ -32,18 +32,20 @@ class TensorReader {
   // show.
   bool is_negated(PyObject* tensor) const {
     PyObject* answer = PyObject_CallMethodNoArgs(tensor, is_neg_name_);
-    if (!answer) PyErr_Clear();
+    if (!answer) forget_python_error();
     Py_XDECREF(answer);
     return answer != Py_False;
   }
 
+  // Neither a subclass nor anything else: such tensors answer without running Python code.
+  bool is_plain(PyObject* x) const { return Py_TYPE(x) == tensor_type_ || Py_TYPE(x) == parameter_type_; }
   bool is_tensor(PyObject* x) const { return PyObject_TypeCheck(x, tensor_type_); }
 
   // False, with no Python error left set, for what has no strided memory of a supported dtype.
   bool view(PyObject* tensor, TensorView& out) const {
     dlpack::Tensor t;
     if (from_tensor_(tensor, &t) != 0) {
-      PyErr_Clear();
+      forget_python_error();
       return false;
     }
     out = {static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), t.ndim, t.shape, t.strides, t.device};

@@ -1,0 +1,277 @@
+// What a plan does at every step.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <thread>
+
+#include "plan.h"
+
+namespace fusedoptim {
+namespace {
+
+bool is_immutable(PyObject* x) {
+  if (PyTuple_CheckExact(x)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(x); ++i)
+      if (!is_immutable(PyTuple_GET_ITEM(x, i))) return false;
+    return true;
+  }
+  return PyFloat_CheckExact(x) || PyLong_CheckExact(x) || PyBool_Check(x);
+}
+
+}  // namespace
+
+bool Plan::no(const char* why) {
+  reason_ = why;
+  return false;
+}
+
+bool Plan::read_hyper(PyObject* value, double& out, double* lr_dtype) {
+  if (PyFloat_CheckExact(value)) {
+    out = PyFloat_AS_DOUBLE(value);
+    return true;
+  }
+  if (TensorReader::get().is_tensor(value)) {
+    TensorView v;
+    if (!TensorReader::get().view(value, v)) return no("a hyper-parameter is a tensor that cannot be read");
+    for (int d = 0; d < v.ndim; ++d)
+      if (v.sizes[d] != 1) return no("a hyper-parameter is a tensor of several elements");
+    static constexpr LrDType kOf[] = {LrDType::f32, LrDType::f64, LrDType::bf16, LrDType::f16};
+    const double dtype = static_cast<double>(kOf[static_cast<int>(v.dtype)]);
+    if (lr_dtype && executor_->reads_lr_on_device() && v.device == device_) {
+      std::memcpy(&out, &v.data, sizeof(out));
+      *lr_dtype = dtype + kLrOnDevice;
+      return true;
+    }
+    if (v.device.type != dlpack::kCpu) return no("a hyper-parameter is a tensor on another device");
+    out = load_element<double>(v.data, v.dtype, 0);
+    if (lr_dtype) *lr_dtype = dtype;
+    return true;
+  }
+  out = PyFloat_AsDouble(value);
+  if (out == -1.0 && PyErr_Occurred()) {
+    forget_python_error();
+    return no("a hyper-parameter is not a number");
+  }
+  return true;
+}
+
+// Items are compared by identity, which for numbers and tuples of them means equality.
+bool Plan::Group::unchanged() const {
+  if (items.empty() || PyDict_Size(dict.ptr()) * 2 != static_cast<Py_ssize_t>(items.size())) return false;
+  const py::object* expected = items.data();
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(dict.ptr(), &at, &key, &value))
+    if (key != (expected++)->ptr() || value != (expected++)->ptr()) return false;
+  return true;
+}
+
+bool Plan::refresh_group(Group& g, HyperRow& row) {
+  if (g.unchanged()) return true;
+  PyObject* dict = g.dict.ptr();
+  double* h = row.value;
+  PyObject* lr = PyDict_GetItem(dict, lr_key_.ptr());
+  if (!lr) return no("a group has no 'lr'");
+  h[kLrDType] = static_cast<double>(LrDType::python);
+  if (!read_hyper(lr, h[kLr], &h[kLrDType])) return false;
+  bool nan = std::isnan(h[kLr]), immutable = is_immutable(lr);
+  for (size_t k = 0; k < hyper_.size(); ++k) {
+    PyObject* value = PyDict_GetItem(dict, hyper_[k].first.ptr());
+    if (!value) return no("a group lacks a hyper-parameter");
+    immutable = immutable && is_immutable(value);
+    double& out = h[kFirstRuleHyper + k];
+    if (hyper_[k].second >= 0) {
+      py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, hyper_[k].second));
+      if (!item) {
+        forget_python_error();
+        return no("a hyper-parameter has too few items");
+      }
+      if (!read_hyper(item.ptr(), out, nullptr)) return false;
+    } else if (!read_hyper(value, out, nullptr)) {
+      return false;
+    }
+    nan = nan || std::isnan(out);
+  }
+  if (nan) return no("a hyper-parameter is NaN");
+  const int variant = info_.variant(h);
+  if (variant != g.variant) {
+    g.variant = variant;
+    if (bound_) return no("a group's options changed which states it needs");
+  }
+  g.items.clear();
+  if (immutable)
+    for (auto item : py::reinterpret_borrow<py::dict>(g.dict)) {
+      g.items.push_back(py::reinterpret_borrow<py::object>(item.first));
+      g.items.push_back(py::reinterpret_borrow<py::object>(item.second));
+    }
+  return true;
+}
+
+bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
+  Member& m = member_[i];
+  Entry& e = entries_[i];
+  if (!m.ready) return no("a parameter has a gradient for the first time");
+  if (!(g.device == device_)) return no("a gradient is on another device");
+  if (!g.data && e.numel > 0) return no("a gradient has no memory");
+  if (g.ndim != m.ndim) return no("a gradient's shape differs from its parameter's");
+  for (int d = 0; d < g.ndim; ++d)
+    if (g.sizes[d] != m.shape[d]) return no("a gradient's shape differs from its parameter's");
+  const bool linear = m.linear && (e.numel <= 1 || same_strides(m.ndim, m.shape, g.strides, m.shape + m.ndim));
+  std::unique_ptr<Layout>& layout = strides_[i].layout;
+  bool changed = !m.prepared || e.grad_dtype != g.dtype || linear != (e.layout == nullptr);
+  if (!linear && (changed || !std::equal(g.strides, g.strides + g.ndim, layout->grad.begin()))) {
+    layout = std::make_unique<Layout>();
+    layout->sizes.assign(m.shape, m.shape + m.ndim);
+    layout->param.assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
+    layout->grad.assign(g.strides, g.strides + g.ndim);
+    for (int k = 0; k < info_.slots; ++k) layout->state[k] = strides_[i].state[k];
+    changed = true;
+  }
+  e.grad = g.data;
+  if (changed) {
+    e.grad_dtype = g.dtype;
+    e.layout = linear ? nullptr : layout.get();
+    executor_->prepare(e, group_[e.group].variant);
+    m.prepared = true;
+  }
+  return true;
+}
+
+// Gradients are usually where they were at the last step. See prefetch.h.
+FUSEDOPTIM_HD void Plan::prefetch_gradients(int64_t i) const {
+  constexpr int64_t kFar = 16, kNear = 8;
+  const int64_t n = static_cast<int64_t>(member_.size());
+  if (i + kFar < n) {
+    const Member& m = member_[i + kFar];
+    __builtin_prefetch(m.param);
+    prefetch_tensor(m.memory);
+    __builtin_prefetch(m.last_grad);
+    __builtin_prefetch(m.last_grad_sizes);
+    __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
+    __builtin_prefetch(&entries_[i + kFar]);
+    __builtin_prefetch(reinterpret_cast<const char*>(&entries_[i + kFar]) + 64);
+  }
+  if (i + kNear < n) prefetch_autograd(member_[i + kNear].memory);
+}
+
+bool Plan::refresh_python(py::handle groups, py::handle state) {
+  if (groups.ptr() != groups_.ptr() || state.ptr() != state_.ptr() || !PyList_Check(groups.ptr()) ||
+      PyList_GET_SIZE(groups.ptr()) != static_cast<Py_ssize_t>(group_.size()))
+    return no("the groups or the state were replaced");
+  if (!snapshot_.matches(state.ptr())) return no("a state was replaced");
+  if (executor_->outdated())
+    for (Member& m : member_) m.prepared = false;
+  const TensorReader& reader = TensorReader::get();
+  for (size_t gi = 0; gi < group_.size(); ++gi) {
+    Group& g = group_[gi];
+    if (gi + 4 < group_.size()) prefetch_dict(group_[gi + 4].dict.ptr());
+    if (gi + 2 < group_.size()) prefetch_dict_keys(group_[gi + 2].dict.ptr());
+    if (PyList_GET_ITEM(groups.ptr(), gi) != g.dict.ptr()) return no("a group was replaced");
+    PyObject* params = PyDict_GetItem(g.dict.ptr(), params_key_.ptr());
+    if (params != g.params.ptr() || !PyList_Check(params) || PyList_GET_SIZE(params) != g.end - g.begin)
+      return no("a group's parameters changed");
+    if (!refresh_group(g, rows_[gi])) return false;
+    for (int64_t i = g.begin; i < g.end; ++i) {
+      prefetch_gradients(i);
+      Member& m = member_[i];
+      Entry& e = entries_[i];
+      if (PyList_GET_ITEM(params, i - g.begin) != m.param) return no("a group's parameters changed");
+      if (!m.ours) continue;
+      grads_[i] = py::reinterpret_steal<py::object>(reader.grad(m.param));
+      if (!grads_[i]) {
+        forget_python_error();
+        return no("a parameter's gradient cannot be read");
+      }
+      m.last_grad = grads_[i].ptr();
+      const bool active = !grads_[i].is_none();
+      if (active) {
+        TensorView view;
+        if (!reader.view(m.last_grad, view)) return no("a gradient is not a strided tensor of a supported dtype");
+        m.last_grad_sizes = view.sizes;
+        // Such gradients are every second element of a complex tensor, so only unusual strides are worth the question.
+        const bool usual =
+            e.numel > 1 && view.ndim == m.ndim && std::equal(view.strides, view.strides + m.ndim, m.shape + m.ndim);
+        if (!usual && reader.is_negated(m.last_grad)) return no("a gradient is negated lazily");
+        if (!refresh_gradient(i, view)) return false;
+      }
+      if (active != e.active) {
+        e.active = active;
+        activity_changed_ = true;
+      }
+    }
+  }
+  return true;
+}
+
+bool Plan::refresh(py::handle groups, py::handle state) {
+  if (!bound_) throw std::runtime_error("refresh() must follow build() and bind()");
+  if (running_) throw std::runtime_error("step() was called while another thread is in step() of the same optimizer");
+  refreshed_ = false;
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile.
+  constexpr size_t kManyMembers = 256;
+  bool addresses_checked = false, unchanged = false, python_checked = false, fits = false;
+  if (threads > 1 && plain_ && member_.size() >= kManyMembers) {
+    const std::thread::id caller = std::this_thread::get_id();
+    std::exception_ptr error;
+    torch::stable::parallel_for(0, 2, 1, [&](int64_t, int64_t) {
+      if (std::this_thread::get_id() == caller) {
+        python_checked = true;
+        try {
+          fits = refresh_python(groups, state);
+        } catch (...) {
+          error = std::current_exception();
+        }
+      } else {
+        unchanged = addresses_.unchanged();
+        addresses_checked = true;
+      }
+    });
+    if (error) std::rethrow_exception(error);
+  }
+  if (!python_checked) fits = refresh_python(groups, state);
+  if (!fits) return false;
+  if (!addresses_checked) unchanged = addresses_.unchanged();
+  if (!unchanged) return no("a parameter or a state has new memory, strides or dtype");
+  refreshed_ = true;
+  return true;
+}
+
+void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
+  if (!refreshed_) throw std::runtime_error("run() must follow a refresh() that returned True");
+  refreshed_ = false;
+  struct Running {  // releases what was held for the kernels
+    Plan& plan;
+    explicit Running(Plan& p) : plan(p) { plan.running_ = true; }
+    ~Running() {
+      plan.running_ = false;
+      for (py::object& g : plan.grads_) g = py::object();
+    }
+  } running(*this);
+  if (activity_changed_) {
+    executor_->activity_changed();
+    py::list active;
+    for (size_t i = 0; i < entries_.size(); ++i)
+      if (entries_[i].active) active.append(member_[i].param);
+    active_params_ = active;
+    activity_changed_ = false;
+  }
+  // Autograd's version counters, so that a backward pass through overwritten parameters is noticed. It needs the
+  // interpreter: short steps do it beside the kernels, long ones before, so that other Python threads can run.
+  if (!executor_->takes_long(entries_)) {
+    py::object result = py::none();
+    executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [&] {
+      result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), active_params_.ptr()));
+    });
+    if (!result) throw py::error_already_set();
+  } else {
+    increment_version_(active_params_);
+    py::gil_scoped_release release;
+    executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [] {});
+  }
+}
+
+}  // namespace fusedoptim
