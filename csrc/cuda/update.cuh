@@ -113,28 +113,27 @@ struct Vectors {
 };
 
 template <class Rule, int variant>
-__device__ Vectors vectors(const DeviceEntry& e, const void* grad) {
-  int64_t smallest = size_of(e.param_dtype), largest = smallest;
-  const auto consider = [&](DType d) {
-    const int64_t bytes = size_of(d);
-    smallest = bytes < smallest ? bytes : smallest;
-    largest = bytes > largest ? bytes : largest;
+__device__ __forceinline__ Vectors vectors(const DeviceEntry& e, const void* grad) {
+  uint32_t sizes = 0;  // the sizes of all operands, as bits
+  const auto for_each = [&](const auto& f) {
+    f(e.param, e.param_dtype);
+    f(grad, e.grad_dtype);
+#pragma unroll
+    for (int k = 0; k < Rule::kSlots; ++k)
+      if (Rule::uses(variant, k)) f(e.state[k], e.state_dtype[k]);
   };
-  consider(e.grad_dtype);
-  for (int k = 0; k < Rule::kSlots; ++k)
-    if (Rule::uses(variant, k)) consider(e.state_dtype[k]);
-  const int width = static_cast<int>(16 / (largest == 8 && smallest < 8 ? 16 : largest));
-  const auto misaligned = [&](const void* base, DType d, int head) {
-    const int64_t bytes = size_of(d);
-    return (reinterpret_cast<uintptr_t>(base) + head * bytes) % (width * bytes) != 0;
-  };
-  const int64_t bytes = size_of(e.param_dtype), group = width * bytes;
-  const int64_t over = static_cast<int64_t>(reinterpret_cast<uintptr_t>(e.param) % group);
-  const int head = static_cast<int>((group - over) % group / bytes);
-  bool fits = width > 1 && !misaligned(e.param, e.param_dtype, head) && !misaligned(grad, e.grad_dtype, head);
-  for (int k = 0; k < Rule::kSlots; ++k)
-    if (Rule::uses(variant, k)) fits = fits && !misaligned(e.state[k], e.state_dtype[k], head);
-  return fits ? Vectors{width, head} : Vectors{1, 0};
+  for_each([&](const void*, DType d) { sizes |= static_cast<uint32_t>(size_of(d)); });
+  const int width = sizes == 8 ? 2 : sizes > 8 ? 1 : sizes >= 4 ? 4 : 8;
+  // Sizes and widths are powers of 2.
+  const uint32_t bytes = static_cast<uint32_t>(size_of(e.param_dtype)), group = width * bytes;
+  const uint32_t over = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(e.param)) & (group - 1);
+  const int head = static_cast<int>((group - over) & (group - 1)) >> (bytes == 2 ? 1 : bytes == 4 ? 2 : 3);
+  uint32_t misaligned = width == 1 ? 1 : 0;
+  for_each([&](const void* base, DType d) {
+    const uint32_t size = static_cast<uint32_t>(size_of(d));
+    misaligned |= (static_cast<uint32_t>(reinterpret_cast<uintptr_t>(base)) + head * size) & (width * size - 1);
+  });
+  return misaligned ? Vectors{1, 0} : Vectors{width, head};
 }
 
 // mixed: some operands may have 64 bits and others less.
