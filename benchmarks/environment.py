@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fusedoptim
 from fusedoptim import _native
+
+from .devices import Device
+
+#: Distributions whose versions matter where they are installed.
+PACKAGES = (
+    *("triton", "deepspeed", "bitsandbytes", "apex", "transformer-engine", "torchao", "torch-optimi", "heavyball"),
+)
 
 
 def _cpu() -> str:
@@ -24,26 +34,54 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this checkout, or what FUSEDOPTIM_COMMIT says where there is no history."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-        return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+        return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FUSEDOPTIM_COMMIT", "unknown")[:12]
 
 
-def environment() -> dict[str, object]:
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: Device) -> dict[str, object]:
     return {
+        "device": device.name,
         "fusedoptim": fusedoptim.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.run " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} " + " ".join(sys.argv[1:]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": _cpu(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": _native._C.cpu_capability() if _native._C else "none",
         "system": f"{platform.system()} {platform.machine()}",
+        "cache_bytes": device.cache_bytes(),
+        #: Processes that want to run, on average over the last minute, before this run adds its own.
+        "load": os.getloadavg()[0],
+        **device.describe(),
+        "packages": _versions(),
     }
+
+
+def source(environment: dict[str, Any]) -> str:
+    """The line below a table that says where it comes from."""
+    e = environment
+    machine = e["gpu"] if e["device"] == "cuda" else f"{e['cpu']}, {e['threads']} threads, {e['capability']}"
+    versions = {"torch": e["torch"], **e["packages"]}
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    system = f"Python {e['python']}, {e['system']}"
+    return f"{machine}; {text}; {system}; commit {e['commit']}, {str(e['date'])[:10]}; `{e['command']}`"

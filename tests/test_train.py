@@ -208,15 +208,3 @@ def test_convergence() -> None:
     result = run(module="convergence")
     assert result.returncode == 0, result.stdout
     assert result.stdout.count(" yes\n") == 6
-
-
-def test_quick_benchmark_writes_its_table_and_results(tmp_path: Path) -> None:
-    out = tmp_path / "results.json"
-    result = run("--device", "cpu", "--quick", "--case", "465 groups", "--out", out, module="run")
-    assert result.returncode == 0, result.stderr
-    assert "| AdamW float32 | 465 groups |" in result.stdout
-    saved = json.loads(out.read_text())
-    assert saved["results"][0]["ms"]["fusedoptim"]["n"] >= 7
-    assert {"cpu", "torch", "threads", "commit", "date", "command"} <= set(saved["environment"])
-    bad = run("--device", "cpu", "--out", tmp_path / "no" / "x.json", module="run")
-    assert bad.returncode == 2 and "cannot be written" in bad.stderr

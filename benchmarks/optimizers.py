@@ -1,0 +1,87 @@
+"""What is measured: optimizers and dtypes, and the bytes that a step of theirs has to move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import fusedoptim
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtypes of parameters and gradients, and of the states that have the parameter's shape."""
+
+    name: str
+    param: torch.dtype
+    state: torch.dtype
+
+    @property
+    def mixed(self) -> bool:
+        return self.param != self.state
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An optimizer with the options, in torch.optim's names, that it is measured with. Steps are long enough to move
+    bf16 parameters, and all that a peer calls by another default is spelled out."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def states(self) -> int:
+        """How many states have the parameter's shape."""
+        cls: type[fusedoptim.FusedOptimizer] = getattr(fusedoptim, self.name)
+        group = cls([torch.nn.Parameter(torch.zeros(1))], **self.options).param_groups[0]
+        return sum(slot.needed_in(group) for slot in cls.rule.slots)
+
+
+_MOMENTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+SETTINGS = {
+    s.name: s
+    for s in (
+        Setting("AdamW", {**_MOMENTS, "weight_decay": 0.01}),
+        Setting("Adam", {**_MOMENTS, "weight_decay": 0.0}),
+        Setting("SGD", {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0}),
+        Setting("RMSprop", {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0}),
+        Setting("Adagrad", {"lr": 1e-2, "eps": 1e-10, "weight_decay": 0.0}),
+        # A step has the norm lr, however many elements share it.
+        Setting("NormAdaptive", {"lr": 1.0}),
+    )
+}
+DTYPES = {
+    d.name: d
+    for d in (
+        Dtypes("fp32", torch.float32, torch.float32),
+        Dtypes("bf16", torch.bfloat16, torch.bfloat16),
+        Dtypes("bf16+fp32", torch.bfloat16, torch.float32),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """An optimizer in certain dtypes."""
+
+    setting: Setting
+    dtypes: Dtypes
+
+    @property
+    def written(self) -> list[torch.dtype]:
+        """What a step reads and writes back, an entry per array: the parameter and its states."""
+        return [self.dtypes.param] + [self.dtypes.state] * self.setting.states
+
+    @property
+    def bytes_per_element(self) -> int:
+        """What every implementation has to move: gradient, parameter and states are read once, the last two written
+        once. NormAdaptive needs the whole norm before the first write, and so reads a gradient that exceeds the caches
+        twice; the second time is not counted, so that no share of a limit is flattered."""
+        return self.dtypes.param.itemsize + 2 * sum(d.itemsize for d in self.written)
+
+    @property
+    def resident_per_element(self) -> int:
+        """Bytes of parameter and states, without the gradient."""
+        return sum(d.itemsize for d in self.written)

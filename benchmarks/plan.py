@@ -1,0 +1,53 @@
+"""Which rows a run has: all combinations of what was asked for, else a choice, the most telling ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .cases import CASES
+from .optimizers import DTYPES, SETTINGS, Work
+from .rows import CONDITIONS, Row
+
+#: optimizer, dtype, case, condition
+Key = tuple[str, str, str, str]
+LARGE, MODEL = "64M", "gpt2-small"
+SMALL = ("2000x64", "2000x1024", "465-groups")
+
+
+def row(key: Key) -> Row:
+    optimizer, dtype, case, condition = key
+    return Row(Work(SETTINGS[optimizer], DTYPES[dtype]), CASES[case], CONDITIONS[condition])
+
+
+def _meaningful(key: Key) -> bool:
+    """Whether the optimizer has states for the dtypes to differ in."""
+    optimizer, dtype, _, _ = key
+    return SETTINGS[optimizer].states > 0 or not DTYPES[dtype].mixed
+
+
+def chosen(quick: bool) -> list[Key]:
+    """A choice that covers every optimizer, dtype, case and condition, but not all combinations; a quick one is of rows
+    that take a second each."""
+    keys: list[Key] = [("AdamW", "fp32", case, "kept") for case in (MODEL, LARGE, *SMALL)]
+    keys += [("AdamW", "bf16", MODEL, "kept"), ("SGD", "fp32", SMALL[0], "kept")]
+    if quick:
+        keys += [(o, "fp32", MODEL, "kept") for o in SETTINGS]
+    else:
+        keys += [(o, d, MODEL, "kept") for d in DTYPES for o in SETTINGS]
+        keys += [(o, "fp32", LARGE, "kept") for o in SETTINGS]
+        keys += [("AdamW", d, LARGE, "kept") for d in DTYPES]
+        keys += [("AdamW", "fp32", case, c) for c in ("recreated", "warm") for case in (*SMALL, "5000-odd", MODEL)]
+        keys += [("SGD", "fp32", SMALL[0], "warm")]
+        keys += [("AdamW", d, case, "kept") for d in ("fp32", "bf16") for case in CASES]
+    return [k for k in dict.fromkeys(keys) if _meaningful(k)]
+
+
+def combinations(
+    optimizers: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], conditions: Sequence[str]
+) -> list[Key]:
+    keys = [(o, d, case, c) for o in optimizers for d in dtypes for case in cases for c in conditions]
+    return [k for k in keys if _meaningful(k)]
+
+
+def rows(keys: Iterable[Key]) -> list[Row]:
+    return [row(key) for key in keys]

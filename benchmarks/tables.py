@@ -1,0 +1,156 @@
+"""Results as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .environment import source
+from .goals import GOALS
+from .load import DISTURBING
+from .results import Results
+from .rows import COPY, OURS, STREAM
+from .scaling import slopes
+
+Result = dict[str, Any]
+#: A peer counts as faster from here on; below, the order changes from run to run.
+FASTER = 0.97
+
+
+def ms(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def time_of(row: Result, name: str) -> float | None:
+    times = row.get("contenders", {}).get(name, {}).get("ms")
+    return None if times is None else float(times["median"])
+
+
+def ratio_of(row: Result, name: str) -> float | None:
+    ratio = row.get("contenders", {}).get(name, {}).get("ratio")
+    return None if ratio is None else float(ratio["median"])
+
+
+def fastest(row: Result) -> str | None:
+    """The peer that is faster than fusedoptim, if there is one, with its ratio."""
+    ratios = {n: r for n in row.get("contenders", {}) if (r := ratio_of(row, n)) is not None}
+    best = min(ratios, key=lambda n: ratios[n], default=None)
+    return best if best is not None and ratios[best] < FASTER else None
+
+
+def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def header(names: Sequence[str], left: int) -> list[str]:
+    return [line(names), "|" + "".join("---|" if i < left else "---:|" for i in range(len(names)))]
+
+
+def _label(row: Result) -> str:
+    return f"{row['optimizer']} {row['dtype']}"
+
+
+def _case(row: Result) -> str:
+    extra = {"kept": "", "recreated": ", new gradients", "warm": ", in cache"}[row["condition"]]
+    return f"{row['case']}{extra}"
+
+
+def _share(row: Result, limit: str) -> str:
+    share = row.get("contenders", {}).get(OURS, {}).get(f"share_of_{limit}")
+    return "" if share is None else f"{share:.2f}"
+
+
+def _ratio_cells(row: Result, peers: Sequence[str]) -> list[str]:
+    """How many times as long each took; the one that beats fusedoptim in bold."""
+    winner, cells = fastest(row), []
+    for name in peers:
+        ratio = ratio_of(row, name)
+        text = "" if ratio is None else f"{ratio:.2f}x"
+        cells.append(f"**{text}**" if name == winner else text)
+    return cells
+
+
+def peers_of(rows: Sequence[Result]) -> list[str]:
+    """Those that were measured anywhere, in the order of the registry."""
+    names = dict.fromkeys(n for r in rows for n in r.get("contenders", {}))
+    return [n for n in names if n not in (OURS, COPY, STREAM) and any(ratio_of(r, n) is not None for r in rows)]
+
+
+def comparison(results: Results, rows: Sequence[Result]) -> str:
+    """One line per row: fusedoptim's time and bandwidth, every peer's ratio, the goal."""
+    goals = GOALS[str(results.environment["device"])]
+    peers = peers_of(rows)
+    names = ["optimizer", "case", "ms", "GB/s", "of copy", "of stream", *peers, "goal", "faster peer"]
+    lines = header(names, 2)
+    for row in rows:
+        if "contenders" not in row:
+            reason = row.get("skipped") or row["failed"]
+            lines.append(line([_label(row), _case(row), f"not measured: {reason}", *[""] * (len(names) - 3)]))
+            continue
+        mine = row["contenders"][OURS]
+        if "ms" not in mine:
+            lines.append(line([_label(row), _case(row), f"failed: {mine['failed']}", *[""] * (len(names) - 3)]))
+            continue
+        peer, goal = goals.get((row["optimizer"], row["dtype"], row["case"]), ("", 0.0))
+        reached = ratio_of(row, peer)
+        mark = "" if reached is None else ("" if reached >= goal else " (missed)")
+        text = f"{peer} {goal:g}x{mark}" if reached is not None else ""
+        cells = [ms(mine["ms"]["median"]), f"{mine['gb_s']:.3g}", _share(row, COPY), _share(row, STREAM)]
+        lines.append(line([_label(row), _case(row), *cells, *_ratio_cells(row, peers), text, fastest(row) or "none"]))
+    return "\n".join(lines)
+
+
+def device_details(rows: Sequence[Result]) -> str:
+    """What only a GPU has: launches, host time, time as a graph, memory."""
+    lines = header(["optimizer", "case", "", "launches", "copies", "host ms", "graph ms", "extra MiB"], 3)
+    for row in rows:
+        for name, c in row.get("contenders", {}).items():
+            if "launches" in c:
+                graph = ms(c["graph_ms"]) if "graph_ms" in c else ""
+                memory = f"{c['peak_extra_bytes'] / 2**20:.3g}"
+                cells = [str(c["launches"]), str(c["copies"]), ms(c["host_ms"]), graph, memory]
+                lines.append(line([_label(row), _case(row), name, *cells]))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def disturbed(rows: Sequence[Result]) -> str:
+    """Which rows other processes disturbed."""
+    found = [f"{_label(r)} {_case(r)}" for r in rows if (r.get("others_cores") or 0.0) > DISTURBING]
+    if not found:
+        return ""
+    return f"Other processes kept more than {DISTURBING} cores busy during: {'; '.join(found)}."
+
+
+def reasons(rows: Sequence[Result]) -> str:
+    """Why peers were left out or failed, once each."""
+    found: dict[tuple[str, str], int] = {}
+    for row in rows:
+        for name, c in row.get("contenders", {}).items():
+            for kind in ("skipped", "failed"):
+                if kind in c:
+                    key = (name, c[kind] if kind == "skipped" else f"FAILED: {c[kind]}")
+                    found[key] = found.get(key, 0) + 1
+    return "\n".join(f"- {name} {why} ({n} row{'s' * (n > 1)})" for (name, why), n in found.items())
+
+
+def scaling(results: Results) -> str:
+    lines = header(["AdamW fp32", "slope", ""], 1)
+    says = {r["curve"]: r["says"] for r in results.scaling}
+    for curve, name, unit, value in slopes(results.scaling):
+        lines.append(line([f"{name}: {says[curve]}", f"{value:.3g}", unit]))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def everything(results: Results) -> str:
+    """All that a run has found, for its end."""
+    rows = results.rows
+    parts = [
+        comparison(results, rows),
+        disturbed(rows),
+        device_details(rows),
+        scaling(results),
+        reasons([*rows, *results.scaling]),
+    ]
+    unfinished = f"interrupted: {len(rows) + len(results.scaling)} of {results.planned} rows are finished"
+    parts += [] if results.finished else [unfinished]
+    return "\n\n".join([p for p in parts if p] + [source(results.environment)])
