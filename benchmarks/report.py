@@ -39,7 +39,7 @@ def tables(results: Results) -> str:
     keys = [(*key, "kept") for key in GOALS[str(results.environment["device"])]] + list(OTHERS)
     by_key = {(r["optimizer"], r["dtype"], r["case"], r["condition"]): r for r in results.rows}
     rows = [by_key[k] for k in keys if k in by_key] or results.rows
-    parts = [comparison(results, rows), disturbed(rows), device_details(rows), scaling(results)]
+    parts = [comparison(results, rows, narrow=True), disturbed(rows), device_details(rows), scaling(results)]
     if not results.finished:
         parts.append(f"(The run was interrupted: {len(results.rows)} of {results.planned} rows.)")
     return "\n\n".join([p for p in parts if p] + [source(results.environment)])

@@ -15,6 +15,8 @@ from .scaling import slopes
 Result = dict[str, Any]
 #: A peer counts as faster from here on; below, the order changes from run to run.
 FASTER = 0.97
+#: Those with a column of their own in a narrow table.
+COLUMNS = ("torch foreach", "torch fused", "DeepSpeedCPUAdam", "DeepSpeed FusedAdam", "apex", "eager reference")
 
 
 def ms(value: float) -> str:
@@ -70,17 +72,32 @@ def _ratio_cells(row: Result, peers: Sequence[str]) -> list[str]:
     return cells
 
 
+def _best_of_the_rest(row: Result, peers: Sequence[str]) -> str:
+    """The fastest of the peers that have no column."""
+    ratios = [(r, n) for n in peers if (r := ratio_of(row, n)) is not None]
+    if not ratios:
+        return ""
+    ratio, name = min(ratios)
+    text = f"{name} {ratio:.2f}x"
+    return f"**{text}**" if name == fastest(row) else text
+
+
 def peers_of(rows: Sequence[Result]) -> list[str]:
     """Those that were measured anywhere, in the order of the registry."""
     names = dict.fromkeys(n for r in rows for n in r.get("contenders", {}))
     return [n for n in names if n not in (OURS, COPY, STREAM) and any(ratio_of(r, n) is not None for r in rows)]
 
 
-def comparison(results: Results, rows: Sequence[Result]) -> str:
-    """One line per row: fusedoptim's time and bandwidth, every peer's ratio, the goal."""
+def comparison(results: Results, rows: Sequence[Result], narrow: bool = False) -> str:
+    """One line per row: fusedoptim's time and bandwidth, the peers' ratios, the goal. In a narrow table only the
+    fastest of the lesser known peers appears."""
     goals = GOALS[str(results.environment["device"])]
-    peers = peers_of(rows)
-    names = ["optimizer", "case", "ms", "GB/s", "of copy", "of stream", *peers, "goal", "faster peer"]
+    measured = peers_of(rows)
+    peers = [p for p in measured if p in COLUMNS] if narrow else measured
+    rest = [p for p in measured if p not in peers]
+    names = ["optimizer", "case", "ms", "GB/s", "of copy", "of stream", *peers]
+    names += ["fastest of the others"] if rest else []
+    names += ["goal", "faster peer"]
     lines = header(names, 2)
     for row in rows:
         if "contenders" not in row:
@@ -96,7 +113,8 @@ def comparison(results: Results, rows: Sequence[Result]) -> str:
         mark = "" if reached is None else ("" if reached >= goal else " (missed)")
         text = f"{peer} {goal:g}x{mark}" if reached is not None else ""
         cells = [ms(mine["ms"]["median"]), f"{mine['gb_s']:.3g}", _share(row, COPY), _share(row, STREAM)]
-        lines.append(line([_label(row), _case(row), *cells, *_ratio_cells(row, peers), text, fastest(row) or "none"]))
+        cells += [*_ratio_cells(row, peers), *([_best_of_the_rest(row, rest)] if rest else [])]
+        lines.append(line([_label(row), _case(row), *cells, text, fastest(row) or "none"]))
     return "\n".join(lines)
 
 
