@@ -27,6 +27,8 @@ FLOAT_ONLY = ("fp32",)
 PURE, WIDE, ALL = ("fp32", "bf16"), ("fp32", "bf16+fp32"), ("fp32", "bf16", "bf16+fp32")
 #: Compilers of a whole step take about a second per so many tensors; beyond this they would take minutes.
 COMPILED_TENSORS = 32
+#: Likewise those that compile a step for each shape.
+COMPILED_SHAPES = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Peer:
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")
     most_tensors: int | None = None
+    most_shapes: int | None = None
     #: Optimizers of the name, with another formula.
     differs: Mapping[str, str] = field(default_factory=dict)
     #: Whether a CUDA graph can capture its step; others may leave a failed capture behind.
@@ -58,6 +61,8 @@ class Peer:
             return f"has no {work.setting.name} in {work.dtypes.name}"
         if self.most_tensors is not None and len(case.shapes) > self.most_tensors:
             return f"compiles for minutes beyond {self.most_tensors} tensors"
+        if self.most_shapes is not None and len(set(case.shapes)) > self.most_shapes:
+            return f"compiles for minutes beyond {self.most_shapes} different shapes"
         return self.missing()
 
     def missing(self) -> str | None:
@@ -207,6 +212,7 @@ PEERS = {
             {"AdamW": PURE},
             module="torchao.optim",
             package="torchao",
+            most_shapes=COMPILED_SHAPES,
             temporary=1,
         ),
         Peer(
