@@ -121,6 +121,7 @@ CASES = {
         Case("resnet50", tuple(resnet50())),
         Case("olmoe", tuple(olmoe_1b_7b())),
         Case("olmoe-shard", tuple(shard(olmoe_1b_7b(), 8))),
+        Case("300x1024", ((1024,),) * 300),
         Case("2000x64", ((64,),) * 2000),
         Case("2000x1024", ((1024,),) * 2000),
         Case("5000-odd", tuple(odd_sizes(5000, 20_000))),

@@ -10,14 +10,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from . import arguments
-from .results import Results, load
-from .rows import OURS
+from .results import OURS, Result, Results, load
 from .tables import header, line, ms
 
-Result = dict[str, Any]
 Key = tuple[str, ...]
 
 

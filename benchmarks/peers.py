@@ -41,6 +41,8 @@ class Peer:
     module: str = "torch"
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")
+    #: Optimizers that it has for the CPU alone.
+    cpu_only: tuple[str, ...] = ()
     most_tensors: int | None = None
     most_shapes: int | None = None
     #: Optimizers of the name, with another formula.
@@ -57,6 +59,8 @@ class Peer:
         dtypes = self.has.get(work.setting.name)
         if dtypes is None:
             return f"has no {work.setting.name}"
+        if device != "cpu" and work.setting.name in self.cpu_only:
+            return f"has no {work.setting.name} for {device}"
         if work.dtypes.name not in dtypes:
             return f"has no {work.setting.name} in {work.dtypes.name}"
         if self.most_tensors is not None and len(case.shapes) > self.most_tensors:
@@ -162,7 +166,11 @@ PEERS = {
         Peer("torch for-loop", _torch(foreach=False), dict.fromkeys(_TORCH, PURE), temporary=1),
         Peer("torch foreach", _torch(foreach=True), dict.fromkeys(_TORCH, PURE), temporary=3),
         Peer(
-            "torch fused", _torch(fused=True), dict.fromkeys(("AdamW", "Adam", "SGD", "Adagrad"), PURE), capturable=True
+            "torch fused",
+            _torch(fused=True),
+            dict.fromkeys(("AdamW", "Adam", "SGD", "Adagrad"), PURE),
+            cpu_only=("Adagrad",),
+            capturable=True,
         ),
         Peer("torch compiled", _Compiled, dict.fromkeys(_TORCH, PURE), most_tensors=COMPILED_TENSORS),
         Peer("eager reference", _reference, {"NormAdaptive": ALL}, temporary=4),

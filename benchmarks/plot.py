@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -17,17 +16,15 @@ from . import arguments
 from .errors import UsageError
 from .files import make_folder, write_atomically
 from .optimizers import DTYPES, SETTINGS
-from .results import Results, load
-from .rows import COPY, OURS, STREAM
+from .results import COPY, OURS, STREAM, Result, Results, load, ratio_of
 from .scaling import points, slopes
-from .tables import peers_of, ratio_of
+from .tables import peers_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Result = dict[str, Any]
 #: Large enough that the caches do not matter, the largest first choice.
 LARGE_CASES = ("llama3-8b-shard", "gpt2-xl", "gpt2-small", "64M")
 #: What the speed-up is shown for: memory-bound, many tensors, many groups.

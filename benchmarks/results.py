@@ -12,6 +12,8 @@ from .files import write_atomically
 
 FORMAT = 2
 Result = dict[str, Any]
+#: Contenders that every row has; the others are peers.
+OURS, COPY, STREAM = "fusedoptim", "copy", "stream"
 
 
 class Results:
@@ -36,6 +38,12 @@ class Results:
             lines = ",\n".join(f"  {_dump(row)}" for row in rows)
             parts.append(f' "{key}": [\n{lines}\n ]' if rows else f' "{key}": []')
         return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def ratio_of(row: Result, name: str) -> float | None:
+    """How many times as long as fusedoptim a contender took."""
+    ratio = row.get("contenders", {}).get(name, {}).get("ratio")
+    return None if ratio is None else float(ratio["median"])
 
 
 def check_target(path: Path) -> None:

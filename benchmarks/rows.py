@@ -22,12 +22,11 @@ from .load import Others
 from .measure import Budget, Contender, Times, explain, interleaved, quantiles, ratios
 from .optimizers import Work
 from .peers import PEERS, Groups, Peer
+from .results import COPY, OURS, STREAM, Result
 
-OURS, COPY, STREAM = "fusedoptim", "copy", "stream"
 WARM_UP = 3
 #: Of the free memory; the rest is for what peers need beside their states, and for other processes.
 MEMORY_SHARE = 0.85
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)

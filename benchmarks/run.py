@@ -22,12 +22,13 @@ from .cases import CASES
 from .devices import DEVICES, Device
 from .environment import environment
 from .errors import UsageError
+from .goals import GOALS
 from .measure import Budget
 from .optimizers import DTYPES, SETTINGS
 from .peers import PEERS, Peer
 from .progress import Progress
-from .results import Result, Results, check_target
-from .rows import CONDITIONS, OURS, Row, measure
+from .results import OURS, Result, Results, check_target
+from .rows import CONDITIONS, Row, measure
 from .tables import everything
 
 FULL, QUICK = Budget(8.0), Budget(1.0, at_most=31)
@@ -42,10 +43,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dtype", action="append", help=f"parameters, or parameters+states, of {', '.join(DTYPES)}")
     p.add_argument("--condition", action="append", help=f"between steps, of {', '.join(CONDITIONS)} (default: kept)")
     p.add_argument("--peer", action="append", help=f"of {', '.join(PEERS)}, or none")
+    p.add_argument("--goals", action="store_true", help="the rows that have a goal, instead of a selection")
     p.add_argument("--scaling", action="store_true", help="the curves as well, with a selection of rows")
     p.add_argument("--no-scaling", action="store_true", help="leave the curves out")
     p.add_argument("--out", type=Path, help="write the results, with the environment, to this JSON file, row by row")
     return p.parse_args(argv)
+
+
+def _selection(args: argparse.Namespace) -> bool:
+    return bool(args.optimizer or args.case or args.dtype or args.condition)
 
 
 def selected_rows(args: argparse.Namespace) -> list[Row]:
@@ -53,7 +59,11 @@ def selected_rows(args: argparse.Namespace) -> list[Row]:
     cases = arguments.known("--case", args.case, CASES)
     dtypes = arguments.known("--dtype", args.dtype, DTYPES)
     conditions = arguments.known("--condition", args.condition or ["kept"], CONDITIONS)
-    if args.optimizer or args.case or args.dtype or args.condition:
+    if args.goals:
+        if _selection(args):
+            raise UsageError("--goals names its rows itself: leave out --optimizer, --case, --dtype and --condition")
+        return plan.rows((*key, "kept") for key in GOALS[args.device])
+    if _selection(args):
         return plan.rows(plan.combinations(optimizers, dtypes, cases, conditions))
     return plan.rows(plan.chosen(args.quick))
 
@@ -65,8 +75,7 @@ def selected_peers(args: argparse.Namespace) -> list[Peer]:
 
 
 def selected_curves(args: argparse.Namespace) -> list[scaling.Curve]:
-    selection = args.optimizer or args.case or args.dtype or args.condition
-    if args.no_scaling or (selection and not args.scaling):
+    if args.no_scaling or ((_selection(args) or args.goals) and not args.scaling):
         return []
     curves = scaling.curves(args.device)
     if args.quick:  # every other point

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from .environment import source
-from .goals import GOALS
+from .goals import GOALS, Goal, key
 from .load import DISTURBING
-from .results import Results
-from .rows import COPY, OURS, STREAM
+from .results import COPY, OURS, STREAM, Result, Results, ratio_of
 from .scaling import slopes
 
-Result = dict[str, Any]
 #: A peer counts as faster from here on; below, the order changes from run to run.
 FASTER = 0.97
 #: Those with a column of their own in a narrow table.
@@ -26,11 +23,6 @@ def ms(value: float) -> str:
 def time_of(row: Result, name: str) -> float | None:
     times = row.get("contenders", {}).get(name, {}).get("ms")
     return None if times is None else float(times["median"])
-
-
-def ratio_of(row: Result, name: str) -> float | None:
-    ratio = row.get("contenders", {}).get(name, {}).get("ratio")
-    return None if ratio is None else float(ratio["median"])
 
 
 def fastest(row: Result) -> str | None:
@@ -82,6 +74,12 @@ def _best_of_the_rest(row: Result, peers: Sequence[str]) -> str:
     return f"**{text}**" if name == fastest(row) else text
 
 
+def _goal(goal: Goal, row: Result) -> str:
+    """Nothing where it was not measured."""
+    reached = goal.reached_in(row)
+    return "" if reached is None else f"{goal}{'' if reached else ' (missed)'}"
+
+
 def peers_of(rows: Sequence[Result]) -> list[str]:
     """Those that were measured anywhere, in the order of the registry."""
     names = dict.fromkeys(n for r in rows for n in r.get("contenders", {}))
@@ -108,10 +106,7 @@ def comparison(results: Results, rows: Sequence[Result], narrow: bool = False) -
         if "ms" not in mine:
             lines.append(line([_label(row), _case(row), f"failed: {mine['failed']}", *[""] * (len(names) - 3)]))
             continue
-        peer, goal = goals.get((row["optimizer"], row["dtype"], row["case"]), ("", 0.0))
-        reached = ratio_of(row, peer)
-        mark = "" if reached is None else ("" if reached >= goal else " (missed)")
-        text = f"{peer} {goal:g}x{mark}" if reached is not None else ""
+        text = "; ".join(filter(None, (_goal(g, row) for g in goals.get(key(row), ()))))
         cells = [ms(mine["ms"]["median"]), f"{mine['gb_s']:.3g}", _share(row, COPY), _share(row, STREAM)]
         cells += [*_ratio_cells(row, peers), *([_best_of_the_rest(row, rest)] if rest else [])]
         lines.append(line([_label(row), _case(row), *cells, text, fastest(row) or "none"]))
