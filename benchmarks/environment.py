@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import fusedoptim
 from fusedoptim import _native
 
+from .commit import commit
 from .devices import Device
 
 #: Distributions whose versions matter where they are installed.
@@ -33,17 +33,6 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit of this checkout, or what FUSEDOPTIM_COMMIT says where there is no history."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-        return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FUSEDOPTIM_COMMIT", "unknown")[:12]
 
 
 def _versions() -> dict[str, str]:
