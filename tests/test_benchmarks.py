@@ -11,13 +11,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import fusedoptim
-from benchmarks import arguments, devices, limits, rows, run, scaling
+from benchmarks import arguments, devices, limits, rows, run, scaling, tables
 from benchmarks.cases import CASES, Case, evenly
 from benchmarks.data import Data
 from benchmarks.devices import Cpu, Cuda, Sample, device_events
@@ -25,7 +25,7 @@ from benchmarks.errors import UsageError
 from benchmarks.measure import Budget, Contender, Times, interleaved, quantiles, ratios
 from benchmarks.optimizers import DTYPES, SETTINGS, Work
 from benchmarks.peers import PEERS, Peer
-from benchmarks.results import COPY, OURS, STREAM
+from benchmarks.results import COPY, OURS, STREAM, Results
 
 MIB = 1 << 20
 TINY = Case("tiny", ((64,), (3, 5), (1,)))
@@ -513,6 +513,49 @@ def test_a_row_and_its_environment(measured: Options, monkeypatch: pytest.Monkey
     assert environment["command"] == "python -m benchmarks.run --peer 'torch fused'"
     assert environment["torch"] == torch.__version__ and environment["threads"] == 1
     assert environment["backend"] == ("cpu" if fusedoptim._native._C else "reference")
+
+
+class FakeGpu(Cpu):
+    """Takes the ways through the program that a GPU does, with the CPU's tensors."""
+
+    name = "cuda"
+
+    def timed(self, call: Callable[[], object]) -> Sample:
+        return dataclasses.replace(super().timed(call), host=2e-5)
+
+    def details(self, call: Callable[[], object]) -> dict[str, int | str]:
+        call()
+        return {"launches": 1, "copies": 0, "peak_extra_bytes": 3 * MIB}
+
+    def graph(self, call: Callable[[], object]) -> Callable[[], object]:
+        if len(FakeGpu.captured) == 1:
+            FakeGpu.captured.append(call)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        FakeGpu.captured.append(call)
+        return call
+
+    captured: ClassVar[list[object]] = []
+
+
+def test_what_only_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeGpu, "captured", [])
+    monkeypatch.setitem(limits.COPY_BYTES, "cuda", MIB)
+    monkeypatch.setitem(limits.STREAM_ELEMENTS, "cuda", 1 << 12)
+    monkeypatch.setitem(limits._PASSES, "cuda", limits._in_c)
+    peers = [PEERS[name] for name in ("torch foreach", "torch fused")]
+    result = rows.measure(_row(TINY), FakeGpu(), peers, Budget(0.01, at_most=5))
+    contenders = result["contenders"]
+    for name in (OURS, "torch foreach", "torch fused"):
+        assert contenders[name]["host_ms"] == pytest.approx(0.02)
+        assert contenders[name]["launches"] == 1 and contenders[name]["peak_extra_bytes"] == 3 * MIB
+    assert 0 < contenders[OURS]["graph_ms"]
+    assert contenders["torch fused"]["graph_problem"].startswith("RuntimeError: operation not permitted")
+    assert not {"graph_ms", "graph_problem"} & contenders["torch foreach"].keys(), "its capture might leave one behind"
+    assert len(FakeGpu.captured) == 2
+    results = Results({"device": "cuda"}, 1)
+    results.rows.append(result)
+    table = tables.device_details(results.rows)
+    assert table.count("\n") == 4 and "| AdamW fp32 | tiny | torch foreach | 1 | 0 | 0.02 |  | 3 |" in table
 
 
 def test_the_commit_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
