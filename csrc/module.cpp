@@ -6,7 +6,8 @@
 #include <optional>
 
 #include "cpu/capability.h"
-#include "cuda/executor.h"
+#include "cuda/library_launcher.h"
+#include "cuda/table_layout.h"
 #include "python/plan.h"
 
 namespace py = pybind11;
@@ -32,7 +33,8 @@ void collect_plans(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object, int>())
+      .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object,
+                    std::pair<int, int>, py::object>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
       .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
@@ -55,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
     return problem ? std::optional<std::string>(problem) : std::nullopt;
   });
   m.def("cuda_on_host", [] { return cuda::api && cuda::api->on_host; });
+  // Where the fields of the tables on the device lie, in bytes, and their constants.
+  m.def("table_layout", &cuda::table_layout);
   m.def("rules", [] {
     std::vector<std::string> names;
     for (int i = 0; i < Rules::size; ++i) names.push_back(rule_info(i).name);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,17 @@ def _cuda_problem(device: torch.device | None) -> str | None:
 
 
 def _triton_problem(device: torch.device | None) -> str | None:
-    return "this version of fusedoptim has no Triton kernels"
+    problem = _native.triton_problem()
+    if problem is not None or triton_interprets():
+        return problem
+    if device is None and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        return "torch finds no GPU"
+    return None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU: slowly, for tests and for looking into kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def cuda_on_host() -> bool:
@@ -57,7 +68,7 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend("cuda", ("cuda",), _cuda_problem, steps_on_device=True),
-        Backend("triton", ("cuda", "xpu"), _triton_problem),
+        Backend("triton", ("cuda", "xpu"), _triton_problem, steps_on_device=True),
         Backend("cpu", ("cpu",), _cpu_problem),
         Backend("reference", None, lambda device: None),
     )
@@ -81,7 +92,8 @@ def choose(name: str | None, device: torch.device) -> str:
     """The backend for a device: the one asked for, else the first that can. Warns once if that is the slow one."""
     if name is not None:
         backend = BACKENDS[name]
-        if not backend.takes(device) and not (name == "cuda" and device.type == "cpu" and cuda_on_host()):
+        on_host = (name == "cuda" and cuda_on_host()) or (name == "triton" and triton_interprets())
+        if not backend.takes(device) and not (on_host and device.type == "cpu"):
             raise ValueError(
                 f"backend={name!r} cannot step parameters on {device}: it handles "
                 f"{' and '.join(backend.devices or ())}. Use backend=None, which chooses per device"

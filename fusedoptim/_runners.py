@@ -50,8 +50,8 @@ class Runner(Protocol):
 def make_runner(backend: str, rule: Rule, device: torch.device) -> Runner:
     if backend == "cpu":
         return CompiledRunner(rule)
-    if backend == "cuda":
-        return CudaRunner(rule, device)
+    if backend in ("cuda", "triton"):
+        return GpuRunner(rule, device, backend)
     assert backend == "reference", backend
     return ReferenceRunner(rule)
 
@@ -79,13 +79,13 @@ class _ScaledOnHost:
 class CompiledRunner(_ScaledOnHost):
     """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h)."""
 
-    def __init__(self, rule: Rule, cuda_device: int = -1) -> None:
+    def __init__(self, rule: Rule, device: tuple[int, int] = (1, 0), launcher: Any = None) -> None:
         super().__init__()
         assert _native._C is not None
         self.rule = rule
         # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
         bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, cuda_device)
+        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, device, launcher)
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
         self.run: Callable[[], None] = self.plan.run
@@ -124,16 +124,21 @@ class CompiledRunner(_ScaledOnHost):
         torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
 
 
-class CudaRunner(CompiledRunner):
+class GpuRunner(CompiledRunner):
     """The same with the tables in a GPU's memory (csrc/cuda/executor.h), on torch's current stream."""
 
-    def __init__(self, rule: Rule, device: torch.device) -> None:
+    def __init__(self, rule: Rule, device: torch.device, backend: str) -> None:
         self.device = device
-        index = device.index or 0
-        super().__init__(rule, index)
+        launcher: Any = device.index or 0
+        if backend == "triton":
+            from .triton_kernels.launcher import TritonLauncher
+
+            launcher = TritonLauncher(device)
+        super().__init__(rule, torch.empty(0, device=device).__dlpack_device__(), launcher)
         self.stream: Callable[[], int] = lambda: 0
         if device.type == "cuda":
             current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
+            index = device.index or 0
             self.stream = lambda: current_stream(index)
             self.run = lambda: self.plan.run(current_stream(index))
 

@@ -5,6 +5,8 @@
 
 #include "../cpu/executor.h"
 #include "../cuda/executor.h"
+#include "../cuda/library_launcher.h"
+#include "python_launcher.h"
 
 namespace fusedoptim {
 namespace {
@@ -55,28 +57,24 @@ bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stride
   return true;
 }
 
-}  // namespace
-
-namespace {
-
-std::unique_ptr<Executor> make_executor(int rule, int cuda_device) {
-  if (cuda_device >= 0) return std::make_unique<cuda::CudaExecutor>(rule, cuda_device);
-  return std::make_unique<CpuExecutor>(rule);
-}
-
-dlpack::Device device_of(int cuda_device) {
-  const bool on_gpu = cuda_device >= 0 && !(cuda::api && cuda::api->on_host);
-  return on_gpu ? dlpack::Device{dlpack::kCuda, cuda_device} : dlpack::Device{dlpack::kCpu, 0};
+std::unique_ptr<Executor> make_executor(int rule, const py::object& launcher) {
+  if (launcher.is_none()) return std::make_unique<CpuExecutor>(rule);
+  std::unique_ptr<cuda::Launcher> made;
+  if (py::isinstance<py::int_>(launcher))
+    made = std::make_unique<cuda::LibraryLauncher>(launcher.cast<int>());
+  else
+    made = std::make_unique<PythonLauncher>(launcher);
+  return std::make_unique<cuda::GpuExecutor>(rule, std::move(made));
 }
 
 }  // namespace
 
 Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
-           int cuda_device)
+           std::pair<int, int> device, py::object launcher)
     : rule_(find_rule(rule.c_str())),
       info_(rule_ >= 0 ? rule_info(rule_) : throw py::value_error("no compiled rule is called '" + rule + "'")),
-      device_(device_of(cuda_device)),
-      executor_(make_executor(rule_, cuda_device)),
+      device_{device.first, device.second},
+      executor_(make_executor(rule_, launcher)),
       increment_version_(std::move(increment_version)),
       params_key_(py::str("params")),
       lr_key_(py::str("lr")) {
