@@ -38,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
       .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
+      .def("retire", &Plan::retire)
       .def_property_readonly("reason", &Plan::reason)
       .def_property_readonly("address", &Plan::address)
       .def_property_readonly("captured", &Plan::captured);
@@ -47,7 +48,8 @@ PYBIND11_MODULE(_C, m) {
   // Hands over the functions of _C_cuda, by the address that its fusedoptim_cuda_api() returns.
   m.def("set_cuda_api", [](int64_t address) {
     const auto* found = reinterpret_cast<const cuda::Api*>(address);
-    if (found && found->version != cuda::kApiVersion)
+    if (found && (found->version != cuda::kApiVersion || found->argument_bytes != sizeof(cuda::StepArgs) ||
+                  found->entry_bytes != sizeof(cuda::DeviceEntry) || found->rules != Rules::size))
       throw std::runtime_error("_C_cuda was built from another version of fusedoptim");
     cuda::api = found;
   });

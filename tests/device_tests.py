@@ -37,7 +37,12 @@ def pair(
     kernels: Kernels, case: Case, shapes: list, dtype: torch.dtype, **options: object
 ) -> tuple[list, list, object, object]:
     mine, theirs = parameters(shapes, dtype), parameters(shapes, dtype)
-    return mine, theirs, case.make(mine, backend=kernels.backend, **options), case.make(theirs, backend="cpu", **options)
+    return (
+        mine,
+        theirs,
+        case.make(mine, backend=kernels.backend, **options),
+        case.make(theirs, backend="cpu", **options),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, FULL, Case, assert_same_bits, parameters, set_gradients
+from cases import FULL, Case, assert_same_bits, parameters, set_gradients
 from cuda_host import ROOT, SANITIZE, build
 from device_tests import *  # noqa: F403
 from device_tests import pair
@@ -21,6 +21,7 @@ import fusedoptim
 from fusedoptim import _native
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None or _native._C is None, reason="needs g++ and the library")
+
 
 class Model:
     """What the library tells and takes beyond the optimizers' own interface."""

@@ -137,7 +137,7 @@ void GpuExecutor::make_norm_grids(const std::vector<Entry>& entries) {
   }
 }
 
-// What blocks tell each other. It outlives the tables: whether a tensor's first step was taken, only the device knows.
+// What blocks tell each other.
 void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) {
   first_partial_.assign(entries.size(), 0);
   first_node_.assign(entries.size(), 0);
@@ -154,7 +154,6 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
     }
   }
   std::vector<EntryControl> control(entries.size());
-  for (size_t i = 0; i < entries.size(); ++i) control[i].absent = entries[i].first;
   Packer packer;
   const int64_t at_launch = packer.add(std::vector<LaunchControl>(1)), at_control = packer.add(control);
   const int64_t at_nodes = packer.add(std::vector<uint32_t>(nodes));
@@ -167,16 +166,27 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
   tables_.partials = reinterpret_cast<double*>(control_memory_.at(at_partials));
 }
 
+// Memory goes back to the stream that it was allocated on: nothing on another one may still be at work with it then.
+void GpuExecutor::finish_on_other_streams() {
+  if (on_other_streams_) launcher_->finish();
+  on_other_streams_ = false;
+}
+
+GpuExecutor::~GpuExecutor() {
+  try {
+    finish_on_other_streams();
+  } catch (const std::exception&) {  // when Python exits, the driver may be gone before this
+  }
+}
+
 void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream) {
-  if (launcher_->capturing(stream))
+  if (capturing_)
     throw std::runtime_error(
         "this step cannot be captured in a CUDA graph, because it sets up tables: take a step before the capture, and "
         "none that changes dtypes or memory layouts in between");
   if (!tables_.control) make_control(entries, stream);
-  if (captured_any_) {
-    captured_.push_back(std::move(table_memory_));
-    captured_.push_back(std::move(words_memory_));
-  }
+  finish_on_other_streams();
+  if (captured_any_) captured_.push_back(std::move(table_memory_));
   layouts_.clear();
   variant_.assign(entries.size(), -1);
   grid_[0] = grid_[1] = Grid{};
@@ -233,6 +243,7 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     words_memory_ = launcher_->allocate(words * 8);
   uploaded_grads_.clear();
   uploaded_rows_.clear();
+  made_on_ = stream;
   tables_valid_ = true;
 }
 
@@ -243,7 +254,7 @@ void GpuExecutor::gather_words(const std::vector<Entry>& entries, const std::vec
   words_.resize(n + static_cast<int64_t>(rows.size()) * width);
   for (int64_t i = 0; i < n; ++i) {
     const Entry& e = entries[i];
-    words_[i] = e.active ? kActive | reinterpret_cast<uintptr_t>(e.grad) : 0;
+    words_[i] = e.active ? kActive | (e.first ? kFirst : 0) | reinterpret_cast<uintptr_t>(e.grad) : 0;
   }
   for (size_t r = 0; r < rows.size(); ++r) std::memcpy(&words_[n + r * width], rows[r].value, width * 8);
   args_.tables = tables_;
@@ -254,7 +265,7 @@ void GpuExecutor::gather_words(const std::vector<Entry>& entries, const std::vec
 // own, whose values the graph keeps.
 const uint64_t* GpuExecutor::table_of_words(std::vector<uint64_t>& last, const uint64_t* words, int64_t count,
                                             int64_t offset, void* stream) {
-  if (launcher_->capturing(stream)) {
+  if (capturing_) {
     captured_.push_back(launcher_->allocate(count * 8));
     launcher_->write(captured_.back(), words, count * 8, stream);
     return reinterpret_cast<const uint64_t*>(captured_.back().at(0));
@@ -286,8 +297,8 @@ void GpuExecutor::pack_by_value(int64_t entries, void* stream) {
 const StepHeader* GpuExecutor::pack_in_memory(int64_t entries, void* stream) {
   constexpr int64_t kHeaderWords = sizeof(StepHeader) / 8;
   const int64_t count = static_cast<int64_t>(words_.size());
-  if (launcher_->capturing(stream)) captured_.push_back(launcher_->allocate((count + 2 * kHeaderWords) * 8));
-  const Memory& memory = launcher_->capturing(stream) ? captured_.back() : words_memory_;
+  if (capturing_) captured_.push_back(launcher_->allocate((count + 2 * kHeaderWords) * 8));
+  const Memory& memory = capturing_ ? captured_.back() : words_memory_;
   args_.grads = reinterpret_cast<const uint64_t*>(memory.at(0));
   args_.rows = reinterpret_cast<const uint64_t*>(memory.at(entries * 8));
   words_.resize(count + 2 * kHeaderWords);
@@ -296,7 +307,7 @@ const StepHeader* GpuExecutor::pack_in_memory(int64_t entries, void* stream) {
     std::memcpy(words_.data() + count + g * kHeaderWords, static_cast<StepHeader*>(&args_), sizeof(StepHeader));
   }
   const int64_t bytes = static_cast<int64_t>(words_.size()) * 8;
-  if (launcher_->capturing(stream)) {
+  if (capturing_) {
     launcher_->write(memory, words_.data(), bytes, stream);
   } else if (words_ != uploaded_grads_) {
     uploaded_grads_.clear();
@@ -315,10 +326,12 @@ void GpuExecutor::choose_grid(int g) {
 void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
                       const std::function<void()>& on_caller) {
   void* stream = reinterpret_cast<void*>(on_device.stream);
+  capturing_ = launcher_->capturing(stream);
   args_.grad_scale = reinterpret_cast<const float*>(on_device.grad_scale);
   args_.found_inf = reinterpret_cast<const float*>(on_device.found_inf);
   if (!tables_valid_) make_tables(entries, rows, stream);
-  captured_any_ = captured_any_ || launcher_->capturing(stream);
+  on_other_streams_ = on_other_streams_ || stream != made_on_;
+  captured_any_ = captured_any_ || capturing_;
   gather_words(entries, rows);
   const int64_t n = static_cast<int64_t>(entries.size());
   const StepHeader* headers = nullptr;

@@ -26,6 +26,7 @@ struct Grid {
 class GpuExecutor : public Executor {
  public:
   GpuExecutor(int rule, std::unique_ptr<Launcher> launcher);
+  ~GpuExecutor() override;
 
   void prepare(Entry&, int) override { tables_valid_ = false; }
   bool reads_lr_on_device() const override { return true; }
@@ -36,6 +37,7 @@ class GpuExecutor : public Executor {
 
  private:
   void make_control(const std::vector<Entry>& entries, void* stream);
+  void finish_on_other_streams();
   void make_tables(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream);
   void make_elementwise_grids(const std::vector<Entry>& entries);
   void make_norm_grids(const std::vector<Entry>& entries);
@@ -56,8 +58,9 @@ class GpuExecutor : public Executor {
   bool tables_valid_ = false;
   Tables tables_{};
   Memory table_memory_, control_memory_, words_memory_;
-  bool captured_any_ = false;
-  std::vector<Memory> captured_;  // tables of captured steps, which a graph may read as long as this lives
+  bool capturing_ = false, captured_any_ = false, on_other_streams_ = false;
+  void* made_on_ = nullptr;             // the stream that tables were allocated on
+  std::vector<Memory> captured_;        // tables of captured steps, which a graph may read as long as this lives
   std::vector<int64_t> first_partial_;  // of each entry, in elements
   std::vector<int32_t> first_node_;
   std::vector<int> variant_;
@@ -66,7 +69,7 @@ class GpuExecutor : public Executor {
   const uint32_t* first_item_[2] = {};
   const Segment* segments_[2] = {};
 
-  std::vector<uint64_t> words_;  // a step's gradients, then its hyper-parameters
+  std::vector<uint64_t> words_;                           // a step's gradients, then its hyper-parameters
   std::vector<uint64_t> uploaded_grads_, uploaded_rows_;  // or all of `words_` in the first, if none go by value
   StepArgs args_{};
 };

@@ -18,7 +18,7 @@ struct Memory {
 
 struct Launch {
   int rule;
-  bool mixed;                          // the table may hold operands of 64 bits
+  bool mixed;  // the table may hold operands of 64 bits
   uint32_t blocks;
   const std::vector<uint64_t>& kinds;  // of the entries, see DeviceEntry
   void* stream;
@@ -28,8 +28,8 @@ struct Launch {
 class Launcher {
  public:
   virtual ~Launcher() = default;
-  // Whether kernels take their arguments, with gradients and hyper-parameters, by value. Otherwise they take the address
-  // of a StepHeader in device memory, and all words are in tables.
+  // Whether kernels take their arguments, with gradients and hyper-parameters, by value. Otherwise they take the
+  // address of a StepHeader in device memory, and all words are in tables.
   virtual bool by_value() const = 0;
   virtual Memory allocate(int64_t bytes) = 0;
   // Copies host memory to the device in the stream's order, and has read it when it returns.
@@ -38,6 +38,8 @@ class Launcher {
   virtual void write(const Memory& to, const void* from, int64_t bytes, void* stream) = 0;
   virtual bool capturing(void* stream) = 0;
   virtual int64_t l2_bytes() = 0;
+  // Waits for all that was launched on the device.
+  virtual void finish() = 0;
   // header is null if arguments go by value.
   virtual void step(const Launch& launch, const StepArgs& args, const StepHeader* header) = 0;
 };

@@ -42,6 +42,8 @@ void LibraryLauncher::write(const Memory& to, const void* from, int64_t bytes, v
   require(api->write(device_, to.at(0), from, bytes, stream));
 }
 
+void LibraryLauncher::finish() { require(api->finish(device_)); }
+
 void LibraryLauncher::step(const Launch& launch, const StepArgs& args, const StepHeader*) {
   require(api->step(device_, launch.rule, launch.mixed, args, launch.blocks, launch.stream));
 }

@@ -18,6 +18,7 @@ class LibraryLauncher : public Launcher {
   void write(const Memory& to, const void* from, int64_t bytes, void* stream) override;
   bool capturing(void* stream) override { return api->capturing(stream); }
   int64_t l2_bytes() override { return api->l2_bytes(device_); }
+  void finish() override;
   void step(const Launch& launch, const StepArgs& args, const StepHeader*) override;
 
  private:

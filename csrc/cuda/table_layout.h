@@ -40,7 +40,6 @@ inline std::map<std::string, int64_t> table_layout() {
       {"ENTRY_KIND", offsetof(DeviceEntry, param_dtype)},
       {"CONTROL_BYTES", sizeof(EntryControl)},
       {"CONTROL_ARRIVALS", offsetof(EntryControl, arrivals)},
-      {"CONTROL_ABSENT", offsetof(EntryControl, absent)},
       {"CONTROL_READY", offsetof(EntryControl, ready)},
       {"CONTROL_SUM_OF_SQUARES", offsetof(EntryControl, sum_of_squares)},
       {"LAUNCH_TICKETS", offsetof(LaunchControl, tickets)},
@@ -54,6 +53,7 @@ inline std::map<std::string, int64_t> table_layout() {
   };
   std::map<std::string, int64_t> out(offsets.begin(), offsets.end());
   out["ADDRESS"] = static_cast<int64_t>(kAddress);
+  out["FIRST"] = static_cast<int64_t>(kFirst);
   for (const auto& [name, work] : {std::pair{"UPDATE", Work::update}, {"SUM", Work::sum}, {"APPLY", Work::apply}})
     out[std::string("WORK_") + name] = static_cast<int64_t>(work);
   for (const auto& [name, d] :

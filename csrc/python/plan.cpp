@@ -106,9 +106,13 @@ void Plan::build(py::list groups, py::dict state, py::list bindings) {
   grads_.resize(params_.size());
   rows_.resize(group_.size());
   for (size_t i = 0; i < params_.size(); ++i) member_[i].param = params_[i].ptr();
-  for (size_t i = 0; i < group_.size(); ++i)
-    if (!refresh_group(group_[i], rows_[i])) throw py::value_error(reason_);
   for (py::handle b : bindings) bindings_.push_back(b.cast<std::vector<int>>());
+  if (bindings_.size() != member_.size()) throw std::runtime_error("a plan needs one binding per parameter");
+  for (size_t i = 0; i < group_.size(); ++i) {
+    Group& g = group_[i];
+    for (int64_t k = g.begin; k < g.end; ++k) g.ours = g.ours || !bindings_[k].empty();
+    if (g.ours && !refresh_group(g, rows_[i])) throw py::value_error(reason_);
+  }
   snapshot_.take(state);
   const TensorReader& reader = TensorReader::get();
   for (const py::object& x : snapshot_.held())
@@ -117,7 +121,6 @@ void Plan::build(py::list groups, py::dict state, py::list bindings) {
 }
 
 void Plan::bind(const std::vector<StableTensor>& tensors) {
-  if (bindings_.size() != member_.size()) throw std::runtime_error("a plan needs one binding per parameter");
   size_t dims = 0;
   for (const auto& b : bindings_)
     if (!b.empty()) dims += 2 * static_cast<size_t>(tensors.at(b[0]).dim());
@@ -180,6 +183,11 @@ int Plan::traverse(visitproc visit, void* arg) const {
   if (const int stop = visit_all(params_)) return stop;
   if (const int stop = visit_all(grads_)) return stop;
   return visit_all(snapshot_.held());
+}
+
+void Plan::retire() {
+  clear();
+  addresses_ = AddressBook();
 }
 
 void Plan::clear() {

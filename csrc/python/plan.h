@@ -51,6 +51,8 @@ class Plan {
   // For Python's garbage collector: visits, or lets go of, every Python object that is held.
   int traverse(visitproc visit, void* arg) const;
   void clear();
+  // Lets go of everything but the tables that a captured CUDA graph reads.
+  void retire();
 
   const std::string& reason() const { return reason_; }
   // Whether a CUDA graph has captured a step, and with it the addresses of this plan's tables.
@@ -78,6 +80,7 @@ class Plan {
     py::object dict, params;
     int64_t begin, end;  // its members
     int variant = 0;
+    bool ours = false;              // has members on this plan's device
     std::vector<py::object> items;  // key, value, ... of dict, if no value that matters can change in place
     bool unchanged() const;
   };

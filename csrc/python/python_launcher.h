@@ -35,6 +35,8 @@ class PythonLauncher : public cuda::Launcher {
   bool capturing(void*) override { return functions_.attr("capturing")().cast<bool>(); }
   int64_t l2_bytes() override { return functions_.attr("l2_bytes")().cast<int64_t>(); }
 
+  void finish() override { functions_.attr("finish")(); }
+
   void step(const cuda::Launch& launch, const cuda::StepArgs&, const cuda::StepHeader* header) override {
     py::tuple kinds(launch.kinds.size());
     for (size_t i = 0; i < launch.kinds.size(); ++i) kinds[i] = launch.kinds[i];

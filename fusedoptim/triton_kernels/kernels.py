@@ -58,10 +58,17 @@ def item_of(header, item):
 
 
 @triton.jit
-def step_kernel(header, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_STATE: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr):
+def step_kernel(
+    header,
+    PREPARE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    NEXT_STATE: tl.constexpr,
+    KINDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """An elementwise rule. header: the address of a StepHeader; KINDS: of all entries."""
     if is_to_run(header):
-        index, work, items, item, grad = item_of(header, tl.program_id(0))
+        index, _, items, item, grad = item_of(header, tl.program_id(0))
         if grad != 0:
             entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
             control = word(header + at.HEADER_CONTROL) + index * at.CONTROL_BYTES
@@ -73,13 +80,20 @@ def step_kernel(header, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_STATE:
             for k in tl.static_range(len(KINDS)):
                 if kind == KINDS[k]:
                     update_range(
-                        header, entry, control, grad & at.ADDRESS, begin, end, items, unscaling(header), none,
+                        header, entry, control, grad, begin, end, items, unscaling(header), none,
                         KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
                     )  # fmt: skip
 
 
 @triton.jit
-def norm_step_kernel(header, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_STATE: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr):
+def norm_step_kernel(
+    header,
+    PREPARE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    NEXT_STATE: tl.constexpr,
+    KINDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """A rule that needs the gradient's norm first. Programs take tickets, so that what one waits for has begun."""
     if is_to_run(header):
         launch = word(header + at.HEADER_LAUNCH)
@@ -101,7 +115,9 @@ def norm_step_kernel(header, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_S
             for k in tl.static_range(len(KINDS)):
                 if kind == KINDS[k]:
                     if work == at.WORK_SUM:
-                        part_sums(header, entry, gradient, begin, end, unscale, partials + begin // at.TILE * 8, KINDS[k])
+                        part_sums(
+                            header, entry, gradient, begin, end, unscale, partials + begin // at.TILE * 8, KINDS[k]
+                        )
                         climb(header, entry, control, item, items)
                     else:
                         if work == at.WORK_APPLY:
@@ -111,7 +127,7 @@ def norm_step_kernel(header, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_S
                             tl.debug_barrier()
                             sum_of_squares = sum_of(partials, (numel + at.TILE - 1) // at.TILE)
                         update_range(
-                            header, entry, control, gradient, begin, end, items, unscale, sum_of_squares,
+                            header, entry, control, grad, begin, end, items, unscale, sum_of_squares,
                             KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
                         )  # fmt: skip
         # The last program leaves the counters as it found them.

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from .kernels import norm_step_kernel, step_kernel
 
-#: Elements that a program has under way: 8 per thread.
-BLOCK = 1024
 WARPS = 4
+
+
+def block(threads_per_warp: int) -> int:
+    """Elements that a program has under way: 8 per thread, which make 16 bytes in every dtype."""
+    return 8 * threads_per_warp * WARPS
 
 
 class Plug(NamedTuple):
@@ -34,6 +37,7 @@ class TritonLauncher:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._block = block(32 if torch.version.hip is None else 64)
         self._plugs: dict[str, Plug] = {}
         #: What captured copies read from at every replay.
         self._captured: list[Tensor] = []
@@ -65,6 +69,10 @@ class TritonLauncher:
     def capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
+    def finish(self) -> None:
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
+
     def l2_bytes(self) -> int:
         if self.device.type == "cuda":
             return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
@@ -77,4 +85,4 @@ class TritonLauncher:
         kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
         # Contraction would change results. Without the guard Triton launches on the current device, not on ours.
         with self._guard():
-            kernel[(blocks,)](header, *functions, kinds, BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+            kernel[(blocks,)](header, *functions, kinds, self._block, num_warps=WARPS, enable_fp_fusion=False)

@@ -1,5 +1,5 @@
-"""Sums of squares, as csrc/core/sum_of_squares.h defines them, and the tree of sums above the tiles (csrc/cuda/norm.cuh).
-"""
+"""Sums of squares, as csrc/core/sum_of_squares.h defines them, and the tree of sums above the tiles, as in
+csrc/cuda/norm.cuh."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .memory import decode, half_word, load_where, pointer, strided_offsets, wor
 
 @triton.jit
 def tile_indices(TILES: tl.constexpr):
-    """Of the elements of TILES tiles. In this order of dimensions, and with a tile for every warp, a thread has all eight
-    elements of a column and the lanes of a warp have a row, so that sums need no memory."""
+    """Of the elements of TILES tiles. In this order of dimensions, and with a tile for every warp, a thread has all
+    eight elements of a column and the lanes of a warp have a row, so that sums need no memory."""
     row, tile, column = tl.arange(0, 8), tl.arange(0, TILES), tl.arange(0, 128)
     return row[:, None, None] * 128 + tile[None, :, None] * at.TILE + column[None, None, :]
 

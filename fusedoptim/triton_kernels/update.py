@@ -8,8 +8,8 @@ import triton.language as tl
 from . import tables as at
 from .memory import fp32, fp64, half_word, load_tile, load_where, store_tile, store_where, strided_offsets, word
 
-# An entry's kind is one word, a byte each: dtypes of parameter, gradient, step and three states; variant; a bit for each
-# state that the variant uses.
+# An entry's kind is one word, a byte each: dtypes of parameter, gradient, step and three states; variant; a bit for
+# each state that the variant uses.
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def step_number(entry):
     dtype = (word(entry + at.ENTRY_KIND) >> 16) & 255
     number = tl.full((), 0.0, tl.float64)
     if address != 0:
-        if dtype == at.F64:
+        if dtype == at.F64:  # noqa: SIM108 - only what is taken may be read
             number = fp64(address) + 1.0
         else:
             number = (fp32(address) + 1.0).to(tl.float64)
@@ -29,7 +29,6 @@ def step_number(entry):
 @triton.jit
 def commit(entry, control, number, scalar_state, NEEDS_NORM: tl.constexpr):
     """Stores a tensor's new step and average, for the last of its blocks."""
-    tl.store((control + at.CONTROL_ABSENT).to(tl.pointer_type(tl.int32)), 0)
     tl.store((control + at.CONTROL_READY).to(tl.pointer_type(tl.int32)), 0)
     address = word(entry + at.ENTRY_STEP)
     dtype = (word(entry + at.ENTRY_KIND) >> 16) & 255
@@ -44,14 +43,21 @@ def commit(entry, control, number, scalar_state, NEEDS_NORM: tl.constexpr):
 
 @triton.jit
 def scalars(
-    header, entry, control, items, sum_of_squares, PREPARE: tl.constexpr, NEXT_STATE: tl.constexpr, T: tl.constexpr
+    header,
+    entry,
+    control,
+    items,
+    first,
+    sum_of_squares,
+    PREPARE: tl.constexpr,
+    NEXT_STATE: tl.constexpr,
+    T: tl.constexpr,
 ):
     """The rule's scalars for the block's tensor. The last block of the tensor to get here stores the new step and
     average: by then all have read the old ones."""
     group = half_word(entry + at.ENTRY_GROUP).to(tl.int64)
     row = word(header + at.HEADER_ROWS) + 8 * group * half_word(header + at.HEADER_ROW_WORDS)
     number = step_number(entry)
-    first = half_word(control + at.CONTROL_ABSENT) != 0
     average = tl.full((), 0.0, tl.float32)
     new_average = average
     if NEXT_STATE is not None:
@@ -79,7 +85,9 @@ def update_range(
     VARIANT: tl.constexpr = (KIND >> 48) & 255
     USES: tl.constexpr = (KIND >> 56) & 255
     T: tl.constexpr = tl.float64 if P == at.F64 else tl.float32
-    c = scalars(header, entry, control, items, sum_of_squares, PREPARE, NEXT_STATE, T)
+    first = (grad & at.FIRST) != 0
+    grad = grad & at.ADDRESS
+    c = scalars(header, entry, control, items, first, sum_of_squares, PREPARE, NEXT_STATE, T)
     param = word(entry + at.ENTRY_PARAM)
     state0 = word(entry + at.ENTRY_STATE)
     state1 = word(entry + at.ENTRY_STATE + 8)
@@ -89,25 +97,25 @@ def update_range(
     # States that are not used have a null address.
     aligned = (layout < 0) & (((param | grad | state0 | state1 | state2) & 15) == 0)
     middle = tl.where(aligned, end - (end - begin) % BLOCK, begin)
-    for first in range(begin, middle, BLOCK):
-        first = tl.multiple_of(first, 16)
-        p = load_tile(param, first, P, T, BLOCK)
-        g = load_tile(grad, first, G, T, BLOCK)
-        s0 = load_tile(state0, first, S0, T, BLOCK) if USES & 1 else p
-        s1 = load_tile(state1, first, S1, T, BLOCK) if USES & 2 else p
-        s2 = load_tile(state2, first, S2, T, BLOCK) if USES & 4 else p
+    for tile in range(begin, middle, BLOCK):
+        tile = tl.multiple_of(tile, 16)
+        p = load_tile(param, tile, P, T, BLOCK)
+        g = load_tile(grad, tile, G, T, BLOCK)
+        s0 = load_tile(state0, tile, S0, T, BLOCK) if USES & 1 else p
+        s1 = load_tile(state1, tile, S1, T, BLOCK) if USES & 2 else p
+        s2 = load_tile(state2, tile, S2, T, BLOCK) if USES & 4 else p
         p, s0, s1, s2 = UPDATE(p, g * unscale, s0, s1, s2, c, VARIANT)
-        store_tile(param, first, p, P, BLOCK)
+        store_tile(param, tile, p, P, BLOCK)
         if USES & 1:
-            store_tile(state0, first, s0, S0, BLOCK)
+            store_tile(state0, tile, s0, S0, BLOCK)
         if USES & 2:
-            store_tile(state1, first, s1, S1, BLOCK)
+            store_tile(state1, tile, s1, S1, BLOCK)
         if USES & 4:
-            store_tile(state2, first, s2, S2, BLOCK)
+            store_tile(state2, tile, s2, S2, BLOCK)
     # Ends, and what is not aligned or not dense, in small pieces: their addresses would fill the registers.
     SMALL: tl.constexpr = BLOCK // 4
-    for first in range(middle, end, SMALL):
-        i = first + tl.arange(0, SMALL)
+    for start in range(middle, end, SMALL):
+        i = start + tl.arange(0, SMALL)
         inside = i < end
         at_p, at_g, at_0, at_1, at_2 = i, i, i, i, i
         if layout >= 0:
