@@ -119,7 +119,6 @@ def build_cuda(target: Path, memory: Path) -> str | None:
     print(line, flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        library.unlink(missing_ok=True)
         print(done.stdout + done.stderr, flush=True)
         errors = [text for text in (done.stdout + done.stderr).splitlines() if "error" in text.lower()]
         return f"nvcc failed: {errors[0] if errors else done.stderr.strip()[:500]}"
@@ -149,6 +148,7 @@ class BuildWhatCanBeBuilt(BuildExtension):
         except Exception as error:
             report["cuda"] = f"{type(error).__name__}: {error}"
         if report["cuda"]:
+            (target / "_C_cuda.so").unlink(missing_ok=True)  # one of an older build would not fit
             self.announce(f"\nfusedoptim: installing without its CUDA kernels: {report['cuda']}\n", level=3)
         (target / "_build.json").write_text(json.dumps(report, indent=1) + "\n")
 

@@ -6,7 +6,8 @@
 #include <optional>
 
 #include "cpu/capability.h"
-#include "cuda/executor.h"
+#include "cuda/library_launcher.h"
+#include "cuda/table_layout.h"
 #include "python/plan.h"
 
 namespace py = pybind11;
@@ -32,10 +33,12 @@ void collect_plans(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object, int>())
+      .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object,
+                    std::pair<int, int>, py::object>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
       .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
+      .def("retire", &Plan::retire)
       .def_property_readonly("reason", &Plan::reason)
       .def_property_readonly("address", &Plan::address)
       .def_property_readonly("captured", &Plan::captured);
@@ -45,7 +48,8 @@ PYBIND11_MODULE(_C, m) {
   // Hands over the functions of _C_cuda, by the address that its fusedoptim_cuda_api() returns.
   m.def("set_cuda_api", [](int64_t address) {
     const auto* found = reinterpret_cast<const cuda::Api*>(address);
-    if (found && found->version != cuda::kApiVersion)
+    if (found && (found->version != cuda::kApiVersion || found->argument_bytes != sizeof(cuda::StepArgs) ||
+                  found->entry_bytes != sizeof(cuda::DeviceEntry) || found->rules != Rules::size))
       throw std::runtime_error("_C_cuda was built from another version of fusedoptim");
     cuda::api = found;
   });
@@ -55,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
     return problem ? std::optional<std::string>(problem) : std::nullopt;
   });
   m.def("cuda_on_host", [] { return cuda::api && cuda::api->on_host; });
+  // Where the fields of the tables on the device lie, in bytes, and their constants.
+  m.def("table_layout", &cuda::table_layout);
   m.def("rules", [] {
     std::vector<std::string> names;
     for (int i = 0; i < Rules::size; ++i) names.push_back(rule_info(i).name);

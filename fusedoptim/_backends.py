@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,17 @@ def _cuda_problem(device: torch.device | None) -> str | None:
 
 
 def _triton_problem(device: torch.device | None) -> str | None:
-    return "this version of fusedoptim has no Triton kernels"
+    problem = _native.triton_problem()
+    if problem is not None or triton_interprets():
+        return problem
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        return "torch finds no GPU"
+    return None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU: slowly, for tests and for looking into kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def cuda_on_host() -> bool:
@@ -56,8 +67,8 @@ def cuda_on_host() -> bool:
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("cuda", ("cuda",), _cuda_problem, steps_on_device=True),
-        Backend("triton", ("cuda", "xpu"), _triton_problem),
+        Backend("cuda", ("cuda",) if torch.version.hip is None else (), _cuda_problem, steps_on_device=True),
+        Backend("triton", ("cuda", "xpu"), _triton_problem, steps_on_device=True),
         Backend("cpu", ("cpu",), _cpu_problem),
         Backend("reference", None, lambda device: None),
     )
@@ -78,10 +89,11 @@ def check_name(name: str | None) -> None:
 
 
 def choose(name: str | None, device: torch.device) -> str:
-    """The backend for a device: the one asked for, else the first that can. Warns once if that is the slow one."""
+    """The backend for a device: the one asked for, else the first that can. Warns once if that is not the first."""
     if name is not None:
         backend = BACKENDS[name]
-        if not backend.takes(device) and not (name == "cuda" and device.type == "cpu" and cuda_on_host()):
+        on_host = (name == "cuda" and cuda_on_host()) or (name == "triton" and triton_interprets())
+        if not backend.takes(device) and not (on_host and device.type == "cpu"):
             raise ValueError(
                 f"backend={name!r} cannot step parameters on {device}: it handles "
                 f"{' and '.join(backend.devices or ())}. Use backend=None, which chooses per device"
@@ -96,14 +108,21 @@ def choose(name: str | None, device: torch.device) -> str:
             continue
         problem = backend.problem(device)
         if problem is None:
+            if causes:
+                _warn(device, f"its {backend.name.capitalize()} kernels, which are nearly as fast", causes)
             return backend.name
         causes.append(f"{backend.name}: {problem}")
-    if device.type not in _warned:
-        _warned.add(device.type)
-        cause = "; ".join(causes) or f"no backend has kernels for {device.type!r} devices"
-        warnings.warn(
-            f"fusedoptim steps parameters on {device.type!r} with its eager reference, correctly and slowly ({cause}). "
-            "Run `python -m fusedoptim` for details, or pass backend='reference' to say that you want it.",
-            stacklevel=2,
-        )
+    causes = causes or [f"no backend has kernels for {device.type!r} devices"]
+    _warn(device, "its eager reference, correctly and slowly", causes)
     return "reference"
+
+
+def _warn(device: torch.device, how: str, causes: list[str]) -> None:
+    if device.type in _warned:
+        return
+    _warned.add(device.type)
+    warnings.warn(
+        f"fusedoptim steps parameters on {device.type!r} with {how} ({'; '.join(causes)}). "
+        "Run `python -m fusedoptim` for details, or pass backend= to say which you want.",
+        stacklevel=3,
+    )

@@ -104,6 +104,11 @@ class FusedOptimizer(Optimizer):
 
     def _step_afresh(self, scaling: Scaling) -> None:
         """Validates everything, creates missing states and runners, and steps; or raises, having changed nothing."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            raise RuntimeError(
+                "this step cannot be captured in a CUDA graph, because it sets up states and tables: take a step before"
+                " the capture, and none that changes groups, states, dtypes or memory layouts in between"
+            )
         self._drop_runners()
         # The one place that waits for the device: no state may be created in a step that is then skipped.
         if scaling is not None and scaling[1] is not None and scaling[1].item() != 0:
@@ -127,17 +132,15 @@ class FusedOptimizer(Optimizer):
         self._runners = runners
 
     def _drop_runners(self) -> None:
-        """Forgets the runners, but for those whose tables a CUDA graph reads at every replay."""
-        self._captured += [runner for runner in self._runners or () if runner.captured]
+        """Forgets the runners, but for the tables that a CUDA graph reads at every replay."""
+        for runner in self._runners or ():
+            if runner.captured:
+                runner.retire()
+                self._captured.append(runner)
         self._runners = None
 
     def _prepare(self, created: Created) -> list[Runner]:
         """Runners that are ready to run. What is changed in the states is noted in ``created``."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "this step cannot be captured in a CUDA graph, because it sets up states and tables: take a step before"
-                " the capture, and none that changes groups, states, dtypes or memory layouts in between"
-            )
         runners = []
         for device, of_device in self._members(created).items():
             backend = _backends.choose(self._options["backend"], device)

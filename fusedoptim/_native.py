@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -72,6 +74,19 @@ def cuda_problem() -> str | None:
         _C.set_cuda_api(library.fusedoptim_cuda_api())
     except (OSError, AttributeError, RuntimeError) as error:
         return f"{path} does not load ({error}); build again: {INSTALL}"
+    return None
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why Triton's kernels cannot be compiled, and the remedy; None if they can. Does not import Triton."""
+    if _C is None:
+        return f"the library that keeps their tables is missing: {problem}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    compilers = [os.environ.get("CC"), "cc", "gcc", "clang"]
+    if not any(c and shutil.which(c) for c in compilers) and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton needs a C compiler at run time: install one (Debian, Ubuntu: apt-get install gcc) or set CC"
     return None
 
 

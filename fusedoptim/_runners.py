@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Runner(Protocol):
     def captured(self) -> bool:
         """Whether a CUDA graph holds on to its tables, so that it must outlive its use here."""
 
+    def retire(self) -> None:
+        """Lets go of everything else. It is not used again."""
+
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
         """Prepares to step the members, once."""
 
@@ -50,42 +54,24 @@ class Runner(Protocol):
 def make_runner(backend: str, rule: Rule, device: torch.device) -> Runner:
     if backend == "cpu":
         return CompiledRunner(rule)
-    if backend == "cuda":
-        return CudaRunner(rule, device)
+    if backend in ("cuda", "triton"):
+        return GpuRunner(rule, device, backend)
     assert backend == "reference", backend
     return ReferenceRunner(rule)
 
 
-class _ScaledOnHost:
-    """run_scaled() by reading found_inf and by unscaling the gradients in place, as GradScaler.unscale_ does."""
-
-    run: Callable[[], None]
-
-    def __init__(self) -> None:
-        self.params: list[Tensor] = []
-
-    @torch.no_grad()
-    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if found_inf is not None and found_inf.item() != 0:
-            return
-        if grad_scale is not None:
-            inverse = grad_scale.double().reciprocal().float()
-            for p in self.params:
-                if p.grad is not None:
-                    p.grad.mul_(inverse.to(p.device))
-        self.run()
-
-
-class CompiledRunner(_ScaledOnHost):
+class CompiledRunner:
     """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h)."""
 
-    def __init__(self, rule: Rule, cuda_device: int = -1) -> None:
-        super().__init__()
+    device = torch.device("cpu")
+
+    def __init__(self, rule: Rule, device: tuple[int, int] = (1, 0), launcher: Any = None) -> None:
         assert _native._C is not None
         self.rule = rule
         # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
         bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, cuda_device)
+        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, device, launcher)
+        self.stream: Callable[[], int] = lambda: 0
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
         self.run: Callable[[], None] = self.plan.run
@@ -98,8 +84,18 @@ class CompiledRunner(_ScaledOnHost):
     def captured(self) -> bool:
         return bool(self.plan.captured)
 
+    def retire(self) -> None:
+        self.plan.retire()
+
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """In the kernel. On a GPU nothing waits on the host."""
+        scalars = [
+            None if t is None else t.to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
+            for t in (grad_scale, found_inf)
+        ]
+        self.plan.run(self.stream(), *(0 if t is None else t.data_ptr() for t in scalars))
+
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
-        self.params = [m.param for m in members]
         ours = {m.param: m.first for m in members}
         tensors: list[Tensor] = []
 
@@ -124,41 +120,64 @@ class CompiledRunner(_ScaledOnHost):
         torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
 
 
-class CudaRunner(CompiledRunner):
+class GpuRunner(CompiledRunner):
     """The same with the tables in a GPU's memory (csrc/cuda/executor.h), on torch's current stream."""
 
-    def __init__(self, rule: Rule, device: torch.device) -> None:
+    def __init__(self, rule: Rule, device: torch.device, backend: str) -> None:
         self.device = device
-        index = device.index or 0
-        super().__init__(rule, index)
-        self.stream: Callable[[], int] = lambda: 0
+        launcher: Any = device.index or 0
+        if backend == "triton":
+            from .triton_kernels.launcher import TritonLauncher
+
+            launcher = TritonLauncher(device)
+        super().__init__(rule, torch.empty(0, device=device).__dlpack_device__(), launcher)
+        if device.type == "cpu":  # kernels that run on the host, for tests
+            return
+        module, run = torch.get_device_module(device), self.plan.run
         if device.type == "cuda":
-            current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
-            self.stream = lambda: current_stream(index)
-            self.run = lambda: self.plan.run(current_stream(index))
+            self.stream = lambda: torch._C._cuda_getCurrentRawStream(device.index)
+        current_device, stream = module.current_device, self.stream
+
+        def run_on_device() -> None:
+            if current_device() == device.index:
+                run(stream())
+                return
+            with module.device(device):
+                run(stream())
+
+        self.run = run_on_device
 
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """In the kernel, which waits for nothing on the host."""
-        scalars = [
-            None if t is None else t.to(self.device, torch.float32, non_blocking=True) for t in (grad_scale, found_inf)
-        ]
-        self.plan.run(self.stream(), *(0 if t is None else t.data_ptr() for t in scalars))
+        guard = nullcontext() if self.device.type == "cpu" else torch.get_device_module(self.device).device(self.device)
+        with guard:
+            super().run_scaled(grad_scale, found_inf)
 
 
-class ReferenceRunner(_ScaledOnHost):
+class ReferenceRunner:
     """Steps with the functions of fusedoptim.reference, on any device."""
 
     reason = "the reference looks at everything anew at each step"
     captured = False
 
     def __init__(self, rule: Rule) -> None:
-        super().__init__()
         self.rule = rule
         self.fresh = False
+        self.unscale: float | None = None
+
+    def retire(self) -> None:
+        pass
+
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        self.unscale = None if grad_scale is None else grad_scale.double().reciprocal().float().item()
+        try:
+            self.run()
+        finally:
+            self.unscale = None
 
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
         self.groups, self.state, self.members = groups, state, members
-        self.params = [m.param for m in members]
         self.fresh = True
 
     @torch.no_grad()
@@ -195,6 +214,8 @@ class ReferenceRunner(_ScaledOnHost):
         if self.rule.scalar_state:
             work[self.rule.scalar_state] = state[self.rule.scalar_state].clone()
         step = state["step"] + 1 if self.rule.has_step else None
-        updated = computed(m.param)
-        self.rule.reference(updated, computed(grad), work, 0.0 if step is None else step.item(), group)
+        updated, grad = computed(m.param), computed(grad)
+        if self.unscale is not None:
+            grad.mul_(self.unscale)
+        self.rule.reference(updated, grad, work, 0.0 if step is None else step.item(), group)
         return updated, work if step is None else {**work, "step": step}

@@ -12,30 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    FULL,
-    SHAPES,
-    Case,
-    assert_same_bits,
-    assert_same_optimizers,
-    gradient,
-    parameters,
-    set_gradients,
-)
+from cases import FULL, Case, assert_same_bits, parameters, set_gradients
 from cuda_host import ROOT, SANITIZE, build
-from test_amp import train
+from device_tests import *  # noqa: F403
+from device_tests import pair
 
 import fusedoptim
 from fusedoptim import _native
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None or _native._C is None, reason="needs g++ and the library")
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
 
 class Model:
     """What the library tells and takes beyond the optimizers' own interface."""
+
+    backend, slow = "cuda", False
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -67,99 +58,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         os.environ["FUSEDOPTIM_CUDA_LIBRARY"] = before
 
 
-def pair(case: Case, shapes: list, dtype: torch.dtype, **options: object) -> tuple[list, list, object, object]:
-    mine, theirs = parameters(shapes, dtype), parameters(shapes, dtype)
-    return mine, theirs, case.make(mine, backend="cuda", **options), case.make(theirs, backend="cpu", **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_has_the_cpu_kernels_bits(model: Model, case: Case, dtype: torch.dtype) -> None:
-    mine, theirs, a, b = pair(case, SHAPES, dtype)
-    for step in range(6):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        assert model.launches(a) == 1
-        b.step()
-    assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_mixed_dtypes_take_one_launch_and_fp64_a_second(model: Model, case: Case) -> None:
-    for dtypes, expected in ((DTYPES[2:] + DTYPES[:1], 1), (DTYPES, 2)):
-        both = []
-        for backend in ("cuda", "cpu"):
-            params = [p for d in dtypes for p in parameters([(5,), (300,), (33, 40)], d)]
-            both.append((params, case.make(params, backend=backend)))
-        (mine, a), (theirs, b) = both
-        for step in range(4):
-            for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
-                # the gradient's dtype goes round as well
-                p.grad, q.grad = (torch.nn.Parameter(gradient(x, step, i)).detach() for x in (p, q))
-                if step > 1 and expected == 2:
-                    p.grad = torch.Tensor.clone(p.grad)
-            assert model.launches(a) == expected
-            b.step()
-        assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_state_dtype(model: Model, case: Case, dtype: torch.dtype) -> None:
-    if case.optimizer == "NormAdaptive":
-        pytest.skip("has no state of the parameter's shape")
-    for state_dtype in (torch.float32, torch.bfloat16):
-        mine, theirs, a, b = pair(case, [(9,), (1500,)], dtype, state_dtype=state_dtype)
-        for step in range(4):
-            set_gradients(mine, step)
-            set_gradients(theirs, step)
-            a.step()
-            b.step()
-        assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_every_alignment(model: Model, case: Case) -> None:
-    """Heads of every length; operands that agree in their alignment and that do not."""
-
-    def at(x: torch.Tensor, offset: int) -> torch.Tensor:
-        return torch.zeros(x.numel() + offset, dtype=x.dtype)[offset:].copy_(x)
-
-    for dtype in (torch.float32, torch.bfloat16):
-        offsets = [(p, g) for p in range(9) for g in (p, 0, p + 1)]
-        mine = [
-            torch.nn.Parameter(at(gradient(torch.empty(2100), 9, i).to(dtype), p)) for i, (p, _) in enumerate(offsets)
-        ]
-        theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
-        a, b = case.make(mine, backend="cuda"), case.make(theirs, backend="cpu")
-        for step in range(3):
-            for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
-                q.grad = gradient(q, step, i)
-                p.grad = at(q.grad, offsets[i][1])
-            a.step()
-            b.step()
-        assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("count", [(1 << 14) + 1, 100_003, (1 << 20) + 5, 2_200_000])
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_large_tensors_are_cut_into_chunks_and_parts(model: Model, case: Case, count: int) -> None:
-    """Above 1,048,576 elements a sum of squares has a third level."""
-    if count > 1 << 20 and case.optimizer != "NormAdaptive":
-        count //= 8
-    mine, theirs, a, b = pair(case, [(count,), (17,), (count // 3,)], torch.float32)
-    for step in range(2):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        assert model.launches(a) == 1
-        b.step()
-    assert_same_optimizers(a, b)
+@pytest.fixture(scope="module")
+def kernels(model: Model) -> Model:
+    return model
 
 
 @pytest.mark.parametrize("case", [c for c in FULL if c.optimizer in ("AdamW", "SGD")], ids=str)
 def test_more_gradients_than_fit_the_arguments(model: Model, case: Case) -> None:
     shapes = [(1 + i % 3,) for i in range(4200)]
-    mine, theirs, a, b = pair(case, shapes, torch.float32)
+    mine, theirs, a, b = pair(model, case, shapes, torch.float32)
     for step in range(3):
         set_gradients(mine, step)
         set_gradients(theirs, step)
@@ -167,51 +74,6 @@ def test_more_gradients_than_fit_the_arguments(model: Model, case: Case) -> None
         b.step()
     for p, q in zip(mine, theirs, strict=True):
         assert_same_bits(p.detach(), q.detach())
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_more_groups_than_fit_the_arguments(model: Model, case: Case) -> None:
-    both = []
-    for backend in ("cuda", "cpu"):
-        params = parameters([(7,)] * 465)
-        groups = [{"params": [p], "lr": 1e-3 * (1 + i % 7)} for i, p in enumerate(params)]
-        both.append((params, case.make(groups, backend=backend)))
-    (mine, a), (theirs, b) = both
-    for step in range(3):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        for i in range(465):
-            a.param_groups[i]["lr"] = b.param_groups[i]["lr"] = 1e-3 * (1 + (i + step) % 7)
-        assert model.launches(a) == 1
-        b.step()
-    assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_parameters_without_gradients_and_late_ones(model: Model, case: Case) -> None:
-    mine, theirs, a, b = pair(case, [(5,), (40_000,), (33,)], torch.float32)
-    for step in range(6):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        mine[step % 3].grad = theirs[step % 3].grad = None
-        a.step()
-        b.step()
-    assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("lr_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_lr_is_read_from_the_device(model: Model, case: Case, lr_dtype: torch.dtype) -> None:
-    """By its address: here the device's memory is the host's."""
-    mine, theirs, a, b = pair(case, [(50,), (3,)], torch.float32, lr=torch.tensor(0.01, dtype=lr_dtype))
-    for step in range(4):
-        for o in (a, b):
-            o.param_groups[0]["lr"].fill_(0.01 / (step + 1))
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        a.step()
-        b.step()
-    assert_same_optimizers(a, b)
 
 
 def test_the_first_step_cannot_be_captured_and_leaves_nothing(model: Model) -> None:
@@ -288,28 +150,6 @@ def test_beyond_two_to_the_32_elements(model: Model, name: str) -> None:
         assert (p.data[s] == 0.5).all()
 
 
-def test_scalars_agree_with_the_cpu_over_many_steps(model: Model) -> None:
-    """Powers are computed in another way than the C library's."""
-    shapes = [(1,)] * 12
-    betas = [(0.9, 0.999), (0.5, 0.9), (0.95, 0.98), (0.0, 0.9999), (0.99, 0.9), (0.123, 0.77)]
-    both = []
-    for backend in ("cuda", "cpu"):
-        params = parameters(shapes)
-        groups = [{"params": params[i::6], "betas": b} for i, b in enumerate(betas)]
-        both.append((params, fusedoptim.Adam(groups, backend=backend)))
-    (mine, a), (theirs, b) = both
-    set_gradients(mine, 0)
-    set_gradients(theirs, 0)
-    for step in range(1500):
-        a.step()
-        b.step()
-        if step % 100 == 0:
-            for optimizer in (a, b):
-                for state in optimizer.state.values():
-                    state["step"] += step * 7
-    assert_same_optimizers(a, b)
-
-
 def test_powers_differ_from_the_c_librarys_in_fp64_at_most(tmp_path: Path) -> None:
     """The extent of the one difference from the CPU: the last place of an fp64 scalar, at 1 step in 250 or fewer."""
     target, source = tmp_path / "powers.so", ROOT / "tests" / "cuda_host" / "count_powers.cpp"
@@ -320,15 +160,6 @@ def test_powers_differ_from_the_c_librarys_in_fp64_at_most(tmp_path: Path) -> No
     assert powers == 400_000
     assert power32 == root32 == 0
     assert power64 <= powers / 1000 and root64 <= powers / 250
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_unscaling_and_skipping_in_the_kernel(model: Model, case: Case) -> None:
-    mine, theirs, a, b = pair(case, [(5,), (40,), (20_000,)], torch.float32)
-    a._step_supports_amp_scaling = b._step_supports_amp_scaling = True
-    overflow = {0, 4, 5}
-    assert train(a, mine, 10, overflow) == train(b, theirs, 10, overflow)
-    assert_same_optimizers(a, b)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@
 
 namespace fusedoptim {
 
-// Addresses on the device, as numbers; a CPU has no use for them.
+// Addresses on the device, as numbers.
 struct OnDevice {
   int64_t stream = 0;
   int64_t grad_scale = 0;  // an fp32 number that gradients are divided by, or 0

@@ -28,6 +28,7 @@ struct Entry {
   void* step = nullptr;           // 0-dim, fp32 or fp64; null for a rule without a step
   float* scalar_state = nullptr;  // for a rule with one
   double sum_of_squares = 0;
+  float unscale = 1;  // what the CPU's kernels multiply the gradient by, in the compute dtype
   int64_t numel = 0;
   const Layout* layout = nullptr;  // null: all operands share one dense memory order
   UpdateFn update = nullptr;

@@ -67,11 +67,13 @@ FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t e
   using V = typename M::V;
   const auto at = [](const void* base, int64_t i) { return static_cast<const uint16_t*>(base) + i; };
   const auto out = [](void* base, int64_t i) { return static_cast<uint16_t*>(base) + i; };
+  const V unscale = M::set(e.unscale);
   int64_t i = begin;
   for (; i + 2 * M::width <= end; i += 2 * M::width) {
     V p[2], g[2], s[2][kMaxSlots];
     M::load_bf16_pair(at(e.param, i), p[0], p[1]);
     M::load_bf16_pair(at(e.grad, i), g[0], g[1]);
+    g[0] = g[0] * unscale, g[1] = g[1] * unscale;
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::load_bf16_pair(at(e.state[k], i), s[0][k], s[1][k]);
     Rule::template update<variant, M>(p[0], g[0], s[0], c);
@@ -88,12 +90,13 @@ void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* s
   using V = typename M::V;
   const Entry e = entry;  // a copy whose fields no store can alias
   const auto c = *static_cast<const typename Rule::template Scalars<typename M::T>*>(scalars);
+  const V unscale = M::set(e.unscale);
   int64_t i = begin;
   if constexpr (fixed == static_cast<int>(DType::bf16) && M::has_pairs)
     i = update_bf16_pairs<Rule, variant, M>(e, begin, end, c);
   for (; i + M::width <= end; i += M::width) {
     V p = load<M, fixed>(e.param, e.param_dtype, i), s[kMaxSlots];
-    const V g = load<M, fixed>(e.grad, e.grad_dtype, i);
+    const V g = load<M, fixed>(e.grad, e.grad_dtype, i) * unscale;
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) s[k] = load<M, fixed>(e.state[k], e.state_dtype[k], i);
     Rule::template update<variant, M>(p, g, s, c);
@@ -104,7 +107,7 @@ void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* s
   if (i < end) {
     const int n = static_cast<int>(end - i);
     V p = load_tail<M>(e.param, e.param_dtype, i, n), s[kMaxSlots];
-    const V g = load_tail<M>(e.grad, e.grad_dtype, i, n);
+    const V g = load_tail<M>(e.grad, e.grad_dtype, i, n) * unscale;
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) s[k] = load_tail<M>(e.state[k], e.state_dtype[k], i, n);
     Rule::template update<variant, M>(p, g, s, c);
@@ -125,6 +128,7 @@ void update_strided(const Entry& e, int64_t begin, int64_t end, const void* scal
   Entry tile;
   tile.param = p;
   tile.grad = g;
+  tile.unscale = e.unscale;
   tile.param_dtype = tile.grad_dtype = kDType;
   for (int k = 0; k < Rule::kSlots; ++k) {
     tile.state[k] = s[k];
@@ -148,7 +152,7 @@ double tile_sum(const Entry& e, int64_t tile) {
   using T = typename M::T;
   constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const int64_t start = tile * kTile, left = e.numel - start, n = left < kTile ? left : kTile;
-  if (!e.layout && e.grad_dtype == kDType && n == kTile)
+  if (!e.layout && e.grad_dtype == kDType && n == kTile && e.unscale == 1)
     return tile_sum_of_squares(static_cast<const T*>(e.grad) + start);
   alignas(64) T x[kTile] = {};
   if (e.layout) {
@@ -158,6 +162,7 @@ double tile_sum(const Entry& e, int64_t tile) {
     for (; i + M::width <= n; i += M::width) M::store(x + i, load<M, kAnyDType>(e.grad, e.grad_dtype, start + i));
     for (; i < n; ++i) x[i] = load_element<T>(e.grad, e.grad_dtype, start + i);
   }
+  for (int64_t i = 0; e.unscale != 1 && i < n; ++i) x[i] *= e.unscale;
   return tile_sum_of_squares(x);
 }
 

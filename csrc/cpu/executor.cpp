@@ -122,8 +122,15 @@ void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vec
   });
 }
 
-void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice&,
+void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
                       const std::function<void()>& on_caller) {
+  const auto* found_inf = reinterpret_cast<const float*>(on_device.found_inf);
+  if (found_inf && *found_inf != 0) return;
+  const auto* grad_scale = reinterpret_cast<const float*>(on_device.grad_scale);
+  const float unscale = grad_scale ? static_cast<float>(1.0 / static_cast<double>(*grad_scale)) : 1.0f;
+  if (unscale != unscale_)
+    for (Entry& e : entries) e.unscale = unscale;
+  unscale_ = unscale;
   const std::function<void()>* once = &on_caller;
   for (const Window& w : schedule_.windows) {
     if (info_.needs_norm) {

@@ -44,6 +44,7 @@ class CpuExecutor : public Executor {
   const Kernels* kernels_ = nullptr;
   int threads_ = 0;
   bool scheduled_ = false;
+  float unscale_ = 1;  // what all entries have
   Schedule schedule_;
   std::vector<double> partial_;         // tile sums of all gradients
   std::vector<int64_t> first_partial_;  // of each entry

@@ -9,13 +9,15 @@
 
 namespace fusedoptim::cuda {
 
-inline constexpr int32_t kApiVersion = 1;
+inline constexpr int32_t kApiVersion = 2;
 
 struct Api {
   int32_t version;
   // The kernels were compiled for the host, for tests: device memory is memory.
   int32_t on_host;
-  // Whether this library's kernels can run on a device; it becomes the current one.
+  // What both libraries must have been built with.
+  int32_t argument_bytes, entry_bytes, rules;
+  // Whether this library's kernels can run on a device.
   const char* (*check)(int32_t device);
   // One launch. mixed: the table may hold operands of 64 bits.
   const char* (*step)(int32_t device, int32_t rule, int32_t mixed, const StepArgs& args, uint32_t blocks, void* stream);
@@ -26,6 +28,8 @@ struct Api {
   const char* (*write)(int32_t device, void* to, const void* from, size_t bytes, void* stream);
   int32_t (*capturing)(void* stream);
   int64_t (*l2_bytes)(int32_t device);
+  // Waits for all that was launched on a device.
+  const char* (*finish)(int32_t device);
 };
 
 }  // namespace fusedoptim::cuda

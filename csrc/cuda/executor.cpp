@@ -1,21 +1,12 @@
 #include "executor.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
-#include <string>
 
 namespace fusedoptim::cuda {
 
-const Api* api = nullptr;
-
 namespace {
-
-void require(const char* error) {
-  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
-}
 
 int64_t align16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -37,15 +28,6 @@ int64_t parts_of(int64_t numel) { return std::max<int64_t>((numel + kPart - 1) /
 
 }  // namespace
 
-DeviceBuffer::DeviceBuffer(int32_t device, int64_t bytes) {
-  using torch::headeronly::ScalarType;
-  const torch::stable::Device where = api->on_host ? torch::stable::Device(torch::headeronly::DeviceType::CPU)
-                                                   : torch::stable::Device(torch::headeronly::DeviceType::CUDA, device);
-  const int64_t words = std::max<int64_t>(bytes, 16) / 8 + 1;
-  tensor_ = torch::stable::empty({words}, ScalarType::Long, std::nullopt, where);
-  address_ = static_cast<char*>(tensor_->mutable_data_ptr());
-}
-
 void Grid::add(int32_t entry, Work work, int64_t count) {
   segments.push_back({entry, work});
   items += count;
@@ -53,14 +35,18 @@ void Grid::add(int32_t entry, Work work, int64_t count) {
   first_item.push_back(static_cast<uint32_t>(items));
 }
 
-CudaExecutor::CudaExecutor(int rule, int32_t device) : rule_(rule), info_(rule_info(rule)), device_(device) {
-  if (!api) throw std::runtime_error("the CUDA kernels are not loaded");
+void Grid::add_kind(uint64_t kind) {
+  const auto at = std::lower_bound(kinds.begin(), kinds.end(), kind);
+  if (at == kinds.end() || *at != kind) kinds.insert(at, kind);
 }
+
+GpuExecutor::GpuExecutor(int rule, std::unique_ptr<Launcher> launcher)
+    : rule_(rule), info_(rule_info(rule)), launcher_(std::move(launcher)) {}
 
 // ---- tables: when something changed ----
 
 // Whether the entry has all that a step needs. Otherwise it has had no gradient yet.
-bool CudaExecutor::steppable(const Entry& e, int variant) const {
+bool GpuExecutor::steppable(const Entry& e, int variant) const {
   if (!e.param && e.numel > 0) return false;
   if (info_.has_step && !e.step) return false;
   if (info_.next_scalar_state && !e.scalar_state) return false;
@@ -69,14 +55,14 @@ bool CudaExecutor::steppable(const Entry& e, int variant) const {
   return true;
 }
 
-bool CudaExecutor::mixed(const Entry& e, int variant) const {
+bool GpuExecutor::mixed(const Entry& e, int variant) const {
   bool any = e.param_dtype == DType::f64 || e.grad_dtype == DType::f64;
   for (int k = 0; k < info_.slots; ++k) any = any || (info_.uses(variant, k) && e.state_dtype[k] == DType::f64);
   return any;
 }
 
 // Dimensions of size 1 are left out, and neighbours merged that every operand runs through as if they were one.
-int64_t CudaExecutor::add_layout(const Entry& e, int variant) {
+int64_t GpuExecutor::add_layout(const Entry& e, int variant) {
   const Layout& l = *e.layout;
   struct Dim {
     int64_t size, stride[kOperands];
@@ -104,7 +90,7 @@ int64_t CudaExecutor::add_layout(const Entry& e, int variant) {
 }
 
 // The larger, the fewer searches and powers; but every multiprocessor should get many.
-void CudaExecutor::make_elementwise_grids(const std::vector<Entry>& entries) {
+void GpuExecutor::make_elementwise_grids(const std::vector<Entry>& entries) {
   constexpr int64_t kSmallest = 2048, kLargest = 16384, kChunksWanted = 132 * kBlocksPerSM * 8;
   int64_t total = 0;
   for (const Entry& e : entries) total += e.numel;
@@ -120,8 +106,8 @@ void CudaExecutor::make_elementwise_grids(const std::vector<Entry>& entries) {
 
 // Window by window: the sums of a window's tensors come one window before their updates, so that hardly a block waits;
 // two windows of gradients stay within half of the L2. Updates go through a window backwards.
-void CudaExecutor::make_norm_grids(const std::vector<Entry>& entries) {
-  const int64_t window_bytes = api->l2_bytes(device_) / 4;
+void GpuExecutor::make_norm_grids(const std::vector<Entry>& entries) {
+  const int64_t window_bytes = launcher_->l2_bytes() / 4;
   for (int g = 0; g < 2; ++g) {
     std::vector<int32_t> before, window;
     int64_t bytes = 0;
@@ -151,45 +137,56 @@ void CudaExecutor::make_norm_grids(const std::vector<Entry>& entries) {
   }
 }
 
-// What blocks tell each other. It outlives the tables: whether a tensor's first step was taken, only the device knows.
-void CudaExecutor::make_control(const std::vector<Entry>& entries, void* stream) {
+// What blocks tell each other.
+void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) {
   first_partial_.assign(entries.size(), 0);
   first_node_.assign(entries.size(), 0);
   int64_t partials = 0, nodes = 0;
   for (size_t i = 0; info_.needs_norm && i < entries.size(); ++i) {
     first_partial_[i] = partials;
     first_node_[i] = static_cast<int32_t>(nodes);
-    if (parts_of(entries[i].numel) == 1) continue;
-    for (int64_t count = tiles(entries[i].numel); count > 1;) {
-      partials += count;
+    int64_t count = tiles(entries[i].numel);
+    partials += count;
+    while (parts_of(entries[i].numel) > 1 && count > 1) {
       count = tiles(count);
       nodes += count;
+      if (count > 1) partials += count;
     }
   }
   std::vector<EntryControl> control(entries.size());
-  for (size_t i = 0; i < entries.size(); ++i) control[i].absent = entries[i].first;
   Packer packer;
   const int64_t at_launch = packer.add(std::vector<LaunchControl>(1)), at_control = packer.add(control);
   const int64_t at_nodes = packer.add(std::vector<uint32_t>(nodes));
   const int64_t at_partials = static_cast<int64_t>(packer.bytes.size());
-  control_memory_ = DeviceBuffer(device_, at_partials + partials * 8);
-  require(api->upload(device_, control_memory_.at(0), packer.bytes.data(), packer.bytes.size(), stream));
+  control_memory_ = launcher_->allocate(at_partials + partials * 8);
+  launcher_->upload(control_memory_, 0, packer.bytes.data(), packer.bytes.size(), stream);
   tables_.launch = reinterpret_cast<LaunchControl*>(control_memory_.at(at_launch));
   tables_.control = reinterpret_cast<EntryControl*>(control_memory_.at(at_control));
   tables_.nodes = reinterpret_cast<uint32_t*>(control_memory_.at(at_nodes));
   tables_.partials = reinterpret_cast<double*>(control_memory_.at(at_partials));
 }
 
-void CudaExecutor::make_tables(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream) {
-  if (api->capturing(stream))
+// Memory goes back to the stream that it was allocated on: nothing on another one may still be at work with it then.
+void GpuExecutor::finish_on_other_streams() {
+  if (on_other_streams_) launcher_->finish();
+  on_other_streams_ = false;
+}
+
+GpuExecutor::~GpuExecutor() {
+  try {
+    finish_on_other_streams();
+  } catch (const std::exception&) {  // when Python exits, the driver may be gone before this
+  }
+}
+
+void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream) {
+  if (capturing_)
     throw std::runtime_error(
         "this step cannot be captured in a CUDA graph, because it sets up tables: take a step before the capture, and "
         "none that changes dtypes or memory layouts in between");
   if (!tables_.control) make_control(entries, stream);
-  if (captured_any_) {
-    captured_.push_back(std::move(table_memory_));
-    captured_.push_back(std::move(words_memory_));
-  }
+  finish_on_other_streams();
+  if (captured_any_) captured_.push_back(std::move(table_memory_));
   layouts_.clear();
   variant_.assign(entries.size(), -1);
   grid_[0] = grid_[1] = Grid{};
@@ -213,9 +210,12 @@ void CudaExecutor::make_tables(const std::vector<Entry>& entries, const std::vec
     d.step_dtype = e.step_dtype;
     d.variant = static_cast<uint8_t>(variant);
     for (int k = 0; k < kMaxSlots; ++k) {
+      if (k >= info_.slots || !info_.uses(variant, k)) continue;
       d.state[k] = e.state[k];
       d.state_dtype[k] = e.state_dtype[k];
+      d.uses |= 1 << k;
     }
+    grid_[mixed(e, variant)].add_kind(d.kind());
   }
   if (info_.needs_norm)
     make_norm_grids(entries);
@@ -228,8 +228,8 @@ void CudaExecutor::make_tables(const std::vector<Entry>& entries, const std::vec
     at_first[g] = packer.add(grid_[g].first_item);
     at_segments[g] = packer.add(grid_[g].segments);
   }
-  table_memory_ = DeviceBuffer(device_, static_cast<int64_t>(packer.bytes.size()));
-  require(api->upload(device_, table_memory_.at(0), packer.bytes.data(), packer.bytes.size(), stream));
+  table_memory_ = launcher_->allocate(static_cast<int64_t>(packer.bytes.size()));
+  launcher_->upload(table_memory_, 0, packer.bytes.data(), packer.bytes.size(), stream);
   tables_.entries = reinterpret_cast<DeviceEntry*>(table_memory_.at(at_entries));
   tables_.layouts = reinterpret_cast<int64_t*>(table_memory_.at(at_layouts));
   for (int g = 0; g < 2; ++g) {
@@ -237,72 +237,114 @@ void CudaExecutor::make_tables(const std::vector<Entry>& entries, const std::vec
     segments_[g] = reinterpret_cast<Segment*>(table_memory_.at(at_segments[g]));
   }
   const int64_t words = static_cast<int64_t>(entries.size() + rows.size() * info_.hypers);
-  if (words > kInlineWords) words_memory_ = DeviceBuffer(device_, words * 8);
+  if (!launcher_->by_value())
+    words_memory_ = launcher_->allocate(words * 8 + 2 * sizeof(StepHeader));
+  else if (words > kInlineWords)
+    words_memory_ = launcher_->allocate(words * 8);
   uploaded_grads_.clear();
   uploaded_rows_.clear();
+  made_on_ = stream;
   tables_valid_ = true;
 }
 
 // ---- every step ----
 
-// Words too many for the arguments, in device memory. Uploaded if they changed; a captured step gets a table of its
-// own, written by a kernel whose arguments the graph keeps.
-const uint64_t* CudaExecutor::table_of_words(std::vector<uint64_t>& last, const uint64_t* words, int64_t count,
-                                             int64_t offset, void* stream) {
-  if (api->capturing(stream)) {
-    captured_.emplace_back(device_, count * 8);
-    require(api->write(device_, captured_.back().at(0), words, count * 8, stream));
-    return reinterpret_cast<const uint64_t*>(captured_.back().at(0));
-  }
-  char* to = words_memory_.at(offset * 8);
-  if (static_cast<int64_t>(last.size()) != count || std::memcmp(last.data(), words, count * 8) != 0) {
-    last.clear();
-    require(api->upload(device_, to, words, count * 8, stream));
-    last.assign(words, words + count);
-  }
-  return reinterpret_cast<const uint64_t*>(to);
-}
-
-void CudaExecutor::pack(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream) {
+void GpuExecutor::gather_words(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows) {
   const int64_t n = static_cast<int64_t>(entries.size()), width = info_.hypers;
-  const int64_t row_words = static_cast<int64_t>(rows.size()) * width;
-  words_.resize(n + row_words);
+  words_.resize(n + static_cast<int64_t>(rows.size()) * width);
   for (int64_t i = 0; i < n; ++i) {
     const Entry& e = entries[i];
-    words_[i] = e.active ? kActive | reinterpret_cast<uintptr_t>(e.grad) : 0;
+    words_[i] = e.active ? kActive | (e.first ? kFirst : 0) | reinterpret_cast<uintptr_t>(e.grad) : 0;
   }
   for (size_t r = 0; r < rows.size(); ++r) std::memcpy(&words_[n + r * width], rows[r].value, width * 8);
   args_.tables = tables_;
   args_.row_words = static_cast<int32_t>(width);
-  // What is small goes by value, the gradients first: they change most often.
+}
+
+// Words too many for the arguments, in device memory. Uploaded if they changed; a captured step gets a table of its
+// own, whose values the graph keeps.
+const uint64_t* GpuExecutor::table_of_words(std::vector<uint64_t>& last, const uint64_t* words, int64_t count,
+                                            int64_t offset, void* stream) {
+  if (capturing_) {
+    captured_.push_back(launcher_->allocate(count * 8));
+    launcher_->write(captured_.back(), words, count * 8, stream);
+    return reinterpret_cast<const uint64_t*>(captured_.back().at(0));
+  }
+  if (static_cast<int64_t>(last.size()) != count || std::memcmp(last.data(), words, count * 8) != 0) {
+    last.clear();
+    launcher_->upload(words_memory_, offset * 8, words, count * 8, stream);
+    last.assign(words, words + count);
+  }
+  return reinterpret_cast<const uint64_t*>(words_memory_.at(offset * 8));
+}
+
+// What is small goes by value, the gradients first: they change most often.
+void GpuExecutor::pack_by_value(int64_t entries, void* stream) {
   int64_t used = 0;
-  const auto place = [&](const uint64_t* from, int64_t count, int32_t& start, std::vector<uint64_t>& last,
-                         int64_t offset) -> const uint64_t* {
-    if (used + count > kInlineWords) return table_of_words(last, from, count, offset, stream);
-    std::memcpy(args_.words + used, from, count * 8);
+  const auto place = [&](int64_t begin, int64_t end, int32_t& start, std::vector<uint64_t>& last) -> const uint64_t* {
+    const int64_t count = end - begin;
+    if (used + count > kInlineWords) return table_of_words(last, words_.data() + begin, count, begin, stream);
+    std::memcpy(args_.words + used, words_.data() + begin, count * 8);
     start = static_cast<int32_t>(used);
     used += count;
     return nullptr;
   };
-  args_.grads = place(words_.data(), n, args_.inline_grads, uploaded_grads_, 0);
-  args_.rows = place(words_.data() + n, row_words, args_.inline_rows, uploaded_rows_, n);
+  args_.grads = place(0, entries, args_.inline_grads, uploaded_grads_);
+  args_.rows = place(entries, static_cast<int64_t>(words_.size()), args_.inline_rows, uploaded_rows_);
 }
 
-void CudaExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
-                       const std::function<void()>& on_caller) {
+// All words, then a header for each launch, as one table. Returns where its headers are.
+const StepHeader* GpuExecutor::pack_in_memory(int64_t entries, void* stream) {
+  constexpr int64_t kHeaderWords = sizeof(StepHeader) / 8;
+  const int64_t count = static_cast<int64_t>(words_.size());
+  if (capturing_) captured_.push_back(launcher_->allocate((count + 2 * kHeaderWords) * 8));
+  const Memory& memory = capturing_ ? captured_.back() : words_memory_;
+  args_.grads = reinterpret_cast<const uint64_t*>(memory.at(0));
+  args_.rows = reinterpret_cast<const uint64_t*>(memory.at(entries * 8));
+  words_.resize(count + 2 * kHeaderWords);
+  for (int g = 0; g < 2; ++g) {
+    choose_grid(g);
+    std::memcpy(words_.data() + count + g * kHeaderWords, static_cast<StepHeader*>(&args_), sizeof(StepHeader));
+  }
+  const int64_t bytes = static_cast<int64_t>(words_.size()) * 8;
+  if (capturing_) {
+    launcher_->write(memory, words_.data(), bytes, stream);
+  } else if (words_ != uploaded_grads_) {
+    uploaded_grads_.clear();
+    launcher_->upload(memory, 0, words_.data(), bytes, stream);
+    uploaded_grads_ = words_;
+  }
+  return reinterpret_cast<const StepHeader*>(memory.at(count * 8));
+}
+
+void GpuExecutor::choose_grid(int g) {
+  args_.tables.first_item = first_item_[g];
+  args_.tables.segments = segments_[g];
+  args_.segments = static_cast<int32_t>(grid_[g].segments.size());
+}
+
+void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
+                      const std::function<void()>& on_caller) {
   void* stream = reinterpret_cast<void*>(on_device.stream);
+  capturing_ = launcher_->capturing(stream);
   args_.grad_scale = reinterpret_cast<const float*>(on_device.grad_scale);
   args_.found_inf = reinterpret_cast<const float*>(on_device.found_inf);
   if (!tables_valid_) make_tables(entries, rows, stream);
-  captured_any_ = captured_any_ || api->capturing(stream);
-  pack(entries, rows, stream);
+  on_other_streams_ = on_other_streams_ || stream != made_on_;
+  captured_any_ = captured_any_ || capturing_;
+  gather_words(entries, rows);
+  const int64_t n = static_cast<int64_t>(entries.size());
+  const StepHeader* headers = nullptr;
+  if (launcher_->by_value())
+    pack_by_value(n, stream);
+  else
+    headers = pack_in_memory(n, stream);
   on_caller();
   for (int g = 0; g < 2; ++g) {
     if (grid_[g].items == 0) continue;
-    args_.tables.first_item = first_item_[g];
-    args_.tables.segments = segments_[g];
-    args_.segments = static_cast<int32_t>(grid_[g].segments.size());
-    require(api->step(device_, rule_, g, args_, static_cast<uint32_t>(grid_[g].items), stream));
+    choose_grid(g);
+    const Launch launch{rule_, g == 1, static_cast<uint32_t>(grid_[g].items), grid_[g].kinds, stream};
+    launcher_->step(launch, args_, headers ? headers + g : nullptr);
   }
   for (Entry& e : entries)
     if (e.active) e.first = false;

@@ -1,46 +1,32 @@
-// Runs steps on a CUDA device: keeps the kernels' tables in its memory and hands each step's gradients and
-// hyper-parameters over, by value where they fit.
+// Runs steps on a GPU: keeps the kernels' tables in its memory and hands each step's gradients and hyper-parameters
+// over, by value where they fit.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "../core/executor.h"
 #include "../rules/registry.h"
-#include "api.h"
+#include "launcher.h"
 
 namespace fusedoptim::cuda {
-
-// The functions of _C_cuda. Null until it was loaded.
-extern const Api* api;
-
-// Memory on the device, from torch's allocator.
-class DeviceBuffer {
- public:
-  DeviceBuffer() = default;
-  DeviceBuffer(int32_t device, int64_t bytes);
-  char* at(int64_t offset) const { return address_ ? address_ + offset : nullptr; }
-
- private:
-  std::optional<torch::stable::Tensor> tensor_;
-  char* address_ = nullptr;
-};
 
 // The segments of one launch.
 struct Grid {
   std::vector<Segment> segments;
+  std::vector<uint64_t> kinds;  // of the entries, each once, in order
   std::vector<uint32_t> first_item{0};
   int64_t items = 0;
 
   void add(int32_t entry, Work work, int64_t count);
+  void add_kind(uint64_t kind);
 };
 
-class CudaExecutor : public Executor {
+class GpuExecutor : public Executor {
  public:
-  CudaExecutor(int rule, int32_t device);
+  GpuExecutor(int rule, std::unique_ptr<Launcher> launcher);
+  ~GpuExecutor() override;
 
   void prepare(Entry&, int) override { tables_valid_ = false; }
   bool reads_lr_on_device() const override { return true; }
@@ -51,25 +37,30 @@ class CudaExecutor : public Executor {
 
  private:
   void make_control(const std::vector<Entry>& entries, void* stream);
+  void finish_on_other_streams();
   void make_tables(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream);
   void make_elementwise_grids(const std::vector<Entry>& entries);
   void make_norm_grids(const std::vector<Entry>& entries);
   bool steppable(const Entry& e, int variant) const;
   bool mixed(const Entry& e, int variant) const;
   int64_t add_layout(const Entry& e, int variant);
-  void pack(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream);
+  void gather_words(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows);
+  void pack_by_value(int64_t entries, void* stream);
+  const StepHeader* pack_in_memory(int64_t entries, void* stream);
+  void choose_grid(int g);
   const uint64_t* table_of_words(std::vector<uint64_t>& last, const uint64_t* words, int64_t count, int64_t offset,
                                  void* stream);
 
   const int rule_;
   const RuleInfo& info_;
-  const int32_t device_;
+  const std::unique_ptr<Launcher> launcher_;
 
   bool tables_valid_ = false;
   Tables tables_{};
-  DeviceBuffer table_memory_, control_memory_, words_memory_;
-  bool captured_any_ = false;
-  std::vector<DeviceBuffer> captured_;  // tables of captured steps, which a graph may read as long as this lives
+  Memory table_memory_, control_memory_, words_memory_;
+  bool capturing_ = false, captured_any_ = false, on_other_streams_ = false;
+  void* made_on_ = nullptr;             // the stream that tables were allocated on
+  std::vector<Memory> captured_;        // tables of captured steps, which a graph may read as long as this lives
   std::vector<int64_t> first_partial_;  // of each entry, in elements
   std::vector<int32_t> first_node_;
   std::vector<int> variant_;
@@ -78,7 +69,8 @@ class CudaExecutor : public Executor {
   const uint32_t* first_item_[2] = {};
   const Segment* segments_[2] = {};
 
-  std::vector<uint64_t> words_, uploaded_grads_, uploaded_rows_;
+  std::vector<uint64_t> words_;                           // a step's gradients, then its hyper-parameters
+  std::vector<uint64_t> uploaded_grads_, uploaded_rows_;  // or all of `words_` in the first, if none go by value
   StepArgs args_{};
 };
 

@@ -33,6 +33,7 @@ __device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t
     work.index = segment.entry;
     work.work = segment.work;
     work.entry = t.entries[segment.entry];
+    work.first = (grad & kFirst) != 0;
     work.grad = reinterpret_cast<const void*>(static_cast<uintptr_t>(grad & kAddress));
     work.items = t.first_item[s + 1] - t.first_item[s];
     work.item = item - t.first_item[s];
@@ -51,13 +52,17 @@ __device__ inline double number_of_step(const DeviceEntry& e) {
                                     : static_cast<double>(*static_cast<const float*>(e.step) + 1.0f);
 }
 
-// One thread's work: the scalars of the block's tensor. The last block of the tensor to get here stores the new step
-// and average: by then all have read the old ones.
+// What a step makes of a tensor's numbers.
+struct Progress {
+  double step;
+  float scalar_state;
+};
+
+// One thread's work: the scalars of the block's tensor. Returns what they were made from.
 template <class Rule, class T>
-__device__ __noinline__ void prepare_scalars(typename Rule::template Scalars<T>& scalars, const BlockWork& work,
-                                             const StepArgs& args, double sum_of_squares) {
+__device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars<T>& scalars, const BlockWork& work,
+                                                 const StepArgs& args, double sum_of_squares) {
   const DeviceEntry& e = work.entry;
-  EntryControl& control = args.tables.control[work.index];
   const uint64_t* rows = args.rows ? args.rows : args.words + args.inline_rows;
   const uint64_t* row = rows + static_cast<int64_t>(e.group) * args.row_words;
   double hyper[Rule::kHypers];
@@ -69,32 +74,44 @@ __device__ __noinline__ void prepare_scalars(typename Rule::template Scalars<T>&
     hyper[kLr] = load_element<double>(reinterpret_cast<const void*>(static_cast<uintptr_t>(row[kLr])), d, 0);
   }
   PowMemo pow;
-  StepInputs in{hyper, number_of_step(e), control.absent != 0, sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f,
-                &pow};
+  StepInputs in{hyper, number_of_step(e), work.first, sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f, &pow};
   scalars = Rule::template prepare<T>(in);
-  if (!Rule::has_step && !Rule::needs_norm && !in.first) return;
+  if constexpr (Rule::needs_norm) return {in.step, Rule::next_scalar_state(in)};
+  return {in.step, 0.0f};
+}
+
+// One thread's work, after its block has read the step and the average: the last block of the tensor to get here stores
+// the new ones.
+template <class Rule>
+__device__ __forceinline__ void arrive(const BlockWork& work, const StepArgs& args, Progress progress) {
+  if constexpr (!Rule::has_step && !Rule::needs_norm) return;
+  const DeviceEntry& e = work.entry;
+  EntryControl& control = args.tables.control[work.index];
   const uint32_t blocks = static_cast<uint32_t>(work.items);
   if (blocks > 1) {
     __threadfence();
     if (atomicAdd(&control.arrivals, 1u) + 1 != blocks) return;
+    __threadfence();
     control.arrivals = 0;
   }
-  control.absent = 0;
-  control.ready = 0;
+  if constexpr (Rule::needs_norm) control.ready = 0;
   if (e.step) {
     if (e.step_dtype == DType::f64)
-      *static_cast<double*>(e.step) = in.step;
+      *static_cast<double*>(e.step) = progress.step;
     else
-      *static_cast<float*>(e.step) = static_cast<float>(in.step);
+      *static_cast<float*>(e.step) = static_cast<float>(progress.step);
   }
-  if constexpr (Rule::needs_norm) *e.scalar_state = Rule::next_scalar_state(in);
+  if constexpr (Rule::needs_norm) *e.scalar_state = progress.scalar_state;
 }
 
 template <class Rule, class T, bool mixed>
 __device__ __forceinline__ void prepare_and_update(const BlockWork& work, const StepArgs& args, double sum_of_squares) {
   __shared__ typename Rule::template Scalars<T> scalars;
-  if (threadIdx.x == 0) prepare_scalars<Rule, T>(scalars, work, args, sum_of_squares);
+  Progress progress;
+  if (threadIdx.x == 0) progress = prepare_scalars<Rule, T>(scalars, work, args, sum_of_squares);
   __syncthreads();
+  // Behind the barrier, so that the other warps need not wait for it.
+  if (threadIdx.x == 0) arrive<Rule>(work, args, progress);
   update_variant<Rule, T, mixed>(work, scalars, args.tables.layouts);
 }
 
@@ -156,6 +173,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const
     uint32_t ticket = 0;
     if (threadIdx.x == 0) ticket = atomicAdd(&args.tables.launch->tickets, 1u);
     ticket = __shfl_sync(0xffffffffu, ticket, 0);
+    // Only two launches at once that share their counters get here, as of two captured steps: see NOTES.md.
+    if (ticket >= args.tables.first_item[args.segments]) __trap();
     const bool any = find_work(work, args, ticket);
     if (threadIdx.x == 0) {
       work.unscale = unscale_of(args);
@@ -167,7 +186,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const
   if (work.items != 0) {
     if (work.work == Work::sum) {
       sum_tiles<mixed>(work, t.layouts, t.partials + work.entry.partials + work.item * kTilesPerPart);
-      __threadfence();
       __syncthreads();
       if (threadIdx.x < kWarp) climb(work, t);
     } else {

@@ -2,6 +2,8 @@
 // fast-math: + - * / are IEEE 754 operations.
 #pragma once
 
+#include <cmath>
+
 #include "table.h"
 
 namespace fusedoptim::cuda {
@@ -11,8 +13,8 @@ struct Lane {
   using T = Scalar;
   using V = Scalar;
   static __device__ V set(T x) { return x; }
-  static __device__ V fma(V a, V b, V c) { return ::fma(a, b, c); }
-  static __device__ V sqrt(V a) { return ::sqrt(a); }
+  static __device__ V fma(V a, V b, V c) { return std::fma(a, b, c); }
+  static __device__ V sqrt(V a) { return std::sqrt(a); }
   static __device__ V max(V a, V b) { return (a != a || a > b) ? a : b; }
 };
 

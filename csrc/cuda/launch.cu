@@ -6,29 +6,24 @@
 #include "api.h"
 #include "kernel.cuh"
 
-#if !defined(FUSEDOPTIM_CUDA_ON_HOST)
-#define FUSEDOPTIM_LAUNCH(kernel, blocks, stream, args) \
-  kernel<<<blocks, ::fusedoptim::cuda::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args)
-#endif
-
 namespace fusedoptim::cuda {
 namespace {
 
 // Makes a device the current one, and the one before current again.
-class OnDevice {
+class DeviceGuard {
  public:
-  explicit OnDevice(int device) {
+  explicit DeviceGuard(int device) {
     error_ = cudaGetDevice(&before_);
     if (error_ == cudaSuccess && before_ != device) {
       error_ = cudaSetDevice(device);
       changed_ = true;
     }
   }
-  ~OnDevice() {
+  ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);
   }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
   cudaError_t error() const { return error_; }
 
  private:
@@ -37,7 +32,21 @@ class OnDevice {
   cudaError_t error_;
 };
 
-const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+// Errors are reported once: the runtime is not to tell the next caller of them again.
+const char* text(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+#if !defined(FUSEDOPTIM_CUDA_ON_HOST)
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), uint32_t blocks, int threads, void* stream, const Args& args) {
+  void* pointers[] = {const_cast<Args*>(&args)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), pointers, 0,
+                          static_cast<cudaStream_t>(stream));
+}
+#endif
 
 using Kernel = void (*)(StepArgs);
 
@@ -56,15 +65,14 @@ Kernel find_kernel(RuleList<R...>, int rule) {
 }
 
 const char* step(int32_t device, int32_t rule, int32_t mixed, const StepArgs& args, uint32_t blocks, void* stream) {
-  const OnDevice on(device);
+  const DeviceGuard on(device);
   if (on.error() != cudaSuccess) return text(on.error());
   const Kernel kernel = mixed ? find_kernel<true>(Rules{}, rule) : find_kernel<false>(Rules{}, rule);
-  FUSEDOPTIM_LAUNCH(kernel, blocks, stream, args);
-  return text(cudaGetLastError());
+  return text(launch(kernel, blocks, kThreads, stream, args));
 }
 
 const char* write(int32_t device, void* to, const void* from, size_t bytes, void* stream) {
-  const OnDevice on(device);
+  const DeviceGuard on(device);
   if (on.error() != cudaSuccess) return text(on.error());
   WriteArgs args;
   for (size_t done = 0; done < bytes; done += kWriteWords * 8) {
@@ -72,18 +80,25 @@ const char* write(int32_t device, void* to, const void* from, size_t bytes, void
     args.to = reinterpret_cast<uint64_t*>(static_cast<char*>(to) + done);
     args.count = static_cast<int64_t>(now / 8);
     std::memcpy(args.words, static_cast<const char*>(from) + done, now);
-    FUSEDOPTIM_LAUNCH(write_kernel, 1u, stream, args);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return text(error);
+    if (const cudaError_t error = launch(write_kernel, 1u, kThreads, stream, args); error != cudaSuccess)
+      return text(error);
   }
   return nullptr;
 }
 
-// Pinned buffers, used in turn. A buffer is free again when the event behind its last copy has passed.
+// Pinned buffers. A buffer is free again when the event behind its last copy has passed; only if none of many is, the
+// host waits for the oldest.
 class Staging {
  public:
   cudaError_t upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
-    Buffer& b = buffer_[next_];
-    next_ = (next_ + 1) % kBuffers;
+    int free = 0;
+    while (free < kBuffers && buffer_[free].passed && cudaEventQuery(buffer_[free].passed) == cudaErrorNotReady) ++free;
+    cudaGetLastError();  // "not ready" is an answer
+    if (free == kBuffers) {
+      free = next_;
+      next_ = (next_ + 1) % kBuffers;
+    }
+    Buffer& b = buffer_[free];
     cudaError_t error = cudaSuccess;
     if (!b.passed) error = cudaEventCreateWithFlags(&b.passed, cudaEventDisableTiming);
     if (error == cudaSuccess) error = cudaEventSynchronize(b.passed);
@@ -101,7 +116,7 @@ class Staging {
   }
 
  private:
-  static constexpr int kBuffers = 4;
+  static constexpr int kBuffers = 16;
   struct Buffer {
     void* memory = nullptr;
     size_t bytes = 0;
@@ -116,7 +131,7 @@ constexpr int kMaxDevices = 64;
 const char* upload(int32_t device, void* to, const void* from, size_t bytes, void* stream) {
   static std::mutex mutex;
   static Staging* staging = new Staging[kMaxDevices];  // never destroyed: the driver may be gone by then
-  const OnDevice on(device);
+  const DeviceGuard on(device);
   if (on.error() != cudaSuccess) return text(on.error());
   if (device < 0 || device >= kMaxDevices) return "there are more devices than expected";
   const std::lock_guard<std::mutex> lock(mutex);
@@ -127,12 +142,21 @@ const char* check(int32_t device) {
   int driver = 0;
   if (const cudaError_t error = cudaDriverGetVersion(&driver); error != cudaSuccess) return text(error);
   if (driver < 12010) return "the driver is older than CUDA 12.1 (R530), which kernel arguments of 32 KB need";
-  const OnDevice on(device);
+  const DeviceGuard on(device);
   if (on.error() != cudaSuccess) return text(on.error());
-  // Asking also loads the kernel that a capture may be the first to launch.
+  int runtime = 0;
+  cudaRuntimeGetVersion(&runtime);
+  if (driver / 1000 < runtime / 1000)
+    return "the driver is for an older CUDA than the toolkit that they were built with: update it, or build with "
+           "CUDA_HOME set to an older toolkit";
+  // Asking also loads them, so that no launch of a step fails for want of code after another one has run.
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(write_kernel));
-  cudaGetLastError();  // an error here is an answer, not a failure for others to find
+  cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(write_kernel));
+  for (int rule = 0; rule < Rules::size && error == cudaSuccess; ++rule) {
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(find_kernel<false>(Rules{}, rule)));
+    if (error == cudaSuccess)
+      error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(find_kernel<true>(Rules{}, rule)));
+  }
   return text(error);
 }
 
@@ -153,7 +177,14 @@ constexpr int32_t kOnHost = 1;
 #else
 constexpr int32_t kOnHost = 0;
 #endif
-const Api kApi = {kApiVersion, kOnHost, check, step, upload, write, capturing, l2_bytes};
+const char* finish(int32_t device) {
+  const DeviceGuard on(device);
+  return text(on.error() == cudaSuccess ? cudaDeviceSynchronize() : on.error());
+}
+
+const Api kApi = {
+    kApiVersion, kOnHost, sizeof(StepArgs), sizeof(DeviceEntry), Rules::size, check, step, upload, write, capturing,
+    l2_bytes,    finish};
 
 }  // namespace
 }  // namespace fusedoptim::cuda

@@ -1,8 +1,11 @@
-// What the host hands to a CUDA kernel: tables in device memory, written when something changed, and arguments that
-// travel by value with every launch. Plain structs, the same for the C++ compiler and nvcc.
+// What the host hands to a kernel on a GPU: tables in device memory, written when something changed, and arguments that
+// travel by value with every launch, or for Triton through a table as well. Plain structs, the same for the C++
+// compiler and nvcc; Triton kernels get their offsets from table_layout.h.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../core/sum_of_squares.h"
 #include "../rules/all.h"
@@ -30,20 +33,27 @@ struct DeviceEntry {
   int64_t partials;  // where its tile sums start in Tables::partials
   int32_t nodes;     // where its arrival counters start in Tables::nodes
   int32_t group;
+  // Its kind, which decides what code it needs: one word.
   DType param_dtype, grad_dtype, step_dtype, state_dtype[kMaxSlots];
   uint8_t variant;
+  uint8_t uses;  // bit k: state k belongs to the variant
+
+  uint64_t kind() const {
+    uint64_t word;
+    memcpy(&word, &param_dtype, sizeof(word));
+    return word;
+  }
 };
+static_assert(offsetof(DeviceEntry, uses) == offsetof(DeviceEntry, param_dtype) + 7);
 
 // A layout, in words: the number of dimensions, then for each, the innermost first, its size and the stride of each
 // operand, in elements.
 inline constexpr int kLayoutWordsPerDim = 1 + kOperands;
 
-// What blocks tell each other about a tensor. All zero between steps, but for `absent`.
+// What blocks tell each other about a tensor. All zero between steps.
 struct EntryControl {
   uint32_t arrivals;  // blocks that have read the step and the other scalars
-  uint32_t absent;    // 1 until the first step that was taken: its states count as absent
   uint32_t ready;     // the sum of squares is in
-  uint32_t unused;
   double sum_of_squares;
 };
 struct LaunchControl {
@@ -74,8 +84,9 @@ struct Tables {
   double* partials;
 };
 
-// A gradient's address, with two flags in bits that no address uses. A word of 0: no gradient, no update.
-inline constexpr uint64_t kActive = uint64_t{1} << 63, kAddress = kActive - 1;
+// A gradient's address, with flags in bits that no address uses. A word of 0: no gradient, no update. kFirst: its
+// states count as absent in this step.
+inline constexpr uint64_t kActive = uint64_t{1} << 63, kFirst = uint64_t{1} << 62, kAddress = kFirst - 1;
 
 // Kernel arguments may have 32,764 bytes from CUDA 12.1 on.
 inline constexpr int64_t kArgumentBytes = 32760;

@@ -14,6 +14,7 @@ struct BlockWork {
   int64_t item, items;  // of the segment
   int32_t index;        // of the entry
   Work work;
+  bool first;     // its states count as absent
   float unscale;  // what gradients are multiplied by
 };
 

@@ -5,6 +5,8 @@
 
 #include "../cpu/executor.h"
 #include "../cuda/executor.h"
+#include "../cuda/library_launcher.h"
+#include "python_launcher.h"
 
 namespace fusedoptim {
 namespace {
@@ -55,28 +57,24 @@ bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stride
   return true;
 }
 
-}  // namespace
-
-namespace {
-
-std::unique_ptr<Executor> make_executor(int rule, int cuda_device) {
-  if (cuda_device >= 0) return std::make_unique<cuda::CudaExecutor>(rule, cuda_device);
-  return std::make_unique<CpuExecutor>(rule);
-}
-
-dlpack::Device device_of(int cuda_device) {
-  const bool on_gpu = cuda_device >= 0 && !(cuda::api && cuda::api->on_host);
-  return on_gpu ? dlpack::Device{dlpack::kCuda, cuda_device} : dlpack::Device{dlpack::kCpu, 0};
+std::unique_ptr<Executor> make_executor(int rule, const py::object& launcher) {
+  if (launcher.is_none()) return std::make_unique<CpuExecutor>(rule);
+  std::unique_ptr<cuda::Launcher> made;
+  if (py::isinstance<py::int_>(launcher))
+    made = std::make_unique<cuda::LibraryLauncher>(launcher.cast<int>());
+  else
+    made = std::make_unique<PythonLauncher>(launcher);
+  return std::make_unique<cuda::GpuExecutor>(rule, std::move(made));
 }
 
 }  // namespace
 
 Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
-           int cuda_device)
+           std::pair<int, int> device, py::object launcher)
     : rule_(find_rule(rule.c_str())),
       info_(rule_ >= 0 ? rule_info(rule_) : throw py::value_error("no compiled rule is called '" + rule + "'")),
-      device_(device_of(cuda_device)),
-      executor_(make_executor(rule_, cuda_device)),
+      device_{device.first, device.second},
+      executor_(make_executor(rule_, launcher)),
       increment_version_(std::move(increment_version)),
       params_key_(py::str("params")),
       lr_key_(py::str("lr")) {
@@ -108,9 +106,13 @@ void Plan::build(py::list groups, py::dict state, py::list bindings) {
   grads_.resize(params_.size());
   rows_.resize(group_.size());
   for (size_t i = 0; i < params_.size(); ++i) member_[i].param = params_[i].ptr();
-  for (size_t i = 0; i < group_.size(); ++i)
-    if (!refresh_group(group_[i], rows_[i])) throw py::value_error(reason_);
   for (py::handle b : bindings) bindings_.push_back(b.cast<std::vector<int>>());
+  if (bindings_.size() != member_.size()) throw std::runtime_error("a plan needs one binding per parameter");
+  for (size_t i = 0; i < group_.size(); ++i) {
+    Group& g = group_[i];
+    for (int64_t k = g.begin; k < g.end; ++k) g.ours = g.ours || !bindings_[k].empty();
+    if (g.ours && !refresh_group(g, rows_[i])) throw py::value_error(reason_);
+  }
   snapshot_.take(state);
   const TensorReader& reader = TensorReader::get();
   for (const py::object& x : snapshot_.held())
@@ -119,7 +121,6 @@ void Plan::build(py::list groups, py::dict state, py::list bindings) {
 }
 
 void Plan::bind(const std::vector<StableTensor>& tensors) {
-  if (bindings_.size() != member_.size()) throw std::runtime_error("a plan needs one binding per parameter");
   size_t dims = 0;
   for (const auto& b : bindings_)
     if (!b.empty()) dims += 2 * static_cast<size_t>(tensors.at(b[0]).dim());
@@ -182,6 +183,11 @@ int Plan::traverse(visitproc visit, void* arg) const {
   if (const int stop = visit_all(params_)) return stop;
   if (const int stop = visit_all(grads_)) return stop;
   return visit_all(snapshot_.held());
+}
+
+void Plan::retire() {
+  clear();
+  addresses_ = AddressBook();
 }
 
 void Plan::clear() {

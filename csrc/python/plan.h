@@ -29,9 +29,10 @@ namespace py = pybind11;
 class Plan {
  public:
   // hyper: (group key, index into its value or -1) for each hyper-parameter of the rule after lr and its dtype.
-  // cuda_device: the index of the CUDA device whose tensors it steps; -1 for the CPU.
+  // device: whose tensors it steps, as DLPack names it. launcher: None for the CPU's kernels, the index of a device for
+  // those of _C_cuda, else an object with the functions that python_launcher.h calls.
   Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
-       int cuda_device);
+       std::pair<int, int> device, py::object launcher);
 
   // groups is optimizer.param_groups, state is optimizer.state. bindings has one tuple per parameter, in order:
   // indices into the list of tensors given to bind(), or -1 where there is none: (param, slots..., step,
@@ -42,7 +43,7 @@ class Plan {
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
   bool refresh(py::handle groups, py::handle state);
-  // Steps all parameters that had a gradient in refresh(). For CUDA: the addresses of the stream and of two fp32
+  // Steps all parameters that had a gradient in refresh(). On a GPU: the addresses of the stream and of two fp32
   // numbers on the device, each may be 0: gradients are divided by the scale, and nothing changes if found_inf is not
   // 0.
   void run(int64_t stream, int64_t grad_scale, int64_t found_inf);
@@ -50,6 +51,8 @@ class Plan {
   // For Python's garbage collector: visits, or lets go of, every Python object that is held.
   int traverse(visitproc visit, void* arg) const;
   void clear();
+  // Lets go of everything but the tables that a captured CUDA graph reads.
+  void retire();
 
   const std::string& reason() const { return reason_; }
   // Whether a CUDA graph has captured a step, and with it the addresses of this plan's tables.
@@ -77,6 +80,7 @@ class Plan {
     py::object dict, params;
     int64_t begin, end;  // its members
     int variant = 0;
+    bool ours = false;              // has members on this plan's device
     std::vector<py::object> items;  // key, value, ... of dict, if no value that matters can change in place
     bool unchanged() const;
   };

@@ -173,7 +173,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
     PyObject* params = PyDict_GetItem(g.dict.ptr(), params_key_.ptr());
     if (params != g.params.ptr() || !PyList_Check(params) || PyList_GET_SIZE(params) != g.end - g.begin)
       return no("a group's parameters changed");
-    if (!refresh_group(g, rows_[gi])) return false;
+    if (g.ours && !refresh_group(g, rows_[gi])) return false;
     for (int64_t i = g.begin; i < g.end; ++i) {
       prefetch_gradients(i);
       Member& m = member_[i];

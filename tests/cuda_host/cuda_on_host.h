@@ -221,8 +221,6 @@ inline void launch(unsigned blocks, int threads, const std::function<void()>& bo
 
 }  // namespace cuda_on_host
 
-#define FUSEDOPTIM_LAUNCH(kernel, blocks, stream, args) \
-  ((void)(stream), cuda_on_host::launch(blocks, ::fusedoptim::cuda::kThreads, [&] { kernel(args); }))
 
 extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_host_launches() {
   return cuda_on_host::launches;
@@ -238,6 +236,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host
 
 inline void __syncthreads() { cuda_on_host::Block::current().sync(); }
 inline void __threadfence() {}
+inline void __trap() { cuda_on_host::Block::fail("a block has no work"); }
 inline void __nanosleep(unsigned) { cuda_on_host::Block::fail("a block waits for one that has not begun"); }
 
 template <class T>
@@ -295,7 +294,7 @@ inline uint32_t atomicExch(uint32_t* p, uint32_t x) {
 
 using cudaStream_t = void*;
 using cudaEvent_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorUnknown };
+enum cudaError_t { cudaSuccess, cudaErrorUnknown, cudaErrorNotReady };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaDeviceAttr { cudaDevAttrL2CacheSize };
@@ -308,11 +307,20 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host
   cuda_on_host_is_capturing = capturing != 0;
 }
 
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), unsigned blocks, int threads, cudaStream_t, const Args& args) {
+  cuda_on_host::launch(blocks, threads, [&] { kernel(args); });
+  return cudaSuccess;
+}
+
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1 << 20, cudaSuccess; }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {

@@ -1,0 +1,47 @@
+// What the executor asks of a device: memory, copies, launches. The compiled kernels and those of Triton each have one.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "table.h"
+
+namespace fusedoptim::cuda {
+
+// Memory on the device, kept as long as any copy of this lives.
+struct Memory {
+  std::shared_ptr<void> owner;
+  char* address = nullptr;
+  char* at(int64_t offset) const { return address ? address + offset : nullptr; }
+};
+
+struct Launch {
+  int rule;
+  bool mixed;  // the table may hold operands of 64 bits
+  uint32_t blocks;
+  const std::vector<uint64_t>& kinds;  // of the entries, see DeviceEntry
+  void* stream;
+};
+
+// Functions throw, having launched and copied nothing.
+class Launcher {
+ public:
+  virtual ~Launcher() = default;
+  // Whether kernels take their arguments, with gradients and hyper-parameters, by value. Otherwise they take the
+  // address of a StepHeader in device memory, and all words are in tables.
+  virtual bool by_value() const = 0;
+  virtual Memory allocate(int64_t bytes) = 0;
+  // Copies host memory to the device in the stream's order, and has read it when it returns.
+  virtual void upload(const Memory& to, int64_t offset, const void* from, int64_t bytes, void* stream) = 0;
+  // The same for a step that is being captured: a replay copies the same values again.
+  virtual void write(const Memory& to, const void* from, int64_t bytes, void* stream) = 0;
+  virtual bool capturing(void* stream) = 0;
+  virtual int64_t l2_bytes() = 0;
+  // Waits for all that was launched on the device.
+  virtual void finish() = 0;
+  // header is null if arguments go by value.
+  virtual void step(const Launch& launch, const StepArgs& args, const StepHeader* header) = 0;
+};
+
+}  // namespace fusedoptim::cuda

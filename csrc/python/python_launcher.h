@@ -1,0 +1,55 @@
+// A launcher written in Python: fusedoptim/triton_kernels/launcher.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "../cuda/launcher.h"
+#include "../rules/registry.h"
+
+namespace fusedoptim {
+
+namespace py = pybind11;
+
+class PythonLauncher : public cuda::Launcher {
+ public:
+  explicit PythonLauncher(py::object functions) : functions_(std::move(functions)) {}
+  bool by_value() const override { return false; }
+
+  cuda::Memory allocate(int64_t bytes) override {
+    auto tensor = std::make_shared<py::object>(functions_.attr("allocate")(std::max<int64_t>(bytes, 16)));
+    char* const address = reinterpret_cast<char*>(tensor->attr("data_ptr")().cast<uintptr_t>());
+    return {std::move(tensor), address};
+  }
+
+  void upload(const cuda::Memory& to, int64_t offset, const void* from, int64_t bytes, void*) override {
+    functions_.attr("upload")(tensor(to), offset, view(from, bytes));
+  }
+
+  void write(const cuda::Memory& to, const void* from, int64_t bytes, void*) override {
+    functions_.attr("write")(tensor(to), view(from, bytes));
+  }
+
+  bool capturing(void*) override { return functions_.attr("capturing")().cast<bool>(); }
+  int64_t l2_bytes() override { return functions_.attr("l2_bytes")().cast<int64_t>(); }
+
+  void finish() override { functions_.attr("finish")(); }
+
+  void step(const cuda::Launch& launch, const cuda::StepArgs&, const cuda::StepHeader* header) override {
+    py::tuple kinds(launch.kinds.size());
+    for (size_t i = 0; i < launch.kinds.size(); ++i) kinds[i] = launch.kinds[i];
+    functions_.attr("step")(rule_info(launch.rule).name, kinds, reinterpret_cast<uintptr_t>(header), launch.blocks);
+  }
+
+ private:
+  static const py::object& tensor(const cuda::Memory& memory) { return *static_cast<py::object*>(memory.owner.get()); }
+  static py::memoryview view(const void* from, int64_t bytes) {
+    return py::memoryview::from_memory(const_cast<void*>(from), bytes);  // torch warns of read-only ones
+  }
+
+  const py::object functions_;
+};
+
+}  // namespace fusedoptim

@@ -1,0 +1,159 @@
+"""Operations with one stated rounding each, and the arithmetic that rules share (csrc/rules/common.h)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import tables as at
+from .memory import bf16_bits, fp64, load_where, word
+
+
+@triton.jit
+def divide(a, b):
+    """Triton's own ``/`` is not IEEE's for fp32."""
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def sqrt(x):
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def maximum(a, b):
+    """NaN if either is."""
+    return tl.where((a != a) | (a > b), a, b)
+
+
+@triton.jit
+def double(x: tl.constexpr):
+    return tl.full((), x, tl.float64)
+
+
+# ---- powers, as csrc/core/power.h works them out on a device: in double-double, rounded once ----
+
+
+@triton.jit
+def _multiply(a_hi, a_lo, b_hi, b_lo):
+    p = a_hi * b_hi
+    e = tl.fma(a_hi, b_hi, p * -1.0)
+    e = tl.fma(a_hi, b_lo, e)
+    e = tl.fma(a_lo, b_hi, e)
+    s = p + e
+    return s, e - (s - p)
+
+
+@triton.jit
+def power(x, n):
+    """x**n for a whole number n >= 0, both fp64."""
+    hi, lo = double(1.0), double(0.0)
+    square_hi, square_lo = x, double(0.0)
+    left = n.to(tl.int64)
+    while left > 0:
+        if left % 2 == 1:
+            hi, lo = _multiply(hi, lo, square_hi, square_lo)
+        left = left // 2
+        square_hi, square_lo = _multiply(square_hi, square_lo, square_hi, square_lo)
+    return hi
+
+
+# ---- hyper-parameters: a group's row starts with lr and the dtype that lr has ----
+
+
+@triton.jit
+def hyper(row, K: tl.constexpr):
+    return fp64(row + 8 * K)
+
+
+@triton.jit
+def flag(row, K: tl.constexpr):
+    return fp64(row + 8 * K) != 0.0
+
+
+@triton.jit
+def lr_dtype(row):
+    """0: a Python number; 1 to 4: a tensor of fp32, fp64, bf16, fp16."""
+    return fp64(row + 8).to(tl.int32) % at.LR_ON_DEVICE
+
+
+@triton.jit
+def lr_value(row):
+    value = fp64(row)
+    if fp64(row + 8) >= at.LR_ON_DEVICE:
+        address = word(row)
+        dtype = lr_dtype(row)
+        if dtype == 1:
+            value = load_where(address, 0, True, at.F32, tl.float64)
+        elif dtype == 2:
+            value = load_where(address, 0, True, at.F64, tl.float64)
+        elif dtype == 3:
+            value = load_where(address, 0, True, at.BF16, tl.float64)
+        else:
+            value = load_where(address, 0, True, at.F16, tl.float64)
+    return value
+
+
+@triton.jit
+def _lr_rounded(x, dtype):
+    """An fp32 result in the dtype of lr."""
+    as_bf16 = bf16_bits(x).to(tl.float32, bitcast=True)
+    return tl.where(dtype == 3, as_bf16, tl.where(dtype == 4, x.to(tl.float16).to(tl.float32), x))
+
+
+@triton.jit
+def lr_over(row, x):
+    """lr / x. A number computes in double; a tensor rounds to its dtype, as torch does."""
+    lr, dtype = lr_value(row), lr_dtype(row)
+    rounded = _lr_rounded(tl.div_rn(lr.to(tl.float32), x.to(tl.float32)), dtype).to(tl.float64)
+    return tl.where((dtype == 0) | (dtype == 2), lr / x, rounded)
+
+
+@triton.jit
+def lr_decay(row, weight_decay):
+    """1 - lr * weight_decay, likewise."""
+    lr, dtype = lr_value(row), lr_dtype(row)
+    product = _lr_rounded(lr.to(tl.float32) * weight_decay.to(tl.float32), dtype)
+    rounded = _lr_rounded(1.0 - product, dtype).to(tl.float64)
+    return tl.where((dtype == 0) | (dtype == 2), 1.0 - lr * weight_decay, rounded)
+
+
+# ---- what updates share ----
+
+
+@triton.jit
+def lerp_weight(weight, T: tl.constexpr):
+    """torch.lerp's two formulas: the coefficient, and whether it starts from ``start``."""
+    w = weight.to(T)
+    small = tl.abs(w) < 0.5
+    return tl.where(small, w, w - 1.0), small
+
+
+@triton.jit
+def lerp(start, end, coefficient, from_start):
+    return tl.fma(spread(coefficient, end), end - start, tl.where(from_start, start, end))
+
+
+@triton.jit
+def spread(x, like):
+    """A scalar in every element, for functions that do not do it themselves."""
+    return tl.broadcast_to(x, like.shape)
+
+
+@triton.jit
+def add_scaled_square(s, a, scale):
+    """torch.addcmul(s, a, a, value=scale)"""
+    return tl.fma(scale * a, a, s)
+
+
+@triton.jit
+def add_scaled_ratio(s, a, b, scale):
+    """torch.addcdiv(s, a, b, value=scale)"""
+    return s + divide(scale * a, b)
+
+
+@triton.jit
+def transformed(g, p, weight_decay, decays, maximize):
+    """maximize, then coupled weight decay."""
+    g = tl.where(maximize, g * -1.0, g)  # Triton's -g is 0 - g, which loses the sign of a zero
+    return tl.where(decays, tl.fma(spread(weight_decay, p), p, g), g)

@@ -1,0 +1,136 @@
+"""The kernels: a program finds its piece of work in the tables and does it. See csrc/cuda/kernel.cuh."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import tables as at
+from .memory import fp32, half_word, word
+from .norm import climb, part_sums, sum_of, wait_for_sum
+from .update import update_range
+
+
+@triton.jit
+def find_segment(first_item, count, item):
+    """The last segment that starts at or before the item: 128-way search, two rounds for 10,000 tensors."""
+    low = count * 0
+    while count > 1:
+        stride = (count + 127) // 128
+        i = tl.arange(0, 128) * stride
+        begins = tl.load(first_item.to(tl.pointer_type(tl.int32)) + low + i, mask=i < count, other=0)
+        last = tl.sum(((i < count) & (begins <= item)).to(tl.int32), 0) - 1
+        low += last * stride
+        count = tl.minimum(count - last * stride, stride)
+    return low
+
+
+@triton.jit
+def is_to_run(header):
+    """False if GradScaler found an infinity."""
+    found_inf = word(header + at.HEADER_FOUND_INF)
+    run = found_inf == 0
+    if found_inf != 0:
+        run = fp32(found_inf) == 0.0
+    return run
+
+
+@triton.jit
+def unscaling(header):
+    """What gradients are multiplied by."""
+    scale = word(header + at.HEADER_GRAD_SCALE)
+    unscale = tl.full((), 1.0, tl.float32)
+    if scale != 0:
+        unscale = (1.0 / fp32(scale).to(tl.float64)).to(tl.float32)
+    return unscale
+
+
+@triton.jit
+def item_of(header, item):
+    """The segment's entry, its work, the number of its items, which of them this is, the gradient's word."""
+    first_item = word(header + at.HEADER_FIRST_ITEM)
+    s = find_segment(first_item, half_word(header + at.HEADER_SEGMENT_COUNT), item).to(tl.int64)
+    segment = word(header + at.HEADER_SEGMENTS) + s * at.SEGMENT_BYTES
+    begin, end = half_word(first_item + 4 * s), half_word(first_item + 4 * s + 4)
+    index = half_word(segment).to(tl.int64)
+    grad = word(word(header + at.HEADER_GRADS) + 8 * index)
+    return index, half_word(segment + at.SEGMENT_WORK), end - begin, item - begin, grad
+
+
+@triton.jit
+def step_kernel(
+    header,
+    PREPARE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    NEXT_STATE: tl.constexpr,
+    KINDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """An elementwise rule. header: the address of a StepHeader; KINDS: of all entries."""
+    if is_to_run(header):
+        index, _, items, item, grad = item_of(header, tl.program_id(0))
+        if grad != 0:
+            entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
+            control = word(header + at.HEADER_CONTROL) + index * at.CONTROL_BYTES
+            chunk = word(header + at.HEADER_CHUNK)
+            begin = item.to(tl.int64) * chunk
+            end = tl.minimum(begin + chunk, word(entry + at.ENTRY_NUMEL))
+            kind = word(entry + at.ENTRY_KIND)
+            none = tl.full((), 0.0, tl.float64)
+            for k in tl.static_range(len(KINDS)):
+                if kind == KINDS[k]:
+                    update_range(
+                        header, entry, control, grad, begin, end, items, unscaling(header), none,
+                        KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
+                    )  # fmt: skip
+
+
+@triton.jit
+def norm_step_kernel(
+    header,
+    PREPARE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    NEXT_STATE: tl.constexpr,
+    KINDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A rule that needs the gradient's norm first. Programs take tickets, so that what one waits for has begun."""
+    if is_to_run(header):
+        launch = word(header + at.HEADER_LAUNCH)
+        tickets = (launch + at.LAUNCH_TICKETS).to(tl.pointer_type(tl.int32))
+        finished = (launch + at.LAUNCH_FINISHED).to(tl.pointer_type(tl.int32))
+        index, work, items, item, grad = item_of(header, tl.atomic_add(tickets, 1))
+        if grad != 0:
+            entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
+            control = word(header + at.HEADER_CONTROL) + index * at.CONTROL_BYTES
+            numel = word(entry + at.ENTRY_NUMEL)
+            partials = word(header + at.HEADER_PARTIALS) + 8 * word(entry + at.ENTRY_PARTIALS)
+            # Updates go backwards: what was read last is still in the cache.
+            item = tl.where(work == at.WORK_APPLY, items - 1 - item, item)
+            begin = item.to(tl.int64) * at.PART
+            end = tl.minimum(begin + at.PART, numel)
+            unscale = unscaling(header)
+            gradient = grad & at.ADDRESS
+            kind = word(entry + at.ENTRY_KIND)
+            for k in tl.static_range(len(KINDS)):
+                if kind == KINDS[k]:
+                    if work == at.WORK_SUM:
+                        part_sums(
+                            header, entry, gradient, begin, end, unscale, partials + begin // at.TILE * 8, KINDS[k]
+                        )
+                        climb(header, entry, control, item, items)
+                    else:
+                        if work == at.WORK_APPLY:
+                            sum_of_squares = wait_for_sum(control)
+                        else:
+                            part_sums(header, entry, gradient, begin, end, unscale, partials, KINDS[k])
+                            tl.debug_barrier()
+                            sum_of_squares = sum_of(partials, (numel + at.TILE - 1) // at.TILE)
+                        update_range(
+                            header, entry, control, grad, begin, end, items, unscale, sum_of_squares,
+                            KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
+                        )  # fmt: skip
+        # The last program leaves the counters as it found them.
+        if tl.atomic_add(finished, 1) + 1 == tl.num_programs(0):
+            tl.store(tickets, 0)
+            tl.store(finished, 0)

@@ -1,0 +1,88 @@
+"""What csrc/python/python_launcher.h calls: memory, copies and launches through torch and Triton."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import norm_step_kernel, step_kernel
+
+WARPS = 4
+
+
+def block(threads_per_warp: int) -> int:
+    """Elements that a program has under way: 8 per thread, which make 16 bytes in every dtype."""
+    return 8 * threads_per_warp * WARPS
+
+
+class Plug(NamedTuple):
+    """The functions of a rule; the last is None but for a rule of norms."""
+
+    prepare: Any
+    update: Any
+    next_scalar_state: Any
+
+
+def plug(rule: str) -> Plug:
+    module = importlib.import_module(f".rules.{rule}", __package__)
+    return Plug(module.prepare, module.update, getattr(module, "next_scalar_state", None))
+
+
+class TritonLauncher:
+    """For one optimizer's parameters on one device. Kernels run on torch's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._block = block(32 if torch.version.hip is None else 64)
+        self._plugs: dict[str, Plug] = {}
+        #: What captured copies read from at every replay.
+        self._captured: list[Tensor] = []
+
+    def _guard(self) -> AbstractContextManager[Any]:
+        if self.device.type == "cpu":
+            return nullcontext()
+        guard: AbstractContextManager[Any] = torch.get_device_module(self.device).device(self.device)
+        return guard
+
+    def allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def upload(self, to: Tensor, offset: int, data: memoryview) -> None:
+        self._copy(to, offset, data)
+
+    def write(self, to: Tensor, data: memoryview) -> None:
+        self._captured.append(self._copy(to, 0, data))
+
+    def _copy(self, to: Tensor, offset: int, data: memoryview) -> Tensor:
+        source = torch.frombuffer(data, dtype=torch.uint8)
+        if self.device.type != "cpu":
+            # From torch's cache of pinned memory, which takes it back once the copy is through.
+            pinned = torch.empty(len(source), dtype=torch.uint8, pin_memory=True)
+            source = pinned.copy_(source)
+        to[offset : offset + len(source)].copy_(source, non_blocking=True)
+        return source
+
+    def capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def finish(self) -> None:
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
+
+    def l2_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+        return 32 << 20
+
+    def step(self, rule: str, kinds: tuple[int, ...], header: int, blocks: int) -> None:
+        functions = self._plugs.get(rule)
+        if functions is None:
+            functions = self._plugs[rule] = plug(rule)
+        kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
+        # Contraction would change results. Without the guard Triton launches on the current device, not on ours.
+        with self._guard():
+            kernel[(blocks,)](header, *functions, kinds, self._block, num_warps=WARPS, enable_fp_fusion=False)

@@ -1,0 +1,113 @@
+"""Between memory and registers: words of tables, and elements of every dtype as the compute type."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import tables as at
+
+#: Elements are read and written once per step.
+EVICT = tl.constexpr("evict_first")
+
+
+@triton.jit
+def word(address):
+    return tl.load(address.to(tl.pointer_type(tl.int64)))
+
+
+@triton.jit
+def half_word(address):
+    return tl.load(address.to(tl.pointer_type(tl.int32)))
+
+
+@triton.jit
+def fp32(address):
+    return tl.load(address.to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def fp64(address):
+    return tl.load(address.to(tl.pointer_type(tl.float64)))
+
+
+@triton.jit
+def pointer(address, D: tl.constexpr):
+    """bf16 is handled as integers: interpreters and compilers round it in ways of their own."""
+    if D == at.F32:
+        return address.to(tl.pointer_type(tl.float32))
+    elif D == at.F64:
+        return address.to(tl.pointer_type(tl.float64))
+    elif D == at.BF16:
+        return address.to(tl.pointer_type(tl.int16))
+    else:
+        return address.to(tl.pointer_type(tl.float16))
+
+
+@triton.jit
+def decode(x, D: tl.constexpr, T: tl.constexpr):
+    if D == at.BF16:
+        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(T)
+    else:
+        return x.to(tl.float32).to(T) if D == at.F16 else x.to(T)
+
+
+@triton.jit
+def bf16_bits(x):
+    """An fp32 value rounded to bf16, nearest, ties to even, in the upper half of a uint32. NaNs stay NaNs."""
+    u = x.to(tl.uint32, bitcast=True)
+    rounded = u + 0x7FFF + ((u >> 16) & 1)
+    return tl.where((u & 0x7FFFFFFF) > 0x7F800000, u | 0x400000, rounded) & 0xFFFF0000
+
+
+@triton.jit
+def encode(x, D: tl.constexpr):
+    """fp64 goes to 16 bits through fp32, as torch converts it."""
+    if D == at.F64:
+        return x.to(tl.float64)
+    elif D == at.F32:
+        return x.to(tl.float32)
+    elif D == at.BF16:
+        return (bf16_bits(x.to(tl.float32)) >> 16).to(tl.int16)
+    else:
+        return x.to(tl.float32).to(tl.float16)
+
+
+@triton.jit
+def load_tile(address, first, D: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements from ``first`` on, whose address is a multiple of 16."""
+    start = tl.multiple_of(pointer(address, D) + first, 16)
+    return decode(tl.load(start + tl.arange(0, BLOCK), eviction_policy=EVICT), D, T)
+
+
+@triton.jit
+def store_tile(address, first, x, D: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.multiple_of(pointer(address, D) + first, 16)
+    tl.store(start + tl.arange(0, BLOCK), encode(x, D), eviction_policy=EVICT)
+
+
+@triton.jit
+def load_where(address, offsets, inside, D: tl.constexpr, T: tl.constexpr):
+    """Elements at offsets, 0 outside."""
+    return decode(tl.load(pointer(address, D) + offsets, mask=inside, other=0), D, T)
+
+
+@triton.jit
+def store_where(address, offsets, inside, x, D: tl.constexpr):
+    tl.store(pointer(address, D) + offsets, encode(x, D), mask=inside)
+
+
+@triton.jit
+def strided_offsets(layout, i, K: tl.constexpr):
+    """Where operand K keeps the logical elements i. A layout is the number of dimensions, then for each, the innermost
+    first, its size and the strides of all operands."""
+    offsets = i * 0
+    dims = word(layout)
+    dim = layout + 8
+    for d in range(dims):
+        size = word(dim)
+        index = tl.where(d + 1 < dims, i % size, i)
+        offsets += index * word(dim + 8 + 8 * K)
+        i = i // size
+        dim += 8 * at.LAYOUT_WORDS_PER_DIM
+    return offsets

@@ -1,0 +1,114 @@
+"""Sums of squares, as csrc/core/sum_of_squares.h defines them, and the tree of sums above the tiles, as in
+csrc/cuda/norm.cuh."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import tables as at
+from .memory import decode, half_word, load_where, pointer, strided_offsets, word
+
+
+@triton.jit
+def tile_indices(TILES: tl.constexpr):
+    """Of the elements of TILES tiles. In this order of dimensions, and with a tile for every warp, a thread has all
+    eight elements of a column and the lanes of a warp have a row, so that sums need no memory."""
+    row, tile, column = tl.arange(0, 8), tl.arange(0, TILES), tl.arange(0, 128)
+    return row[:, None, None] * 128 + tile[None, :, None] * at.TILE + column[None, None, :]
+
+
+@triton.jit
+def sum_by_halving(x, TILES: tl.constexpr):
+    """Each tile's 1024 numbers, as tile_indices() has them: every i with i+512, then with i+256, and so on."""
+    for k in tl.static_range(3):
+        x = tl.sum(tl.reshape(x, (2, 4 >> k, TILES, 128)), 0)
+    x = tl.reshape(x, (TILES, 128))
+    for k in tl.static_range(7):
+        x = tl.sum(tl.reshape(x, (TILES, 2, 64 >> k)), 1)
+    return tl.reshape(x, (TILES,))
+
+
+@triton.jit
+def squares(x, unscale, T: tl.constexpr):
+    x = (x * unscale.to(T)).to(tl.float64)
+    return x * x
+
+
+@triton.jit
+def part_sums(header, entry, grad, begin, end, unscale, sums, KIND: tl.constexpr):
+    """Writes the tile sums of a part of the gradient to consecutive places in memory."""
+    P: tl.constexpr = KIND & 255
+    G: tl.constexpr = (KIND >> 8) & 255
+    T: tl.constexpr = tl.float64 if P == at.F64 else tl.float32
+    TILES: tl.constexpr = 4
+    layout = word(entry + at.ENTRY_LAYOUT)
+    aligned = (layout < 0) & ((grad & 15) == 0)
+    middle = tl.where(aligned, end - (end - begin) % (TILES * at.TILE), begin)
+    for first in range(begin, middle, TILES * at.TILE):
+        start = tl.multiple_of(pointer(grad, G) + first, 16)
+        x = decode(tl.load(start + tile_indices(TILES)), G, T)  # kept in the cache: the update reads it again
+        to = sums.to(tl.pointer_type(tl.float64)) + (first - begin) // at.TILE
+        tl.store(to + tl.arange(0, TILES), sum_by_halving(squares(x, unscale, T), TILES))
+    for first in range(middle, end, at.TILE):
+        i = first + tile_indices(1)
+        offsets = i
+        if layout >= 0:
+            offsets = strided_offsets(word(header + at.HEADER_LAYOUTS) + 8 * layout, i, 1)
+        x = load_where(grad, offsets, i < end, G, T)
+        to = sums.to(tl.pointer_type(tl.float64)) + (first - begin) // at.TILE
+        tl.store(to + tl.arange(0, 1), sum_by_halving(squares(x, unscale, T), 1))
+
+
+@triton.jit
+def sum_of(sums, count):
+    """Sums up to 1024 numbers that programs left in memory."""
+    i = tile_indices(1)
+    x = tl.load(sums.to(tl.pointer_type(tl.float64)) + i, mask=i < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(sum_by_halving(x, 1), 0)
+
+
+@triton.jit
+def climb(header, entry, control, item, items):
+    """A program's part in the tree of sums, after it wrote its tile sums: of the programs below a node the last to
+    arrive sums the node and goes on to the next; at the root it publishes the sum."""
+    parts_per_node: tl.constexpr = at.TILE // (at.PART // at.TILE)
+    count = (word(entry + at.ENTRY_NUMEL) + at.TILE - 1) // at.TILE  # sums of this level
+    sums = word(header + at.HEADER_PARTIALS) + 8 * word(entry + at.ENTRY_PARTIALS)
+    arrivals = word(header + at.HEADER_NODES) + 4 * half_word(entry + at.ENTRY_NODES).to(tl.int64)
+    node = item.to(tl.int64) // parts_per_node  # above them
+    children = tl.minimum(items - node * parts_per_node, parts_per_node)
+    climbing = True
+    while climbing:
+        tl.debug_barrier()  # what this program's threads wrote comes before what its arrival tells
+        arrival = (arrivals + 4 * node).to(tl.pointer_type(tl.int32))
+        if tl.atomic_add(arrival, 1) + 1 == children:
+            tl.store(arrival, 0)
+            total = sum_of(sums + 8 * node * at.TILE, count - node * at.TILE)
+            nodes = (count + at.TILE - 1) // at.TILE
+            if nodes == 1:
+                tl.store((control + at.CONTROL_SUM_OF_SQUARES).to(tl.pointer_type(tl.float64)), total)
+                tl.debug_barrier()
+                tl.atomic_xchg((control + at.CONTROL_READY).to(tl.pointer_type(tl.int32)), 1)
+                climbing = False
+            else:
+                sums += 8 * count
+                arrivals += 4 * nodes
+                tl.store((sums + 8 * node).to(tl.pointer_type(tl.float64)), total)
+                parent = node // at.TILE
+                children = tl.minimum(nodes - parent * at.TILE, at.TILE)
+                node = parent
+                count = nodes
+        else:
+            climbing = False
+
+
+@triton.jit
+def wait_for_sum(control):
+    """Waits until the last of the programs that sum is through. They have lower tickets: they run or have run."""
+    ready = (control + at.CONTROL_READY).to(tl.pointer_type(tl.int32))
+    while tl.atomic_add(ready, 0) == 0:
+        pass
+    tl.debug_barrier()
+    address = (control + at.CONTROL_SUM_OF_SQUARES).to(tl.pointer_type(tl.float64))
+    return tl.load(address, cache_modifier=".cg")

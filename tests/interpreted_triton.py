@@ -1,0 +1,152 @@
+"""Triton's kernels in its interpreter, on the CPU. Run with TRITON_INTERPRET=1, which has to be set before anything
+imports Triton; test_triton.py does so in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+from cases import FULL, Case, assert_same_optimizers, parameters, set_gradients
+from device_tests import *  # noqa: F403
+from device_tests import pair
+
+from fusedoptim.triton_kernels import kernels as code
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and overflow
+
+
+def two_sum(a: Any, b: Any) -> tuple[Any, Any]:
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def two_product(a: Any, b: Any) -> tuple[Any, Any]:
+    def split(x: Any) -> tuple[Any, Any]:
+        c = 134217729.0 * x
+        high = c - (c - x)
+        return high, x - high
+
+    p = a * b
+    (ah, al), (bh, bl) = split(a), split(b)
+    return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
+
+
+def sum_to_odd(a: Any, b: Any) -> Any:
+    """a + b rounded to odd: if inexact, to the neighbour whose last bit is 1."""
+    s, e = two_sum(a, b)
+    bits = np.ascontiguousarray(s).view(np.int64)
+    outwards = (e > 0) == (s > 0)
+    moved = np.where(outwards, bits + 1, bits - 1).view(np.float64)
+    return np.where((e != 0) & (bits % 2 == 0) & np.isfinite(s), moved, s)
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """a*b + c rounded once (Boldo and Melquiond, 2008), which interpreters before 3.9 do not do."""
+    with np.errstate(all="ignore"):
+        x, y, z = (np.asarray(t, np.float64) for t in (a, b, c))
+        if a.dtype == np.float32:
+            return np.where(np.isfinite(x * y + z), sum_to_odd(x * y, z), x * y + z).astype(np.float32)
+        uh, ul = two_product(x, y)
+        th, tl = two_sum(z, ul)
+        vh, vl = two_sum(uh, th)
+        exact = vh + sum_to_odd(tl, vl)
+        return np.where(np.isfinite(exact), exact, x * y + z)
+
+
+class Interpreted:
+    backend, slow = "triton", True
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def launches(self, optimizer: torch.optim.Optimizer) -> int:
+        before = self.count
+        optimizer.step()
+        return self.count - before
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpreted]:
+    """Counts the launches of every kernel there is."""
+    from triton.runtime import interpreter
+
+    found = Interpreted()
+    run = interpreter.InterpretedFunction.run
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.count += 1
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", counted)
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+
+        def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+            return interpreter.TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+    assert isinstance(code.step_kernel, interpreter.InterpretedFunction)
+    yield found
+
+
+def test_the_stand_in_for_fma_is_exact() -> None:
+    from fractions import Fraction
+
+    draw = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        a, b, c = (draw.standard_normal(2000).astype(dtype) * 10.0 ** draw.integers(-8, 8, 2000) for _ in range(3))
+        a, b, c = (x.astype(dtype) for x in (a, b, c))
+        c[:1000] = -(a * b)[:1000]
+        exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+        got = fma(a, b, c)
+        for value, result in zip(exact, got, strict=True):
+            below, above = np.nextafter(result, dtype(-np.inf)), np.nextafter(result, dtype(np.inf))
+            error = abs(Fraction(float(result)) - value)
+            assert error <= abs(Fraction(float(below)) - value) and error <= abs(Fraction(float(above)) - value)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_memory_orders(kernels: Interpreted, case: Case) -> None:
+    shapes = [(7, 11), (2, 3, 5), (40, 60)]
+    mine, theirs, a, b = pair(kernels, case, shapes, torch.float32)
+    for p, q in zip(mine, theirs, strict=True):
+        for t in (p, q):
+            t.data = t.data.transpose(0, -1).contiguous().transpose(0, -1)
+    for step in range(3):
+        set_gradients(mine, step)
+        set_gradients(theirs, step)
+        for p, q in zip(mine, theirs, strict=True):
+            if step == 1:
+                p.grad = p.grad.transpose(0, -1).contiguous().transpose(0, -1)
+            if step == 2:
+                p.grad = p.grad[..., :1].expand(p.shape)
+                q.grad = p.grad.contiguous()
+        assert kernels.launches(a) == 1
+        b.step()
+    assert_same_optimizers(a, b)
+
+
+def test_a_step_that_cannot_be_launched_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedoptim.triton_kernels import launcher
+
+    params = parameters([(5,), (40,)])
+    before = [p.detach().clone() for p in params]
+    optimizer = FULL[1].make(params, backend="triton")
+    set_gradients(params, 0)
+
+    def fails(rule: str) -> None:
+        raise RuntimeError("no compiler today")
+
+    monkeypatch.setattr(launcher, "plug", fails)
+    with pytest.raises(RuntimeError, match="no compiler today"):
+        optimizer.step()
+    assert all(torch.equal(p.detach(), q) for p, q in zip(params, before, strict=True)) and not optimizer.state
+    monkeypatch.undo()
+    optimizer.step()
+    assert not torch.equal(params[0].detach(), before[0])

@@ -1,0 +1,239 @@
+"""The Triton backend: its kernels in the interpreter, the code that Triton generates from them, when it is chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cuda_build import RULES, STATES, cuobjdump
+
+import fusedoptim
+from fusedoptim import _backends, _native
+
+needs_triton = pytest.mark.skipif(_native.triton_problem() is not None, reason=f"Triton: {_native.triton_problem()}")
+F32, F64, BF16, F16 = range(4)
+HERE = Path(__file__).parent
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_case_in_the_interpreter() -> None:
+    """In a process of its own: Triton has to be told before it is imported."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / "interpreted_triton.py"),
+    ]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 150
+
+
+# ---- generated code ----
+
+
+def kind(param: int, grad: int, state: int, variant: int, states: int) -> int:
+    """See DeviceEntry in csrc/cuda/table.h: a byte each."""
+    used = (1 << states) - 1
+    parts = [param, grad, F32, *(state if used >> k & 1 else 0 for k in range(3)), variant, used]
+    return sum(part << 8 * i for i, part in enumerate(parts))
+
+
+def generate(rule: str, kinds: tuple[int, ...], backend: str = "cuda", arch: Any = 90) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusedoptim.triton_kernels import kernels, launcher
+
+    functions = launcher.plug(rule)
+    code = kernels.step_kernel if functions.next_scalar_state is None else kernels.norm_step_kernel
+    names = ("PREPARE", "UPDATE", "NEXT_STATE", "KINDS", "BLOCK")
+    values = (*functions, kinds, launcher.block(64 if backend == "hip" else 32))
+    source = ASTSource(
+        code,
+        {"header": "i64", **dict.fromkeys(names, "constexpr")},
+        {(i + 1,): value for i, value in enumerate(values)},
+    )
+    options = {"num_warps": launcher.WARPS, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget(backend, arch, 32 if backend == "cuda" else 64), options=options)
+
+
+@dataclass
+class Sass:
+    registers: int
+    local_bytes: int
+    instructions: list[str]
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, i) is not None for i in self.instructions)
+
+
+def sass(compiled: Any, folder: Path) -> Sass:
+    tool = cuobjdump()
+    assert tool is not None  # Triton brings one
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    listing = subprocess.run(
+        [tool, "-sass", "-res-usage", str(file)], capture_output=True, text=True, check=True
+    ).stdout
+    usage = re.search(r"REG:(\d+).*?LOCAL:(\d+)", listing)
+    assert usage is not None
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*);", listing)
+    return Sass(int(usage[1]), int(usage[2]), found)
+
+
+VARIANTS = [
+    (name, variant, states) for name in RULES for variant, states in enumerate(STATES[name]) if name != "NormAdaptive"
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "variant", "states"), VARIANTS)
+def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, dtype: int, tmp_path: Path) -> None:
+    compiled = generate(RULES[name].name, (kind(dtype, dtype, dtype, variant, states),))
+    code = sass(compiled, tmp_path)
+    per_operand = 2 if dtype == F32 else 1  # 8 elements per thread
+    assert code.count(r"LDG\.E\S*\.128") >= per_operand * (states + 2)
+    assert code.count(r"STG\.E\S*\.128") >= per_operand * (states + 1)
+    assert code.local_bytes == 0
+    assert code.registers * 128 * 4 <= 65536  # four blocks to a multiprocessor
+    ptx = compiled.asm["ptx"]
+    assert not re.findall(r"\.ftz|\.approx|\bmad\.rn\.f|div\.full", ptx)
+    assert ("div.rn.f32" in ptx) == (name != "SGD")
+    assert ("sqrt.rn.f32" in ptx) == (name != "SGD")
+    # fp64 is for scalars: none of it is in the loop, whose 8 elements would show.
+    assert len(re.findall(r"fma\.rn\.f64", ptx)) <= (12 if name == "Adam" else 0)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_the_norm_is_summed_in_registers(dtype: int, tmp_path: Path) -> None:
+    compiled = generate("norm_adaptive", (kind(dtype, dtype, F32, 0, 0),))
+    code = sass(compiled, tmp_path)
+    assert code.local_bytes == 0
+    assert code.registers * 128 * 3 <= 65536
+    assert code.count(r"LDG\.E\S*\.128") >= (8 + 4 if dtype == F32 else 4 + 2)
+    assert code.count(r"SHFL") >= 2 * 5
+    ptx = compiled.asm["ptx"]
+    assert not re.findall(r"\.ftz|\.approx|\bmad\.rn\.f|div\.full", ptx)
+    assert re.findall(r"atom\.(?:global\.)?gpu\.(?:global\.)?acq_rel", ptx.replace(".global", ".global"))
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_compiles_with_mixed_dtypes(name: str, arch: int, tmp_path: Path) -> None:
+    variant = len(STATES[name]) - 1
+    states = STATES[name][variant]
+    narrow = (kind(F32, F32, F32, variant, states), kind(BF16, F32, BF16, variant, states))
+    assert sass(generate(RULES[name].name, (*narrow, kind(F16, F16, F32, variant, states)), arch=arch), tmp_path)
+    wide = (kind(F64, F64, F64, variant, states), kind(F64, BF16, F32, variant, states))
+    assert sass(generate(RULES[name].name, wide, arch=arch), tmp_path)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", RULES)
+def test_code_for_an_amd_gpu(name: str, dtype: int) -> None:
+    variant = len(STATES[name]) - 1
+    states = STATES[name][variant]
+    asm = generate(RULES[name].name, (kind(dtype, dtype, dtype, variant, states),), "hip", "gfx942").asm
+    code = asm["amdgcn"]
+    assert len(re.findall(r"(?:global|buffer)_load_dwordx4", code)) >= states + 2
+    assert len(re.findall(r"(?:global|buffer)_store_dwordx4", code)) >= states + 1
+    assert set(re.findall(r"= f(?:mul|add|sub|div) ((?:fast|contract|arcp|afn|reassoc)?)", asm["llir"])) == {""}
+    assert "fmuladd" not in asm["llir"]
+    assert "v_div_fixup_f32" in code or name in ("SGD", "NormAdaptive")
+    assert "scratch_store" not in code
+
+
+@needs_triton
+def test_few_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled for a rule and the kinds of tensors that it meets: not for their number, sizes or values."""
+    code = (
+        "import torch, fusedoptim\n"
+        "from fusedoptim.triton_kernels import kernels\n"
+        "seen = set()\n"
+        "run = kernels.step_kernel.run\n"
+        "def noted(*args, **kwargs):\n"
+        "    seen.add(args[1:])\n"
+        "    return run(*args, **kwargs)\n"
+        "kernels.step_kernel.run = noted\n"
+        "for n in (1, 5):\n"
+        "    for size in (3, 1024, 5000):\n"
+        "        params = [torch.nn.Parameter(torch.ones(size)) for _ in range(n)]\n"
+        "        o = fusedoptim.AdamW(params, lr=0.1 / n, weight_decay=0.1 * n, backend='triton')\n"
+        "        for p in params: p.grad = torch.ones_like(p)\n"
+        "        o.step()\n"
+        "        o.step()\n"
+        "assert len(seen) == 1, seen\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---- when it is chosen ----
+
+
+def test_triton_is_not_imported_unless_used() -> None:
+    code = (
+        "import sys, torch\n"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "torch.optim.AdamW([p]).step()\n"
+        "before = 'triton' in sys.modules\n"
+        "import fusedoptim\n"
+        "fusedoptim.AdamW([p]).step()\n"
+        "assert before or 'triton' not in sys.modules\n"
+        "assert not any(m.startswith('fusedoptim.triton_kernels') for m in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_triton_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a))
+    _native.triton_problem.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="Triton is not installed: pip install triton"):
+            fusedoptim.AdamW([torch.nn.Parameter(torch.ones(1))], backend="triton")
+    finally:
+        _native.triton_problem.cache_clear()
+
+
+@needs_triton
+def test_chosen_where_cuda_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(name: str, problem: str | None) -> _backends.Backend:
+        found = _backends.BACKENDS[name]
+        return _backends.Backend(name, found.devices, lambda device: problem, found.steps_on_device)
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setitem(_backends.BACKENDS, "triton", backend("triton", None))
+    monkeypatch.setitem(_backends.BACKENDS, "cuda", backend("cuda", None))
+    _backends._warned.clear()
+    assert _backends.choose(None, device) == "cuda"
+    monkeypatch.setitem(_backends.BACKENDS, "cuda", backend("cuda", "the moon is full"))
+    with pytest.warns(UserWarning, match=r"Triton kernels,.*the moon is full"):
+        assert _backends.choose(None, device) == "triton"
+    assert _backends.choose(None, device) == "triton"  # said once
+    monkeypatch.setitem(_backends.BACKENDS, "triton", backend("triton", "the sun as well"))
+    _backends._warned.clear()
+    with pytest.warns(UserWarning, match=r"eager reference.*the moon is full.*the sun as well"):
+        assert _backends.choose(None, device) == "reference"
