@@ -17,8 +17,12 @@ class Goal:
 
     of: str
     value: float
+    #: The ratio to a peer is to be at most so much: for other backends of our own.
+    at_most: bool = False
 
     def __str__(self) -> str:
+        if self.at_most:
+            return f"{self.of} <= {self.value:g}x"
         if self.of == HOST:
             return f"host <= {self.value * 1e3:g} us"
         return f"{self.value:g} of copy" if self.of == COPY else f"{self.of} {self.value:g}x"
@@ -34,7 +38,7 @@ class Goal:
         found = self.found_in(row)
         if found is None:
             return None
-        return found <= self.value if self.of == HOST else found >= self.value
+        return found <= self.value if self.of == HOST or self.at_most else found >= self.value
 
 
 Key = tuple[str, str, str]
@@ -66,7 +70,8 @@ GOALS: dict[str, dict[Key, tuple[Goal, ...]]] = {
         ("AdamW", "fp32", "465-groups"): (Goal(FUSED, 8.0),),
         ("AdamW", "fp32", "300x1024"): (Goal(HOST, 0.06),),
         **{
-            (o, "fp32", c): (Goal(COPY, 0.93), Goal(peer, 1.0))
+            # At 0.95 of the bandwidth, Triton's kernels take 1.053 times as long.
+            (o, "fp32", c): (Goal(COPY, 0.93), Goal(peer, 1.0), Goal("Triton backend", 1.053, at_most=True))
             for c in ("gpt2-xl", "1G")
             for o, peer in _FASTEST_ON_CUDA.items()
         },

@@ -60,6 +60,7 @@ def all_parts(device: str, out: Path, scratch: Path, tests: list[str]) -> list[P
     gpu = device == "cuda"
     quick = ["--device", device, "--quick", "--no-scaling"]
     goals: list[object] = ["--goals", "--peer", "torch fused", "--peer", "torch foreach"]
+    goals += ["--peer", "Triton backend"]
     wider: list[object] = ["--device", device, "--quick"]
     if not gpu:
         goals = ["--case", "2000x64", "--dtype", "fp32", "--optimizer", "AdamW", "--peer", "torch fused"]

@@ -95,10 +95,15 @@ class _Compiled:
         self.step = torch.compile(self.optimizer.step)
 
 
-def _reference(work: Work, groups: Groups) -> Any:
-    state_dtype = work.dtypes.state if work.dtypes.mixed else None
-    cls = getattr(fusedoptim, work.setting.name)
-    return cls(groups, backend="reference", state_dtype=state_dtype, **work.setting.options)
+def _own(backend: str) -> Callable[[Work, Groups], Any]:
+    """fusedoptim with another backend than it would choose."""
+
+    def make(work: Work, groups: Groups) -> Any:
+        state_dtype = work.dtypes.state if work.dtypes.mixed else None
+        cls = getattr(fusedoptim, work.setting.name)
+        return cls(groups, backend=backend, state_dtype=state_dtype, **work.setting.options)
+
+    return make
 
 
 def _deepspeed_cpu(work: Work, groups: Groups) -> Any:
@@ -173,7 +178,16 @@ PEERS = {
             capturable=True,
         ),
         Peer("torch compiled", _Compiled, dict.fromkeys(_TORCH, PURE), most_tensors=COMPILED_TENSORS),
-        Peer("eager reference", _reference, {"NormAdaptive": ALL}, temporary=4),
+        Peer("eager reference", _own("reference"), {"NormAdaptive": ALL}, temporary=4),
+        Peer(
+            "Triton backend",
+            _own("triton"),
+            dict.fromkeys((*_TORCH, "NormAdaptive"), ALL),
+            module="triton",
+            package="triton",
+            devices=("cuda",),
+            capturable=True,
+        ),
         Peer(
             "DeepSpeedCPUAdam",
             _deepspeed_cpu,

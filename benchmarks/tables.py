@@ -13,7 +13,15 @@ from .scaling import slopes
 #: A peer counts as faster from here on; below, the order changes from run to run.
 FASTER = 0.97
 #: Those with a column of their own in a narrow table.
-COLUMNS = ("torch foreach", "torch fused", "DeepSpeedCPUAdam", "DeepSpeed FusedAdam", "apex", "eager reference")
+COLUMNS = (
+    "torch foreach",
+    "torch fused",
+    "DeepSpeedCPUAdam",
+    "DeepSpeed FusedAdam",
+    "apex",
+    "eager reference",
+    "Triton backend",
+)
 
 
 def ms(value: float) -> str:

@@ -16,6 +16,7 @@ import torch
 from test_cuda_build import RULES, STATES, cuobjdump
 
 import fusedoptim
+from benchmarks.triton_compile import generate, kind
 from fusedoptim import _backends, _native
 
 needs_triton = pytest.mark.skipif(_native.triton_problem() is not None, reason=f"Triton: {_native.triton_problem()}")
@@ -44,33 +45,6 @@ def test_every_case_in_the_interpreter() -> None:
 
 
 # ---- generated code ----
-
-
-def kind(param: int, grad: int, state: int, variant: int, states: int) -> int:
-    """See DeviceEntry in csrc/cuda/table.h: a byte each."""
-    used = (1 << states) - 1
-    parts = [param, grad, F32, *(state if used >> k & 1 else 0 for k in range(3)), variant, used]
-    return sum(part << 8 * i for i, part in enumerate(parts))
-
-
-def generate(rule: str, kinds: tuple[int, ...], backend: str = "cuda", arch: Any = 90) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from fusedoptim.triton_kernels import kernels, launcher
-
-    functions = launcher.plug(rule)
-    code = kernels.step_kernel if functions.next_scalar_state is None else kernels.norm_step_kernel
-    names = ("PREPARE", "UPDATE", "NEXT_STATE", "KINDS", "BLOCK")
-    values = (*functions, kinds, launcher.block(64 if backend == "hip" else 32))
-    source = ASTSource(
-        code,
-        {"header": "i64", **dict.fromkeys(names, "constexpr")},
-        {(i + 1,): value for i, value in enumerate(values)},
-    )
-    options = {"num_warps": launcher.WARPS, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget(backend, arch, 32 if backend == "cuda" else 64), options=options)
 
 
 @dataclass
