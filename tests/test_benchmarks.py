@@ -18,7 +18,7 @@ import torch
 
 import fusedoptim
 from benchmarks import arguments, devices, limits, rows, run, scaling, tables
-from benchmarks.cases import CASES, Case, evenly
+from benchmarks.cases import CASES, Case, evenly, shard
 from benchmarks.data import Data
 from benchmarks.devices import Cpu, Cuda, Sample, device_events
 from benchmarks.errors import UsageError
@@ -109,6 +109,7 @@ def test_a_shard_is_the_first_of_eight(name: str) -> None:
     assert len(part.shapes) == len(whole.shapes)
     for a, b in zip(whole.shapes, part.shapes, strict=True):
         assert b[1:] == a[1:] and 8 * (b[0] - 1) < a[0] <= 8 * b[0]
+    assert list(shard(iter([(9, 4), (8,), (1, 3)]), 8)) == [(2, 4), (1,), (1, 3)]
 
 
 def test_odd_sizes_are_odd_and_always_the_same() -> None:
@@ -146,10 +147,11 @@ def test_gradients_created_anew_are_at_other_addresses() -> None:
     data = Data(TINY, torch.float32, torch.device("cpu"), 2)
     params = data.parameters()
     seen = []
-    for step in range(2):
+    for step in range(3):
         data.renew_gradients(params, step)
-        seen.append([p.grad.data_ptr() for p in params])
-    assert not set(seen[0]) & set(seen[1])
+        seen.append([p.grad for p in params])
+    addresses = [{g.data_ptr() for g in gradients} for gradients in seen]
+    assert not addresses[0] & addresses[1] and len({id(g) for gradients in seen for g in gradients}) == 9
     data.give_gradients(params, 0)
     kept = [p.grad for p in params]
     data.give_gradients(params, 2)
@@ -201,8 +203,11 @@ def test_at_least_five_rounds_and_no_more_than_the_budget() -> None:
 
 
 def test_one_that_raises_leaves_and_the_others_go_on() -> None:
+    raised = []
+
     def bad() -> tuple[str, float]:
         if len(clock.calls) > 6:
+            raised.append(1)
             raise ValueError("enough\nof this")
         return "bad", 1.0
 
@@ -210,7 +215,7 @@ def test_one_that_raises_leaves_and_the_others_go_on() -> None:
     contenders = {"good": Contender(lambda: ("good", 1.0), throughout=True), "bad": Contender(bad, throughout=True)}
     times = interleaved(contenders, clock, Budget(60.0, at_most=20))
     assert times["bad"].error == "ValueError: enough" and len(times["bad"].seconds) < 5
-    assert times["good"].error is None and len(times["good"].seconds) == 20
+    assert times["good"].error is None and len(times["good"].seconds) == 20 and len(raised) == 1
     assert gc.isenabled()
 
 
