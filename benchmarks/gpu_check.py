@@ -55,7 +55,7 @@ def python(module: str, *options: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, options)]
 
 
-def all_parts(device: str, out: Path, scratch: Path, tests: list[str]) -> list[Part]:
+def all_parts(device: str, out: Path, scratch: Path, tests: list[str] | None = None) -> list[Part]:
     """Most important first. The limits add up to more than there is: what a part leaves over, the next ones have."""
     gpu = device == "cuda"
     quick = ["--device", device, "--quick", "--no-scaling"]
@@ -65,10 +65,10 @@ def all_parts(device: str, out: Path, scratch: Path, tests: list[str]) -> list[P
     if not gpu:
         goals = ["--case", "2000x64", "--dtype", "fp32", "--optimizer", "AdamW", "--peer", "torch fused"]
         wider += ["--case", "465-groups", "--dtype", "fp32", "--optimizer", "SGD", "--peer", "none"]
-    report = scratch / "tests.xml"
-    # The repository's settings make warnings errors; the lack of NumPy, which torch warns of, is none.
-    numpy = "ignore:Failed to initialize NumPy:UserWarning"
-    pytest = ["-p", "no:cacheprovider", "--tb=short", "-rfEs", "-W", numpy, f"--junitxml={report}", *tests]
+    # Triton compiles for every test; the CUDA kernels and the goals come first.
+    marked, first, later = marked_tests(), [], []
+    if tests is None and gpu:
+        first, later = [*marked, "-k", "not triton"], [*marked, "-k", "triton"]
     return [
         Part(
             "build",
@@ -80,21 +80,16 @@ def all_parts(device: str, out: Path, scratch: Path, tests: list[str]) -> list[P
             {"TORCH_CUDA_ARCH_LIST": "", "FUSEDOPTIM_BUILD_CUDA": "1"} if gpu else {},
         ),
         Part("self-check", BUILD_LOG, 60, python("fusedoptim"), functools.partial(verdicts.self_check, backend=device)),
-        Part(
-            "tests",
-            TESTS_LOG,
-            180,
-            python("pytest", *pytest),
-            functools.partial(verdicts.tests, report=report),
-            {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        ),
+        # Without a GPU, tests that take a moment stand for those that need one.
+        pytest("tests", 120, first or tests or ["tests/test_rounding.py"], scratch),
         Part(
             "benchmarks",
             BENCH_LOG,
-            150,
+            170,
             python("benchmarks.run", *quick, *goals, "--out", out / BENCH),
             functools.partial(verdicts.benchmarks, path=out / BENCH, whole=True),
         ),
+        *([pytest("Triton tests", 120, later, scratch)] if later else []),
         *(sanitizer(name, device) for name in TOOLS),
         ncu(device),
         Part(
@@ -108,6 +103,16 @@ def all_parts(device: str, out: Path, scratch: Path, tests: list[str]) -> list[P
     ]
 
 
+def pytest(name: str, limit: float, selection: list[str], scratch: Path) -> Part:
+    report = scratch / f"{name}.xml"
+    # The repository's settings make warnings errors; the lack of NumPy, which torch warns of, is none.
+    numpy = "ignore:Failed to initialize NumPy:UserWarning"
+    options = ["-p", "no:cacheprovider", "--tb=short", "-rfEs", "-W", numpy, f"--junitxml={report}"]
+    judge = functools.partial(verdicts.tests, report=report)
+    command = python("pytest", *options, *selection)
+    return Part(name, TESTS_LOG, limit, command, judge, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+
+
 def sanitizer(name: str, device: str) -> Part:
     program = tool("compute-sanitizer")
     absent = None
@@ -115,10 +120,12 @@ def sanitizer(name: str, device: str) -> Part:
         absent = Verdict(FAILED if device == "cuda" else ABSENT, "compute-sanitizer was not found")
     options = ["--tool", name, "--target-processes", "all", "--error-exitcode", str(FOUND), "--print-limit", "20"]
     command = [str(program), *options, *python("benchmarks.gpu_steps", "--device", device)]
+    if device == "cuda" and name != "memcheck":
+        command += ["--backend", "cuda"]  # Triton's compiler places the barriers of its kernels
     # Every tensor gets memory of its own, so that an access beyond its end is one beyond an allocation.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     judge = functools.partial(verdicts.sanitizer, found=FOUND)
-    return Part(name, TOOLS_LOG, 60, command, judge, environment, absent, least=15.0 if device == "cuda" else 5.0)
+    return Part(name, TOOLS_LOG, 50, command, judge, environment, absent, least=15.0 if device == "cuda" else 5.0)
 
 
 def ncu(device: str) -> Part:
@@ -259,9 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out.resolve()
     remove(out, FILES)
     with tempfile.TemporaryDirectory() as scratch:
-        # Without a GPU, tests that take a moment stand for those that need one.
-        tests = args.tests or (marked_tests() if device == "cuda" else ["tests/test_rounding.py"])
-        plan = all_parts(device, out, Path(scratch), tests)
+        plan = all_parts(device, out, Path(scratch), args.tests)
         chosen = arguments.known("--part", args.part, [p.name for p in plan])
         check = Check(device, out, [p for p in plan if p.name in chosen])
         parts.interruptible()

@@ -67,6 +67,7 @@ def main() -> int:
     p = arguments.Parser(prog="python -m benchmarks.gpu_steps", description=__doc__)
     p.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     p.add_argument("--large", action="store_true")
+    p.add_argument("--backend", help="this one alone (default: all that have kernels for the device)")
     args = p.parse_args()
     device = torch.device(args.device)
     able = [
@@ -74,8 +75,9 @@ def main() -> int:
         for b in _backends.BACKENDS.values()
         if b.devices is not None and b.takes(device) and b.problem(device) is None
     ]
+    able = [name for name in able if args.backend in (None, name)]
     if not able:
-        print(f"no backend has kernels for {args.device}; python -m fusedoptim says why")
+        print(f"no {args.backend or 'backend'} kernels for {args.device}; python -m fusedoptim says why")
         return 1
     return max(large(b, args.device) if args.large else check(b, args.device) for b in able)
 

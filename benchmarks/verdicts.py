@@ -40,18 +40,20 @@ def tests(outcome: Outcome, report: Path) -> Verdict:
     """A test that is skipped has not been run, and that is a failure on the machine that it is for."""
     if not report.exists():
         return Verdict(FAILED, f"no counts; {exit_code(outcome).note or outcome.last_line}")
-    passed, bad, skipped = 0, [], []
+    passed, bad = 0, []
+    skipped: dict[str, int] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = str(case.get("name"))
         if case.find("failure") is not None or case.find("error") is not None:
             bad.append(name)
         elif (why := case.find("skipped")) is not None:
-            skipped.append(f"{name} ({why.get('message')})")
+            reason = str(why.get("message"))
+            skipped[reason] = skipped.get(reason, 0) + 1
         else:
             passed += 1
-    note = f"{passed} passed, {len(bad)} failed, {len(skipped)} skipped"
+    note = f"{passed} passed, {len(bad)} failed, {sum(skipped.values())} skipped"
+    note += f" ({', '.join(f'{n} {reason}' for reason, n in skipped.items())})" if skipped else ""
     note += f"; failed: {', '.join(bad[:5])}" if bad else ""
-    note += f"; skipped: {', '.join(skipped[:3])}" if skipped else ""
     plain = exit_code(outcome)
     if plain.state != PASSED and not bad:
         note += f"; {plain.note}"

@@ -22,7 +22,9 @@ SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
+    """Put back after every test. What a background job ignores, its children would ignore as well: not so here."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for s, handler in handlers.items():
         signal.signal(s, handler)
@@ -178,9 +180,10 @@ def test_the_whole_ends_in_time(tmp_path: Path) -> None:
 def test_the_limits_leave_time_to_end() -> None:
     assert parts.GRACE + 5 < gpu_check.RESERVE and gpu_check.TOTAL <= 540
     for device in ("cpu", "cuda"):
-        plan = gpu_check.all_parts(device, Path("out"), Path("scratch"), [])
+        plan = gpu_check.all_parts(device, Path("out"), Path("scratch"))
         assert [p.name for p in plan] == [
             *("build", "self-check", "tests", "benchmarks"),
+            *(["Triton tests"] if device == "cuda" else []),
             *("memcheck", "racecheck", "initcheck", "synccheck", "ncu", "more benchmarks"),
         ]
         assert {p.log for p in plan} < set(gpu_check.FILES)
@@ -268,7 +271,7 @@ XML = """<testsuites><testsuite tests="4">
             '<testcase name="test_left"><skipped message="needs a CUDA device"/></testcase>',
             said(""),
             FAILED,
-            "1 passed, 0 failed, 1 skipped; skipped: test_left (needs a CUDA device)",
+            "1 passed, 0 failed, 1 skipped (1 needs a CUDA device)",
         ),
         ("", said("", 2, "cut after 9 s"), FAILED, "1 passed, 0 failed, 0 skipped; cut after 9 s"),
         ("", said("Fatal Python error", -11), FAILED, "0 skipped; exit code -11: Fatal Python error"),
@@ -448,7 +451,7 @@ def test_tools_are_found_on_the_path_and_beside_nvcc(
 
 def test_a_sanitizer_is_needed_on_a_gpu_and_counters_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "tool", lambda name: None)
-    plan = {d: {p.name: p for p in gpu_check.all_parts(d, Path("o"), Path("s"), [])} for d in ("cpu", "cuda")}
+    plan = {d: {p.name: p for p in gpu_check.all_parts(d, Path("o"), Path("s"))} for d in ("cpu", "cuda")}
     assert plan["cuda"]["memcheck"].absent == Verdict(FAILED, "compute-sanitizer was not found")
     assert plan["cpu"]["memcheck"].absent == Verdict(ABSENT, "compute-sanitizer was not found")
     assert plan["cuda"]["ncu"].absent == Verdict(ABSENT, "ncu was not found")
@@ -456,6 +459,11 @@ def test_a_sanitizer_is_needed_on_a_gpu_and_counters_are_not(monkeypatch: pytest
 
 def test_gpu_tests_are_those_that_are_marked() -> None:
     assert gpu_check.marked_tests() == ["-m", "gpu", "tests/test_cuda_gpu.py"]
+    plan = {p.name: p for p in gpu_check.all_parts("cuda", Path("o"), Path("s"))}
+    selections = [list(plan[name].command[-2:]) for name in ("tests", "Triton tests")]
+    assert selections == [["-k", "not triton"], ["-k", "triton"]]
+    given = {p.name: p for p in gpu_check.all_parts("cuda", Path("o"), Path("s"), ["tests/test_x.py"])}
+    assert given["tests"].command[-1] == "tests/test_x.py" and "Triton tests" not in given
 
 
 # ---- the command ----
@@ -518,7 +526,7 @@ def test_the_tests_part_runs_and_counts(tmp_path: Path, fake: Callable[[str, str
     out = tmp_path / "out"
     done = run_script(out, "--device", "cpu", "--part", "tests", "--tests", str(tests))
     assert done.returncode == 1 and done.stdout.endswith("GPU CHECK: 0 passed, 1 failed\n"), done.stdout + done.stderr
-    assert "1 passed, 1 failed, 1 skipped; failed: test_two; skipped: test_three (no reason)" in done.stdout
+    assert "1 passed, 1 failed, 1 skipped (1 no reason); failed: test_two" in done.stdout
     assert {p.name for p in out.iterdir()} == {"summary.txt", "tests.log"}
 
 
