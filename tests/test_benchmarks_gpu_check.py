@@ -4,6 +4,7 @@ tools that it runs are stood in for by scripts, and the GPU by the CPU."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from benchmarks import gpu_check, parts, verdicts
 from benchmarks.errors import UsageError
 from benchmarks.parts import ABSENT, FAILED, PASSED, ROOT, Finding, Interrupted, Outcome, Part, Verdict
+from fusedoptim import _native
 
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 
@@ -469,9 +471,9 @@ def test_gpu_tests_are_those_that_are_marked() -> None:
 # ---- the command ----
 
 
-def run_script(out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(out: Path, *options: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(SCRIPT), out.name, *options],
+        ["bash", str(script), out.name, *options],
         cwd=out.parent,
         env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -528,6 +530,39 @@ def test_the_tests_part_runs_and_counts(tmp_path: Path, fake: Callable[[str, str
     assert done.returncode == 1 and done.stdout.endswith("GPU CHECK: 0 passed, 1 failed\n"), done.stdout + done.stderr
     assert "1 passed, 1 failed, 1 skipped (1 no reason); failed: test_two" in done.stdout
     assert {p.name for p in out.iterdir()} == {"summary.txt", "tests.log"}
+
+
+#: Compilers that have the result ready, and leave it where it is asked for.
+READY = 'while [ $# -gt 0 ]; do case "$1" in -o) out=$2;; -MF) : > "$2";; esac; shift; done; cp "{}" "$out"'
+
+
+@pytest.mark.skipif(_native._C is None, reason="needs a built library to hand out")
+def test_the_build_is_for_this_machine_and_with_cuda(tmp_path: Path, fake: Callable[[str, str], Path]) -> None:
+    library = next(Path(str(_native._C.__file__)).parent.glob("_C.*.so"))
+    copy = tmp_path / "copy"
+    for name in ("csrc", "fusedoptim", "benchmarks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    # torch asks a compiler for its version first
+    cxx = fake("cxx", f'case "$1" in -dump*|--version) exec c++ "$@";; esac; {READY.format(library)}')
+    environment = {"CXX": str(cxx), "CUDACXX": "nvcc", "TORCH_CUDA_ARCH_LIST": "5.0"}
+
+    def build() -> str:
+        script = copy / "benchmarks" / "gpu_check.sh"
+        run_script(tmp_path / "out", "--device", "cuda", "--part", "build", script=script, **environment)
+        return (tmp_path / "out" / gpu_check.SUMMARY).read_text()
+
+    fake("nvcc", 'echo "nvcc fatal error: no such GPU" >&2; exit 1')
+    text = build()
+    assert "without its cuda kernels: nvcc failed: nvcc fatal error: no such GPU" in text
+    assert text.endswith("GPU CHECK: 0 passed, 1 failed\n")
+    fake("nvcc", READY.format(library))
+    text = build()
+    assert text.endswith("GPU CHECK: 1 passed, 0 failed\n"), text
+    assert (copy / "fusedoptim" / "_C_cuda.so").exists()
+    log = (tmp_path / "out" / "build.log").read_text()
+    assert "arch=compute_" in log and "compute_50" not in log, "the environment's choice was not for this machine"
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
