@@ -11,18 +11,23 @@ from typing import IO
 from .errors import UsageError
 
 
+def temporary(path: Path) -> Path:
+    """Where ``path`` is written first. Always the same, so that what a killed process left is overwritten by the next
+    one."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes to a temporary file beside ``path``, then renames it. The temporary's name is always the same, so that
-    what a killed process left is overwritten by the next one."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Writes to a temporary file beside ``path``, then renames it."""
+    partial = temporary(path)
     try:
-        with temporary.open("wb") as f:
+        with partial.open("wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        os.replace(partial, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UsageError(f"{path} cannot be written: {error.strerror}") from error
         raise

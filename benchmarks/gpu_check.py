@@ -17,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
 
 from . import arguments, parts, verdicts
 from .commit import commit
 from .errors import UsageError
-from .files import make_folder, write_atomically
+from .files import make_folder, temporary, write_atomically
 from .goals import GOALS, key
 from .parts import ABSENT, FAILED, PASSED, ROOT, Finding, Interrupted, Part, Verdict
 from .results import Result, load
@@ -33,6 +33,8 @@ TOTAL, RESERVE = 540.0, 14.0
 SUMMARY, BENCH, WIDER = "summary.txt", "bench.json", "wider.json"
 BUILD_LOG, TESTS_LOG, TOOLS_LOG, BENCH_LOG = "build.log", "tests.log", "tools.log", "bench.log"
 FILES = (SUMMARY, BUILD_LOG, TESTS_LOG, TOOLS_LOG, BENCH_LOG, BENCH, WIDER, parts.RUNNING)
+#: What a part leaves that is killed while it writes.
+HALF_WRITTEN = tuple(temporary(Path(name)).name for name in FILES)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: What compute-sanitizer exits with if it found something; no program's own exit code.
 FOUND = 86
@@ -241,11 +243,9 @@ class Check:
         self.write()
 
 
-def remove(out: Path, names: tuple[str, ...]) -> None:
-    """Of an earlier check, or left by one that was killed."""
+def remove(out: Path, names: Iterable[str]) -> None:
     for name in names:
-        for path in (out / name, out / f".{name}.partial"):
-            path.unlink(missing_ok=True)
+        (out / name).unlink(missing_ok=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     device = arguments.known("--device", [args.device], GOALS)[0]
     make_folder(args.out, "OUTDIR")
     out = args.out.resolve()
-    remove(out, FILES)
+    remove(out, (*FILES, *HALF_WRITTEN))
     with tempfile.TemporaryDirectory() as scratch:
         plan = all_parts(device, out, Path(scratch), args.tests)
         chosen = arguments.known("--part", args.part, [p.name for p in plan])
@@ -277,14 +277,10 @@ def main(argv: list[str] | None = None) -> int:
             if interrupt.args and isinstance(interrupt.args[0], Finding):
                 check.add(interrupt.args[0])
         check.write()
-    remove(out, (parts.RUNNING,))
+    remove(out, (parts.RUNNING, *HALF_WRITTEN))
     print(f"\n{check.summary()}", end="", flush=True)
     return 1 if check.failed else 0
 
 
-def _run() -> NoReturn:
-    arguments.run(main)
-
-
 if __name__ == "__main__":
-    _run()
+    arguments.run(main)

@@ -198,7 +198,7 @@ from benchmarks import gpu_check
 from benchmarks.parts import Part
 gpu_check.all_parts = lambda device, out, scratch, tests: [
     Part("first", "a.log", 30, ["sh", "-c", "echo done"]),
-    Part("second", "a.log", 30, ["sh", "-c", "echo begun; sleep 60 & echo $! > %s; wait"]),
+    Part("second", "a.log", 30, ["sh", "-c", "echo begun; touch %s; sleep 60 & echo $! > %s; wait"]),
     Part("third", "a.log", 30, ["sh", "-c", "echo never"]),
 ]
 sys.exit(gpu_check.main())
@@ -210,7 +210,7 @@ def test_a_check_that_is_asked_to_end_says_what_it_has(tmp_path: Path, number: s
     """Also where the signal was ignored before, as in the background of a script."""
     out, pid_file = tmp_path / "out", tmp_path / "pid"
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER % pid_file, str(out), "--device", "cpu"],
+        [sys.executable, "-c", DRIVER % (out / ".bench.json.partial", pid_file), str(out), "--device", "cpu"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -230,7 +230,7 @@ def test_a_check_that_is_asked_to_end_says_what_it_has(tmp_path: Path, number: s
     assert text.endswith("GPU CHECK: 1 passed, 2 failed\n")
     assert f"ended by {number.name}" in text and "not run: interrupted" in text
     assert "done\n" in (out / "a.log").read_text() and "begun\n" in (out / "a.log").read_text()
-    assert not alive(int(pid_file.read_text())) and not (out / parts.RUNNING).exists()
+    assert not alive(int(pid_file.read_text())) and {p.name for p in out.iterdir()} == {"summary.txt", "a.log"}
 
 
 def test_the_first_signal_counts_and_no_other() -> None:
