@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
                 results.scaling.append(point)
                 results.save()
                 progress.advance()
+        results.environment |= device.describe()  # peers and limits may have loaded another OpenMP runtime
         results.finished = True
         results.save()
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import signal
 import statistics
@@ -497,6 +498,8 @@ def test_a_wrong_fusedoptim_is_a_failure(monkeypatch: pytest.MonkeyPatch, measur
 
 def test_a_row_and_its_environment(measured: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["benchmarks/run.py", "--peer", "torch fused"])
+    runtimes = itertools.count(1)
+    monkeypatch.setattr(devices, "openmp_runtimes", lambda: next(runtimes))
     code, content = measured(*ARGUMENTS, "--peer", "torch fused")
     assert code == 0 and content["finished"] is True and content["planned"] == 1
     [row] = content["rows"]
@@ -516,6 +519,7 @@ def test_a_row_and_its_environment(measured: Options, monkeypatch: pytest.Monkey
         *("capability", "system", "cache_bytes", "load", "packages", "backend", "openmp_runtimes"),
     }
     assert environment["command"] == "python -m benchmarks.run --peer 'torch fused'"
+    assert environment["openmp_runtimes"] > 1, "before the limits had loaded theirs"
     assert environment["torch"] == torch.__version__ and environment["threads"] == 1
     assert environment["backend"] == ("cpu" if fusedoptim._native._C else "reference")
 
