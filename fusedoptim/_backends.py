@@ -102,7 +102,7 @@ def choose(name: str | None, device: torch.device) -> str:
         if problem is not None:
             raise RuntimeError(f"backend={name!r} cannot be used: {problem}")
         return name
-    causes = []
+    causes: list[str] = []
     for backend in BACKENDS.values():
         if backend.devices is None or not backend.takes(device):
             continue

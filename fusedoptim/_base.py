@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks
+from . import _backends, _checkpoint, _checks, _compiled
 from ._rule import FLAGS, Group, Rule, Slot
 from ._runners import Member, Runner, make_runner
 
@@ -57,6 +57,9 @@ class FusedOptimizer(Optimizer):
         self._options: dict[str, Any] = {"backend": backend, "state_dtype": state_dtype}
         self._runners: list[Runner] | None = None
         self._captured: list[Runner] = []
+        #: The parameters of all groups, for compiled steps, which must not look at the groups.
+        self._all_params: list[Tensor] = []
+        self._name = _compiled.register(self)
         super().__init__(params, defaults)
 
     # ---- the step ----
@@ -83,6 +86,18 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            _compiled.trace(self)
+        else:
+            self._step()
+        return loss
+
+    # Schedulers replace an optimizer's step by one that notes that it was called, in a file that torch.compile does not
+    # trace, unless this says that it notes it already.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def _step(self) -> None:
+        self._opt_called = True
         runners = self._runners
         if runners:
             for runner in runners:
@@ -100,7 +115,6 @@ class FusedOptimizer(Optimizer):
         else:
             for runner in runners:
                 runner.run_scaled(*scaling)
-        return loss
 
     def _step_afresh(self, scaling: Scaling) -> None:
         """Validates everything, creates missing states and runners, and steps; or raises, having changed nothing."""
@@ -250,11 +264,13 @@ class FusedOptimizer(Optimizer):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
+        self._all_params = [p for g in self.param_groups for p in g["params"]]
         try:
             for i, p in enumerate(group["params"]):
                 _checks.check_param(p, _checks.describe(group, index, i), type(self).__name__)
         except ValueError:
             del self.param_groups[-1]
+            self._all_params = [p for g in self.param_groups for p in g["params"]]
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -288,6 +304,9 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_runners", None)
         self.__dict__.setdefault("_captured", [])
         self._drop_runners()
+        self._all_params = [p for group in self.param_groups for p in group["params"]]
+        if "_name" not in self.__dict__:
+            self._name = _compiled.register(self)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

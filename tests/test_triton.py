@@ -28,16 +28,9 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 def test_every_case_in_the_interpreter() -> None:
     """In a process of its own: Triton has to be told before it is imported."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(HERE / "interpreted_triton.py"),
-    ]
+    tests = str(HERE / "interpreted_triton.py")
+    # Without the repository's own -q, which would leave out the count.
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-x", "-p", "no:cacheprovider", tests]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

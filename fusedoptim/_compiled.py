@@ -1,0 +1,103 @@
+"""A step inside of torch.compile: one opaque operator, which makes an ordinary step when the compiled code runs.
+
+What is traced touches parameters and gradients only. Hyper-parameters, states and tables are looked up when the
+operator runs, so that no change of theirs compiles anything anew; only another set of parameters with gradients does.
+The parameters are declared to be written to. States belong to the optimizer: compiled code that reads one in the same
+function as the step may read it before or after the step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._base import FusedOptimizer
+
+
+_optimizers: weakref.WeakValueDictionary[str, FusedOptimizer] = weakref.WeakValueDictionary()
+#: An optimizer's name here, and which of its parameters had gradients when a step of it was traced.
+_traced: list[tuple[str, tuple[int, ...]]] = []
+_numbers = itertools.count()
+
+
+def register(optimizer: FusedOptimizer) -> str:
+    """Returns the optimizer's name here. A text, because a compiler might take a number for one that varies."""
+    name = f"{type(optimizer).__name__}-{next(_numbers)}"
+    _optimizers[name] = optimizer
+    return name
+
+
+_library = torch.library.Library("fusedoptim", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "step_(int traced, Tensor(a!)[] params, Tensor[] grads) -> ()",
+    # A CUDA graph would hold on to the hyper-parameters of the step that it recorded.
+    tags=tuple(getattr(torch.Tag, t) for t in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, t)),
+)
+
+
+def trace(optimizer: FusedOptimizer) -> None:
+    """Puts the operator into the graph that is being traced."""
+    params = optimizer._all_params
+    grads, active = [], []
+    for i, p in enumerate(params):
+        grad = p.grad
+        if grad is not None:
+            grads.append(grad)
+            active.append(i)
+    if active:
+        with torch.no_grad():
+            torch.ops.fusedoptim.step_(_remember(optimizer._name, tuple(active)), params, grads)
+
+
+def _remember(name: str, active: tuple[int, ...]) -> int:
+    _traced.append((name, active))
+    return len(_traced) - 1
+
+
+# As torch.compiler.assume_constant_result does, without importing the compiler, which takes a second: it is called
+# while a step is traced, and its result becomes a constant of the graph.
+_remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
+    name, active = _traced[number]
+    optimizer = _optimizers.get(name)
+    if optimizer is None:
+        raise RuntimeError(f"the optimizer {name} of this compiled step is gone: keep it as long as the compiled code")
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(own) != len(params) or any(a is not b for a, b in zip(own, optimizer._all_params, strict=True)):
+        raise RuntimeError(
+            "the optimizer's parameters changed since its step was compiled: use add_param_group() to add some, and "
+            "torch.compiler.reset() after changing param_groups by hand"
+        )
+    given_grads = dict(zip(active, grads, strict=True))
+    before = [p.grad for p in own]
+    # A compiler may hand over copies, to be written to in the parameters' stead.
+    copies = [(p, q, p.detach().clone()) for p, q in zip(own, params, strict=True) if p is not q and not _same(p, q)]
+    try:
+        for p, q, _ in copies:
+            p.data.copy_(q)
+        for i, p in enumerate(own):
+            if p.grad is not given_grads.get(i):
+                p.grad = given_grads.get(i)
+        optimizer._step()
+    finally:
+        for p, grad in zip(own, before, strict=True):
+            if p.grad is not grad:
+                p.grad = grad
+        for p, q, old in copies:
+            q.copy_(p.detach())
+            p.data.copy_(old)
+
+
+def _same(p: Tensor, q: Tensor) -> bool:
+    return p.data_ptr() == q.data_ptr() and p.shape == q.shape and p.stride() == q.stride()
+
+
+_library.impl("step_", _step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("fusedoptim::step_", lambda traced, params, grads: None, lib=_library)
