@@ -1,6 +1,4 @@
 // The pybind11 module fusedoptim._C.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
 #include <optional>
@@ -9,6 +7,7 @@
 #include "cuda/library_launcher.h"
 #include "cuda/table_layout.h"
 #include "python/plan.h"
+#include "python/pybind.h"
 
 namespace py = pybind11;
 using namespace fusedoptim;

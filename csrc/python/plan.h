@@ -6,8 +6,6 @@
 // wrong or makes a new plan.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
@@ -19,6 +17,7 @@
 #include "../rules/registry.h"
 #include "address_book.h"
 #include "prefetch.h"
+#include "pybind.h"
 #include "state_snapshot.h"
 #include "tensor_reader.h"
 

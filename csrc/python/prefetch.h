@@ -4,11 +4,10 @@
 // All are inlined by force: GCC takes a function that only prefetches for one without effect, and drops its calls.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <torch/csrc/stable/tensor.h>
 
 #include "../core/dtype.h"
+#include "pybind.h"
 
 namespace fusedoptim {
 

@@ -1,7 +1,7 @@
 // Python errors that stand for an answer.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "pybind.h"
 
 namespace fusedoptim {
 

@@ -1,13 +1,12 @@
 // A launcher written in Python: fusedoptim/triton_kernels/launcher.py.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <utility>
 
 #include "../cuda/launcher.h"
 #include "../rules/registry.h"
+#include "pybind.h"
 
 namespace fusedoptim {
 

@@ -1,11 +1,10 @@
 // The identity of everything in optimizer.state: which dicts, which keys, which tensors.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <vector>
 
 #include "prefetch.h"
+#include "pybind.h"
 
 namespace fusedoptim {
 

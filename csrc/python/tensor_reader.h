@@ -2,10 +2,9 @@
 // (torch >= 2.10): about 20 ns a tensor, against 40 ns for each of data_ptr(), dtype and stride() from Python.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include "../core/dtype.h"
 #include "dlpack_abi.h"
+#include "pybind.h"
 #include "python_errors.h"
 
 namespace fusedoptim {
