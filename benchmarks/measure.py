@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from .devices import Call, Device, Sample
 
 
+#: Slow is what takes so many times as long as the fastest, the limits included.
+SLOW = 5
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Rounds go on for ``seconds``, but there are at least and at most so many."""
+    """Rounds go on for ``seconds``, but there are at least and at most so many; ``without_slow`` is the least number of
+    rounds for those that are not slow, once the slow ones have stopped."""
 
     seconds: float
     at_least: int = 5
+    without_slow: int = 5
     at_most: int = 101
 
 
@@ -66,8 +72,9 @@ def interleaved(
         for number in range(budget.at_most):
             if number >= budget.at_least:
                 share = budget.seconds / len(contenders)
-                order = [n for n in order if contenders[n].throughout or spent[n] < share]
-                if time.perf_counter() >= end:
+                swift = SLOW * min(spent.values()) if number < budget.without_slow else 0.0
+                order = [n for n in order if contenders[n].throughout or spent[n] < max(share, swift)]
+                if time.perf_counter() >= end and number >= budget.without_slow:
                     break
             draw.shuffle(order)
             for name in tuple(order):

@@ -15,7 +15,7 @@ from .errors import UsageError
 from .files import write_atomically
 from .goals import GOALS
 from .results import Results, load
-from .tables import comparison, device_details, disturbed, reasons, scaling
+from .tables import comparison, device_details, disturbed, header, line, reasons, scaling
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"<!-- results: (?P<file>\S+) -->\n.*?<!-- end of results -->", re.S)
@@ -45,8 +45,17 @@ def tables(results: Results) -> str:
     return "\n\n".join([p for p in parts if p] + [source(results.environment)])
 
 
+def unmeasured() -> str:
+    """What a GPU is to reach, for a machine that there are no results of yet."""
+    lines = header(["optimizer", "case", "goal", "measured"], 3)
+    for (optimizer, dtype, case), goals in GOALS["cuda"].items():
+        lines += [line([f"{optimizer} {dtype}", case, str(goal), "not measured"]) for goal in goals]
+    return "\n".join(lines)
+
+
 def section(name: str) -> str:
-    return f"<!-- results: {name} -->\n{tables(load(ROOT / name))}\n<!-- end of results -->"
+    text = tables(load(ROOT / name)) if (ROOT / name).exists() else unmeasured()
+    return f"<!-- results: {name} -->\n{text}\n<!-- end of results -->"
 
 
 def read(path: Path) -> str:

@@ -31,13 +31,13 @@ from .results import OURS, Result, Results, check_target
 from .rows import CONDITIONS, Row, measure
 from .tables import everything
 
-FULL, QUICK = Budget(8.0), Budget(1.0, at_most=31)
+FULL, QUICK = Budget(7.0, without_slow=15), Budget(1.0, at_most=31)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = arguments.Parser(prog="python -m benchmarks.run", description=__doc__)
     p.add_argument("--device", default="cpu", help=f"one of {', '.join(DEVICES)} (default: cpu)")
-    p.add_argument("--quick", action="store_true", help="fewer rows, and a second for each instead of eight")
+    p.add_argument("--quick", action="store_true", help="fewer rows, and a second for each instead of seven")
     p.add_argument("--optimizer", action="append", help=f"of {', '.join(SETTINGS)}")
     p.add_argument("--case", action="append", help=f"of {', '.join(CASES)}")
     p.add_argument("--dtype", action="append", help=f"parameters, or parameters+states, of {', '.join(DTYPES)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 from .kernels import norm_step_kernel, step_kernel
 
 WARPS = 4
+#: Captured steps that may follow each other without an ordinary one in between.
+SPARE = 4
 
 
 def block(threads_per_warp: int) -> int:
@@ -33,7 +34,8 @@ def plug(rule: str) -> Plug:
 
 
 class TritonLauncher:
-    """For one optimizer's parameters on one device. Kernels run on torch's current stream."""
+    """For one optimizer's parameters on one device, which has to be the current one. All is done on torch's current
+    stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -41,30 +43,30 @@ class TritonLauncher:
         self._plugs: dict[str, Plug] = {}
         #: What captured copies read from at every replay.
         self._captured: list[Tensor] = []
-
-    def _guard(self) -> AbstractContextManager[Any]:
-        if self.device.type == "cpu":
-            return nullcontext()
-        guard: AbstractContextManager[Any] = torch.get_device_module(self.device).device(self.device)
-        return guard
+        #: Pinned memory for captured steps, during which none can be had.
+        self._spare: list[Tensor] = []
 
     def allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def upload(self, to: Tensor, offset: int, data: memoryview) -> None:
-        self._copy(to, offset, data)
+        size = len(data)
+        # From torch's cache of pinned memory, which takes it back once the copy is through.
+        self._copy(to[offset : offset + size], self._pinned(size), data)
+        if self.device.type == "cuda" and (len(self._spare) < SPARE or len(self._spare[0]) < size):
+            self._spare = [self._pinned(size) for _ in range(SPARE)]
 
     def write(self, to: Tensor, data: memoryview) -> None:
-        self._captured.append(self._copy(to, 0, data))
+        size = len(data)
+        spare = self._spare.pop() if self._spare and len(self._spare[-1]) >= size else self._pinned(size)
+        self._captured.append(self._copy(to[:size], spare[:size], data))
 
-    def _copy(self, to: Tensor, offset: int, data: memoryview) -> Tensor:
-        source = torch.frombuffer(data, dtype=torch.uint8)
-        if self.device.type != "cpu":
-            # From torch's cache of pinned memory, which takes it back once the copy is through.
-            pinned = torch.empty(len(source), dtype=torch.uint8, pin_memory=True)
-            source = pinned.copy_(source)
-        to[offset : offset + len(source)].copy_(source, non_blocking=True)
-        return source
+    def _pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
+
+    def _copy(self, to: Tensor, pinned: Tensor, data: memoryview) -> Tensor:
+        to.copy_(pinned.copy_(torch.frombuffer(data, dtype=torch.uint8)), non_blocking=True)
+        return pinned
 
     def capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -83,6 +85,5 @@ class TritonLauncher:
         if functions is None:
             functions = self._plugs[rule] = plug(rule)
         kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
-        # Contraction would change results. Without the guard Triton launches on the current device, not on ours.
-        with self._guard():
-            kernel[(blocks,)](header, *functions, kinds, self._block, num_warps=WARPS, enable_fp_fusion=False)
+        # Contraction would change results.
+        kernel[(blocks,)](header, *functions, kinds, self._block, num_warps=WARPS, enable_fp_fusion=False)

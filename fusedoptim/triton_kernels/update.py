@@ -64,11 +64,12 @@ def scalars(
         average = fp32(word(entry + at.ENTRY_SCALAR_STATE))
         new_average = NEXT_STATE(row, sum_of_squares, average)
     c = PREPARE(row, number, first, sum_of_squares, average, T)
-    tl.debug_barrier()  # every thread of the block has read
-    arrivals = (control + at.CONTROL_ARRIVALS).to(tl.pointer_type(tl.int32))
-    if tl.atomic_add(arrivals, 1) + 1 == items:
-        tl.store(arrivals, 0)
-        commit(entry, control, number, new_average, NEXT_STATE is not None)
+    if (NEXT_STATE is not None) | (word(entry + at.ENTRY_STEP) != 0):
+        tl.debug_barrier()  # every thread of the block has read
+        arrivals = (control + at.CONTROL_ARRIVALS).to(tl.pointer_type(tl.int32))
+        if tl.atomic_add(arrivals, 1) + 1 == items:
+            tl.store(arrivals, 0)
+            commit(entry, control, number, new_average, NEXT_STATE is not None)
     return c
 
 
