@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from .devices import Call, Device, Sample
 
-
 #: Slow is what takes so many times as long as the fastest, the limits included.
 SLOW = 5
 
