@@ -57,8 +57,8 @@ def interleaved(
 ) -> dict[str, Times]:
     """Calls each in turn, in an order that is drawn anew for every round, so that nobody always follows the same one.
 
-    Caches are evicted before every call. One that raises takes no further part; its error is kept. Python's garbage
-    collector runs between rounds.
+    Caches are evicted before every call, or filled by another call that is not timed. One that raises takes no further
+    part; its error is kept. Python's garbage collector runs between rounds.
     """
     taken = {name: Times() for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
@@ -82,6 +82,8 @@ def interleaved(
                     contenders[name].prepare(first_number + number)
                     if evict:
                         device.evict()
+                    else:
+                        contenders[name].call()
                     taken[name].rounds[number] = device.timed(contenders[name].call)
                 except Exception as error:
                     taken[name].error = explain(error)

@@ -44,7 +44,7 @@ CONDITIONS = {
     for c in (
         Condition("kept", "gradients kept, caches evicted before every call"),
         Condition("recreated", "gradients set to None and created anew, caches evicted before every call", renew=True),
-        Condition("warm", "gradients kept, data that fits the caches left in them", evict=False),
+        Condition("warm", "gradients kept, a step that is not timed right before", evict=False),
     )
 }
 
