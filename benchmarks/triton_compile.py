@@ -34,15 +34,14 @@ def generate(rule: str, kinds: tuple[int, ...], backend: str = "cuda", arch: int
     functions = launcher.plug(rule)
     code = kernels.step_kernel if functions.next_scalar_state is None else kernels.norm_step_kernel
     warp = 64 if backend == "hip" else 32
-    names = ("PREPARE", "UPDATE", "NEXT_STATE", "KINDS", "BLOCK")
-    values = (*functions, kinds, launcher.block(warp))
+    names = ("PREPARE", "UPDATE", "NEXT_STATE", "KINDS", "BLOCK", "LAYOUT")
+    values = (*functions, kinds, launcher.block(warp), launcher.DIGEST)
     source = ASTSource(
         code,
         {"header": "i64", **dict.fromkeys(names, "constexpr")},
         {(i + 1,): value for i, value in enumerate(values)},
     )
-    options = {"num_warps": launcher.WARPS, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
+    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=launcher.OPTIONS)
 
 
 def main() -> None:

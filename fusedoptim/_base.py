@@ -124,6 +124,7 @@ class FusedOptimizer(Optimizer):
                 " the capture, and none that changes groups, states, dtypes or memory layouts in between"
             )
         self._drop_runners()
+        self._all_params = [p for group in self.param_groups for p in group["params"]]
         # The one place that waits for the device: no state may be created in a step that is then skipped.
         if scaling is not None and scaling[1] is not None and scaling[1].item() != 0:
             return

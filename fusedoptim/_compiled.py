@@ -2,8 +2,9 @@
 
 What is traced touches parameters and gradients only. Hyper-parameters, states and tables are looked up when the
 operator runs, so that no change of theirs compiles anything anew; only another set of parameters with gradients does.
-The parameters are declared to be written to. States belong to the optimizer: compiled code that reads one in the same
-function as the step may read it before or after the step.
+The parameters are declared to be written to. States and hyper-parameters belong to the optimizer: code in the
+same compiled function may read a state as it was before or after the step, and what it assigns to a group takes effect
+after it.
 """
 
 from __future__ import annotations
@@ -70,10 +71,11 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
     if optimizer is None:
         raise RuntimeError(f"the optimizer {name} of this compiled step is gone: keep it as long as the compiled code")
     own = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(own) != len(params) or any(a is not b for a, b in zip(own, optimizer._all_params, strict=True)):
+    if len(own) != len(params) or list(map(id, own)) != list(map(id, optimizer._all_params)):
+        optimizer._all_params = own
         raise RuntimeError(
-            "the optimizer's parameters changed since its step was compiled: use add_param_group() to add some, and "
-            "torch.compiler.reset() after changing param_groups by hand"
+            "the optimizer's parameters changed since its step was compiled, and nothing was stepped: call it again, "
+            "which compiles it for them. add_param_group() makes such changes known at once"
         )
     given_grads = dict(zip(active, grads, strict=True))
     before = [p.grad for p in own]

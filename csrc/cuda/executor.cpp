@@ -221,6 +221,8 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     make_norm_grids(entries);
   else
     make_elementwise_grids(entries);
+  for (const Grid& grid : grid_)
+    if (grid.items > 0) launcher_->prepare(rule_, grid.kinds);
   Packer packer;
   const int64_t at_entries = packer.add(table), at_layouts = packer.add(layouts_);
   int64_t at_first[2], at_segments[2];

@@ -40,6 +40,8 @@ class Launcher {
   virtual int64_t l2_bytes() = 0;
   // Waits for all that was launched on the device.
   virtual void finish() = 0;
+  // Makes ready for launches of a rule on such entries, so that only the device itself can make one fail.
+  virtual void prepare(int rule, const std::vector<uint64_t>& kinds) = 0;
   // header is null if arguments go by value.
   virtual void step(const Launch& launch, const StepArgs& args, const StepHeader* header) = 0;
 };

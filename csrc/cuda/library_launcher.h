@@ -19,6 +19,7 @@ class LibraryLauncher : public Launcher {
   bool capturing(void* stream) override { return api->capturing(stream); }
   int64_t l2_bytes() override { return api->l2_bytes(device_); }
   void finish() override;
+  void prepare(int, const std::vector<uint64_t>&) override {}  // the check of the device has loaded all kernels
   void step(const Launch& launch, const StepArgs& args, const StepHeader*) override;
 
  private:

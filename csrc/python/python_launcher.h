@@ -36,13 +36,21 @@ class PythonLauncher : public cuda::Launcher {
 
   void finish() override { functions_.attr("finish")(); }
 
+  void prepare(int rule, const std::vector<uint64_t>& kinds) override {
+    functions_.attr("prepare")(rule_info(rule).name, as_tuple(kinds));
+  }
+
   void step(const cuda::Launch& launch, const cuda::StepArgs&, const cuda::StepHeader* header) override {
-    py::tuple kinds(launch.kinds.size());
-    for (size_t i = 0; i < launch.kinds.size(); ++i) kinds[i] = launch.kinds[i];
-    functions_.attr("step")(rule_info(launch.rule).name, kinds, reinterpret_cast<uintptr_t>(header), launch.blocks);
+    functions_.attr("step")(rule_info(launch.rule).name, as_tuple(launch.kinds), reinterpret_cast<uintptr_t>(header),
+                            launch.blocks);
   }
 
  private:
+  static py::tuple as_tuple(const std::vector<uint64_t>& kinds) {
+    py::tuple out(kinds.size());
+    for (size_t i = 0; i < kinds.size(); ++i) out[i] = kinds[i];
+    return out;
+  }
   static const py::object& tensor(const cuda::Memory& memory) { return *static_cast<py::object*>(memory.owner.get()); }
   static py::memoryview view(const void* from, int64_t bytes) {
     return py::memoryview::from_memory(const_cast<void*>(from), bytes);  // torch warns of read-only ones

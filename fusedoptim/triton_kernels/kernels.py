@@ -57,7 +57,7 @@ def item_of(header, item):
     return index, half_word(segment + at.SEGMENT_WORK), end - begin, item - begin, grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["header"])
 def step_kernel(
     header,
     PREPARE: tl.constexpr,
@@ -65,8 +65,9 @@ def step_kernel(
     NEXT_STATE: tl.constexpr,
     KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
-    """An elementwise rule. header: the address of a StepHeader; KINDS: of all entries."""
+    """An elementwise rule. header: the address of a StepHeader; KINDS: of all entries; LAYOUT: tables.DIGEST."""
     if is_to_run(header):
         index, _, items, item, grad = item_of(header, tl.program_id(0))
         if grad != 0:
@@ -85,7 +86,7 @@ def step_kernel(
                     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["header"])
 def norm_step_kernel(
     header,
     PREPARE: tl.constexpr,
@@ -93,6 +94,7 @@ def norm_step_kernel(
     NEXT_STATE: tl.constexpr,
     KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """A rule that needs the gradient's norm first. Programs take tickets, so that what one waits for has begun."""
     if is_to_run(header):

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from .kernels import norm_step_kernel, step_kernel
+from .tables import DIGEST
 
 WARPS = 4
+#: Contraction would change results.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+#: Of the size that addresses have.
+ANY_ADDRESS = 1 << 40
 #: Captured steps that may follow each other without an ordinary one in between.
 SPARE = 4
 
@@ -62,7 +67,7 @@ class TritonLauncher:
         self._captured.append(self._copy(to[:size], spare[:size], data))
 
     def _pinned(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.device.type != "cpu")
 
     def _copy(self, to: Tensor, pinned: Tensor, data: memoryview) -> Tensor:
         to.copy_(pinned.copy_(torch.frombuffer(data, dtype=torch.uint8)), non_blocking=True)
@@ -80,10 +85,19 @@ class TritonLauncher:
             return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
         return 32 << 20
 
+    def prepare(self, rule: str, kinds: tuple[int, ...]) -> None:
+        """Compiles what a step will launch, so that no launch of it fails after another one has run."""
+        if rule not in self._plugs:
+            self._plugs[rule] = plug(rule)
+        if self.device.type != "cpu":
+            kernel, constants = self._kernel(rule, kinds)
+            kernel.warmup(ANY_ADDRESS, *constants, grid=(1,), **OPTIONS)
+
     def step(self, rule: str, kinds: tuple[int, ...], header: int, blocks: int) -> None:
-        functions = self._plugs.get(rule)
-        if functions is None:
-            functions = self._plugs[rule] = plug(rule)
+        kernel, constants = self._kernel(rule, kinds)
+        kernel[(blocks,)](header, *constants, **OPTIONS)
+
+    def _kernel(self, rule: str, kinds: tuple[int, ...]) -> tuple[Any, tuple[Any, ...]]:
+        functions = self._plugs[rule]
         kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
-        # Contraction would change results.
-        kernel[(blocks,)](header, *functions, kinds, self._block, num_warps=WARPS, enable_fp_fusion=False)
+        return kernel, (*functions, kinds, self._block, DIGEST)
