@@ -90,7 +90,7 @@ def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, d
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-def test_the_norm_is_summed_in_registers(dtype: int, tmp_path: Path) -> None:
+def test_the_norm_is_summed_without_spills(dtype: int, tmp_path: Path) -> None:
     compiled = generate("norm_adaptive", (kind(dtype, dtype, F32, 0, 0),))
     code = sass(compiled, tmp_path)
     assert code.local_bytes == 0

@@ -12,8 +12,9 @@ from .memory import decode, half_word, load_where, pointer, strided_offsets, wor
 
 @triton.jit
 def tile_indices(TILES: tl.constexpr):
-    """Of the elements of TILES tiles. In this order of dimensions, and with a tile for every warp, a thread has all
-    eight elements of a column and the lanes of a warp have a row, so that sums need no memory."""
+    """Of the elements of TILES tiles. In this order of dimensions Triton 3.8 and later give every warp a tile, a thread
+    all eight elements of a column, and the lanes a row, so that sums need no memory. Triton 3.6 spreads rows over warps
+    and goes through shared memory."""
     row, tile, column = tl.arange(0, 8), tl.arange(0, TILES), tl.arange(0, 128)
     return row[:, None, None] * 128 + tile[None, :, None] * at.TILE + column[None, None, :]
 
