@@ -12,18 +12,18 @@ from .memory import decode, half_word, load_where, pointer, strided_offsets, wor
 
 @triton.jit
 def tile_indices(TILES: tl.constexpr):
-    """Of the elements of TILES tiles. In this order of dimensions Triton 3.8 and later give every warp a tile, a thread
-    all eight elements of a column, and the lanes a row, so that sums need no memory. Triton 3.6 spreads rows over warps
-    and goes through shared memory."""
-    row, tile, column = tl.arange(0, 8), tl.arange(0, TILES), tl.arange(0, 128)
-    return row[:, None, None] * 128 + tile[None, :, None] * at.TILE + column[None, None, :]
+    """Of the elements of TILES tiles: 8 rows of each, side by side. From Triton 3.8 on a warp gets a tile, a thread all
+    eight elements of a column, and the lanes a row, so that sums need no memory. Two dimensions, because with a third
+    for the tiles Triton 3.6 gave the rows to the warps."""
+    row, column = tl.arange(0, 8), tl.arange(0, TILES * 128)
+    return row[:, None] * 128 + (column // 128 * at.TILE + column % 128)[None, :]
 
 
 @triton.jit
 def sum_by_halving(x, TILES: tl.constexpr):
     """Each tile's 1024 numbers, as tile_indices() has them: every i with i+512, then with i+256, and so on."""
     for k in tl.static_range(3):
-        x = tl.sum(tl.reshape(x, (2, 4 >> k, TILES, 128)), 0)
+        x = tl.sum(tl.reshape(x, (2, 4 >> k, TILES * 128)), 0)
     x = tl.reshape(x, (TILES, 128))
     for k in tl.static_range(7):
         x = tl.sum(tl.reshape(x, (TILES, 2, 64 >> k)), 1)
@@ -108,7 +108,7 @@ def climb(header, entry, control, item, items):
 def wait_for_sum(control):
     """Waits until the last of the programs that sum is through. They have lower tickets: they run or have run."""
     ready = (control + at.CONTROL_READY).to(tl.pointer_type(tl.int32))
-    while tl.atomic_add(ready, 0) == 0:
+    while tl.atomic_add(ready, 0, sem="acquire") == 0:
         pass
     tl.debug_barrier()
     address = (control + at.CONTROL_SUM_OF_SQUARES).to(tl.pointer_type(tl.float64))
