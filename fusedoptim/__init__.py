@@ -1,6 +1,7 @@
 """The torch.optim optimizers as one kernel launch per step, with the same bits on every backend."""
 
 from ._base import FusedOptimizer
+from ._options import StepOptions
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .norm_adaptive import NormAdaptive
@@ -8,4 +9,4 @@ from .rmsprop import RMSprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "NormAdaptive", "RMSprop"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "NormAdaptive", "RMSprop", "StepOptions"]

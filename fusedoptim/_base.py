@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, overload
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks, _compiled
-from ._rule import FLAGS, Group, Rule, Slot
-from ._runners import Member, Runner, make_runner
+from . import _backends, _checkpoint, _checks, _compiled, _ema
+from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
+from ._rule import EMA, FLAGS, Group, Rule, Slot
+from ._runners import Around, Member, Runner, make_runner
 
 __all__ = ["FusedOptimizer"]
 
@@ -20,7 +23,6 @@ __all__ = ["FusedOptimizer"]
 Created = list[tuple[Tensor, str, Any]]
 #: GradScaler's grad_scale, None if gradients are unscaled already, and its found_inf
 Scaling = tuple[Tensor | None, Tensor | None] | None
-STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 class FusedOptimizer(Optimizer):
@@ -31,9 +33,7 @@ class FusedOptimizer(Optimizer):
     Args:
         params: parameters, named parameters or groups, as in torch.optim.
         defaults: the groups' default values.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
-        state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16, or None for the
-            parameter's own.
+        options: see :class:`fusedoptim.StepOptions`.
 
     Raises:
         ValueError: for values, parameters, gradients and states that cannot be stepped; nothing is written then.
@@ -46,15 +46,16 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling: bool = False
     found_inf: Tensor | None
 
-    def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], backend: str | None, state_dtype: torch.dtype | None
-    ) -> None:
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"Invalid state_dtype: {state_dtype}; choose torch.float32, torch.bfloat16 or None")
-        _backends.check_name(backend)
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
+        check_options(options, type(self).__name__)
+        defaults |= {name: options.get(name) for name in GROUP_OPTIONS}
         _switch_off(defaults)
         self._check_group(defaults)
-        self._options: dict[str, Any] = {"backend": backend, "state_dtype": state_dtype}
+        self._options: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
+        self._norm_stats: dict[torch.device, Tensor] = {}
+        self._averaging = False  # within ema_weights()
+        if self._options["zero_grad_in_step"]:  # a scaler that skips the step itself would leave the gradients
+            self._step_supports_amp_scaling = True
         self._runners: list[Runner] | None = None
         self._captured: list[Runner] = []
         #: The parameters of all groups, for compiled steps, which must not look at the groups.
@@ -97,6 +98,8 @@ class FusedOptimizer(Optimizer):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self) -> None:
+        if self._averaging:
+            raise RuntimeError("step() within ema_weights(), whose end would undo it: step after it")
         self._opt_called = True
         runners = self._runners
         if runners:
@@ -125,9 +128,6 @@ class FusedOptimizer(Optimizer):
             )
         self._drop_runners()
         self._all_params = [p for group in self.param_groups for p in group["params"]]
-        # The one place that waits for the device: no state may be created in a step that is then skipped.
-        if scaling is not None and scaling[1] is not None and scaling[1].item() != 0:
-            return
         created: Created = []
         had_state = set(self.state)
         runners: list[Runner] = []
@@ -144,7 +144,18 @@ class FusedOptimizer(Optimizer):
             if ran == 0:
                 self._undo(created, had_state)
             raise
-        self._runners = runners
+        if self._was_skipped(scaling):
+            self._undo(created, had_state)
+        else:
+            self._runners = runners
+
+    def _was_skipped(self, scaling: Scaling) -> bool:
+        """The one place that waits for the device: no state may stay that a skipped step created."""
+        if scaling is not None and scaling[1] is not None and scaling[1].item() != 0:
+            return True
+        return bool(self._options["skip_nonfinite"]) and not all(
+            math.isfinite(stats[0].item()) for stats in self._norm_stats.values()
+        )
 
     def _drop_runners(self) -> None:
         """Forgets the runners, but for the tables that a CUDA graph reads at every replay."""
@@ -157,11 +168,22 @@ class FusedOptimizer(Optimizer):
     def _prepare(self, created: Created) -> list[Runner]:
         """Runners that are ready to run. What is changed in the states is noted in ``created``."""
         runners = []
-        for device, of_device in self._members(created).items():
+        members = self._members(created)
+        if len(members) > 1 and self._measures_norm():
+            raise ValueError(
+                f"max_grad_norm and skip_nonfinite need all parameters on one device, but they are on "
+                f"{', '.join(sorted(map(str, members)))}: use torch.nn.utils.clip_grad_norm_ before the step"
+            )
+        for device, of_device in members.items():
             backend = _backends.choose(self._options["backend"], device)
             if self.rule.has_step and _backends.BACKENDS[backend].steps_on_device:
                 self._move_steps([m.param for m in of_device], device, created)
-            runner = make_runner(backend, self.rule, device)
+            if device not in self._norm_stats:
+                self._norm_stats[device] = torch.tensor([math.nan, 0.0], dtype=torch.float64).to(device)
+            around = Around(
+                self._norm_stats[device], self._options["skip_nonfinite"], self._options["zero_grad_in_step"]
+            )
+            runner = make_runner(backend, self.rule, device, around)
             runner.build(self.param_groups, self.state, of_device)
             if not runner.refresh(self.param_groups, self.state):
                 raise RuntimeError(f"a plan does not fit what it was made from ({runner.reason}): please report this")
@@ -218,6 +240,8 @@ class FusedOptimizer(Optimizer):
     def _create_missing_states(self, group: Group, p: Tensor, created: Created | None = None) -> bool:
         """Adds the states that the group needs and the parameter lacks. True if one of them counts as absent."""
         missing = [n for n in self.rule.state_names(group) if self.state.get(p, {}).get(n) is None]
+        if created is None:  # no step yet, before which a parameter may still be given other values
+            missing = [n for n in missing if n != EMA]
         absent = False
         slots = {s.name: s for s in self.rule.slots}
         for name in missing:
@@ -234,6 +258,8 @@ class FusedOptimizer(Optimizer):
             if name == "step":
                 double = torch.get_default_dtype() == torch.float64
                 return torch.tensor(0.0, dtype=torch.float64 if double else torch.float32)
+            if name == EMA:  # starts as the parameter
+                return p.detach().to(_checks.compute_dtype(p), copy=True, memory_format=torch.preserve_format)
             return torch.zeros((), dtype=torch.float32, device=p.device)
         dtype = self._options["state_dtype"] or p.dtype
         fill = self.defaults[slot.initial] if slot.initial else 0
@@ -251,6 +277,57 @@ class FusedOptimizer(Optimizer):
             for p, step in zip(of_dtype, steps.unbind(), strict=True):
                 created.append((p, "step", self.state[p]["step"]))
                 self.state[p]["step"] = step
+
+    # ---- what a step measured ----
+
+    def _measures_norm(self) -> bool:
+        return bool(self._options["skip_nonfinite"]) or any(g["max_grad_norm"] is not None for g in self.param_groups)
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step, unscaled and not clipped: a 0-dim tensor on their device, fp32,
+        or fp64 if a parameter has fp64. Reading it waits for nothing. None if no step has measured it; steps do with
+        ``max_grad_norm`` or ``skip_nonfinite``."""
+        if not self._measures_norm() or not self._norm_stats:
+            return None
+        (stats,) = self._norm_stats.values()
+        wide = any(p.dtype == torch.float64 for p in self._all_params)
+        return stats[0].to(torch.float64 if wide else torch.float32, copy=True)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps ``skip_nonfinite`` skipped, since this optimizer was made: a 0-dim int64 tensor."""
+        for stats in self._norm_stats.values():
+            return stats[1].to(torch.int64)
+        return torch.zeros((), dtype=torch.int64)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within it the parameters have the values of their moving averages, rounded to their dtype.
+
+        Parameters of groups without ``ema_decay`` stay as they are. Memory addresses stay; it takes memory for a copy
+        of the parameters.
+
+        Raises:
+            RuntimeError: if there are no averages yet, for a step within, and if used within itself.
+        """
+        if self._averaging:
+            raise RuntimeError("ema_weights() is active already: the parameters are their moving averages")
+        pairs = [
+            (p, self.state[p][EMA])
+            for group in self.param_groups
+            for p in group["params"]
+            if self.state.get(p, {}).get(EMA) is not None
+        ]
+        if not pairs:
+            raise RuntimeError("there are no moving averages: pass ema_decay= to the optimizer, and take a step first")
+        params, averages = map(list, zip(*pairs, strict=True))
+        self._averaging = True
+        try:
+            with _ema.in_place_of(params, averages):
+                yield
+        finally:
+            self._averaging = False
 
     # ---- groups, checkpoints, copies ----
 
@@ -301,7 +378,12 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_options", {"backend": None, "state_dtype": None})
+        self._options = {**DEFAULTS, **self.__dict__.get("_options", {})}
+        self.defaults = {**dict.fromkeys(GROUP_OPTIONS), **self.defaults}
+        self.__dict__.setdefault("_norm_stats", {})
+        self.__dict__.setdefault("_averaging", False)
+        if self._options["zero_grad_in_step"]:
+            self._step_supports_amp_scaling = True
         self.__dict__.setdefault("_runners", None)
         self.__dict__.setdefault("_captured", [])
         self._drop_runners()

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._memory import overlaps_itself, sharing
-from ._rule import Group, Rule
+from ._options import GROUP_OPTIONS, check_group_options
+from ._rule import EMA, Group, Rule
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NAMES = "float32, float64, bfloat16 or float16"
@@ -36,7 +37,7 @@ def at_least_zero(*keys: tuple[str, str]) -> Callable[[Group], None]:
 
 
 def check_common(group: Group, optimizer: str) -> None:
-    """What holds for every optimizer: lr, and the options of torch.optim's that mean nothing here."""
+    """What holds for every optimizer: lr, the options of all, and those of torch.optim's that mean nothing here."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -46,10 +47,16 @@ def check_common(group: Group, optimizer: str) -> None:
     if lr is None or not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
     as_float(lr, "the learning rate is")
+    check_group_options(group)
     if group.get("foreach"):
         raise ValueError(f"foreach=True: the step is fused already; leave it out, or use torch.optim.{optimizer}")
     if group.get("differentiable"):
         raise ValueError(f"differentiable=True: a fused step has no backward pass; use torch.optim.{optimizer} for it")
+
+
+def compute_dtype(p: Tensor) -> torch.dtype:
+    """In which a parameter is updated, and its moving average kept."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def check_lists(groups: Any) -> None:
@@ -64,10 +71,12 @@ def check_lists(groups: Any) -> None:
 
 def check_step_values(group: Group, rule: Rule, index: int) -> None:
     """Whatever a schedule or a user wrote into a group must still be numbers."""
-    for key, item in (("lr", -1), *rule.hyper):
+    for key, item in (("lr", -1), *rule.hyper, *((key, -1) for key in GROUP_OPTIONS)):
         if key not in group:
             raise ValueError(f"parameter group {index} has no {key!r}; set it, or build the optimizer again")
         value = group[key]
+        if value is None and key in GROUP_OPTIONS:
+            continue
         if item >= 0:
             try:
                 value = value[item]
@@ -97,6 +106,10 @@ def check_step_values(group: Group, rule: Rule, index: int) -> None:
         number = as_float(value, f"parameter group {index}: {key!r} is")
         if math.isnan(number):
             raise ValueError(f"parameter group {index}: {key!r} is NaN; nothing was updated")
+    try:
+        check_group_options(group)
+    except ValueError as error:
+        raise ValueError(f"parameter group {index}: {error}") from None
 
 
 def describe(group: Group, index: int, i: int) -> str:
@@ -165,6 +178,8 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
         if (value.numel() != 1) if scalar else (value.shape != p.shape):
             raise ValueError(f"state {name!r} of {who} has shape {tuple(value.shape)}: {remedy}")
         allowed = DTYPES if not scalar else (torch.float32,) if name == rule.scalar_state else DTYPES[:2]
+        if name == EMA:
+            allowed = (compute_dtype(p),)
         if value.dtype not in allowed:
             raise ValueError(f"state {name!r} of {who} has unsupported dtype {value.dtype}: {remedy}")
         wanted = torch.device("cpu") if name == "step" and value.device.type == "cpu" else p.device

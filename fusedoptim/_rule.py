@@ -16,6 +16,10 @@ FLAGS = ("amsgrad", "maximize", "nesterov", "centered", "decoupled_weight_decay"
 Reference = Callable[[Tensor, Tensor, dict[str, Any], float, Group], None]
 
 
+#: The moving average of the parameter that any group can have.
+EMA = "ema"
+
+
 @dataclass(frozen=True)
 class Slot:
     """A state with the parameter's shape."""
@@ -52,4 +56,6 @@ class Rule:
         """The names of the states, in the order in which they are created; with a group, those that it needs."""
         names = ["step"] if self.has_step else []
         names += [s.name for s in self.slots if group is None or s.needed_in(group)]
+        if group is None or group.get("ema_decay") is not None:
+            names.append(EMA)
         return names + ([self.scalar_state] if self.scalar_state else [])

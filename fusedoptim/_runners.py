@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _native
-from ._rule import Rule
+from . import _native, reference
+from ._checks import compute_dtype
+from ._rule import EMA, Rule
 
 Groups = list[dict[str, Any]]
 State = dict[Any, Any]
@@ -24,6 +25,17 @@ class Member:
     group: int
     param: Tensor
     first: bool
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a step does around the rule, beside what its groups say."""
+
+    #: Two fp64 numbers on the device, which steps write: the norm of all gradients, and how many steps were skipped
+    #: because it was not finite.
+    norm_stats: Tensor
+    skip_nonfinite: bool
+    zero_grad: bool
 
 
 class Runner(Protocol):
@@ -51,13 +63,13 @@ class Runner(Protocol):
         """The same with gradients divided by the scale; changes nothing if found_inf is not 0."""
 
 
-def make_runner(backend: str, rule: Rule, device: torch.device) -> Runner:
+def make_runner(backend: str, rule: Rule, device: torch.device, around: Around) -> Runner:
     if backend == "cpu":
-        return CompiledRunner(rule)
+        return CompiledRunner(rule, around)
     if backend in ("cuda", "triton"):
-        return GpuRunner(rule, device, backend)
+        return GpuRunner(rule, around, device, backend)
     assert backend == "reference", backend
-    return ReferenceRunner(rule)
+    return ReferenceRunner(rule, around)
 
 
 class CompiledRunner:
@@ -65,12 +77,13 @@ class CompiledRunner:
 
     device = torch.device("cpu")
 
-    def __init__(self, rule: Rule, device: tuple[int, int] = (1, 0), launcher: Any = None) -> None:
+    def __init__(self, rule: Rule, around: Around, device: tuple[int, int] = (1, 0), launcher: Any = None) -> None:
         assert _native._C is not None
-        self.rule = rule
+        self.rule, self.around = rule, around  # which the plan has the address of
         # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
         bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, device, launcher)
+        settings = (around.norm_stats.data_ptr(), around.skip_nonfinite, around.zero_grad)
+        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, device, launcher, settings)
         self.stream: Callable[[], int] = lambda: 0
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
@@ -115,7 +128,7 @@ class CompiledRunner:
                 slots = [index(s.get(slot.name)) for slot in self.rule.slots]
                 step = index(s.get("step")) if self.rule.has_step else -1
                 scalar = index(s.get(self.rule.scalar_state)) if self.rule.scalar_state else -1
-                bindings.append((index(p), *slots, step, scalar, int(ours[p])))
+                bindings.append((index(p), *slots, index(s.get(EMA)), step, scalar, int(ours[p])))
         self.plan.build(groups, state, bindings)
         torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
 
@@ -123,14 +136,14 @@ class CompiledRunner:
 class GpuRunner(CompiledRunner):
     """The same with the tables in a GPU's memory (csrc/cuda/executor.h), on torch's current stream."""
 
-    def __init__(self, rule: Rule, device: torch.device, backend: str) -> None:
+    def __init__(self, rule: Rule, around: Around, device: torch.device, backend: str) -> None:
         self.device = device
         launcher: Any = device.index or 0
         if backend == "triton":
             from .triton_kernels.launcher import TritonLauncher
 
             launcher = TritonLauncher(device)
-        super().__init__(rule, torch.empty(0, device=device).__dlpack_device__(), launcher)
+        super().__init__(rule, around, torch.empty(0, device=device).__dlpack_device__(), launcher)
         if device.type == "cpu":  # kernels that run on the host, for tests
             return
         module, run = torch.get_device_module(device), self.plan.run
@@ -159,22 +172,12 @@ class ReferenceRunner:
     reason = "the reference looks at everything anew at each step"
     captured = False
 
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
+    def __init__(self, rule: Rule, around: Around) -> None:
+        self.rule, self.around = rule, around
         self.fresh = False
-        self.unscale: float | None = None
 
     def retire(self) -> None:
         pass
-
-    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if found_inf is not None and found_inf.item() != 0:
-            return
-        self.unscale = None if grad_scale is None else grad_scale.double().reciprocal().float().item()
-        try:
-            self.run()
-        finally:
-            self.unscale = None
 
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
         self.groups, self.state, self.members = groups, state, members
@@ -185,37 +188,61 @@ class ReferenceRunner:
         fresh, self.fresh = self.fresh, False
         if fresh:
             for m in self._active():  # a number that overflows should say so before anything is written
-                self._update(m, lambda t: t.new_empty(0))
+                self._update(m, self._gradient(m, 1.0), lambda t: t.new_empty(0))
         return fresh
 
-    @torch.no_grad()
     def run(self) -> None:
-        for m in self._active():
-            updated, work = self._update(m, lambda t: t)
+        self.run_scaled(None, None)
+
+    @torch.no_grad()
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        skip = found_inf is not None and found_inf.item() != 0
+        unscale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
+        norm = None
+        if self.around.skip_nonfinite or any(g["max_grad_norm"] is not None for g in self.groups):
+            norm = reference.global_norm([self._gradient(m, unscale) for m in self._active()])
+            self.around.norm_stats[0] = norm
+            if self.around.skip_nonfinite and not norm.isfinite():
+                self.around.norm_stats[1] += 1
+                skip = True
+        for m in [] if skip else self._active():
+            gradient = reference.clipped(self._gradient(m, unscale), norm, self.groups[m.group])
+            updated, work = self._update(m, gradient, lambda t: t)
             m.param.detach().copy_(updated)
             for name, value in work.items():
                 self.state[m.param][name].copy_(value)
+            decay = self.groups[m.group]["ema_decay"]
+            if decay is not None:
+                self.state[m.param][EMA].lerp_(m.param.detach().to(compute_dtype(m.param)), 1 - decay)
+        if self.around.zero_grad:
+            for m in self._active():
+                assert m.param.grad is not None
+                m.param.grad.detach().zero_()
 
     def _active(self) -> list[Member]:
         return [m for m in self.members if m.param.grad is not None]
 
-    def _update(self, m: Member, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    def _gradient(self, m: Member, unscale: float) -> Tensor:
+        """A copy in the compute dtype, in logical order."""
+        assert m.param.grad is not None
+        return _copy(m.param.grad, m.param).mul_(unscale)
+
+    def _update(self, m: Member, gradient: Tensor, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """The new values of the parameter and the states, or of a part of them."""
-        state, group, grad = self.state[m.param], self.groups[m.group], m.param.grad
-        assert grad is not None
-        compute = torch.float64 if m.param.dtype == torch.float64 else torch.float32
-
-        def computed(t: Tensor) -> Tensor:
-            return part(t.detach()).to(compute, copy=True, memory_format=torch.contiguous_format)
-
-        work: dict[str, Any] = {s.name: computed(state[s.name]) for s in self.rule.slots if s.needed_in(group)}
+        state, group = self.state[m.param], self.groups[m.group]
+        work: dict[str, Any] = {
+            s.name: _copy(part(state[s.name]), m.param) for s in self.rule.slots if s.needed_in(group)
+        }
         if m.first:
             work.update({s.name: None for s in self.rule.slots if s.starts_absent and s.name in work})
         if self.rule.scalar_state:
             work[self.rule.scalar_state] = state[self.rule.scalar_state].clone()
         step = state["step"] + 1 if self.rule.has_step else None
-        updated, grad = computed(m.param), computed(grad)
-        if self.unscale is not None:
-            grad.mul_(self.unscale)
-        self.rule.reference(updated, grad, work, 0.0 if step is None else step.item(), group)
+        updated = _copy(part(m.param), m.param)
+        self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
         return updated, work if step is None else {**work, "step": step}
+
+
+def _copy(t: Tensor, p: Tensor) -> Tensor:
+    """In the parameter's compute dtype, contiguous."""
+    return t.detach().to(compute_dtype(p), copy=True, memory_format=torch.contiguous_format)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -10,6 +11,11 @@ from . import reference
 from ._base import FusedOptimizer
 from ._checks import at_least_zero
 from ._rule import Rule, Slot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import StepOptions
 
 
 class Adagrad(FusedOptimizer):
@@ -31,7 +37,7 @@ class Adagrad(FusedOptimizer):
         maximize: go up instead of down.
         fused: accepted; the step is always fused.
         capturable: accepted; every step can be captured in a CUDA graph, but for the first.
-        backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
+        options: see :class:`fusedoptim.StepOptions`.
 
     Raises:
         ValueError: for values out of range, with torch.optim's messages.
@@ -64,8 +70,7 @@ class Adagrad(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
-        backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -78,7 +83,7 @@ class Adagrad(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend, state_dtype)
+        super().__init__(params, defaults, options)
         for group in self.param_groups:
             for p in group["params"]:
                 self._create_missing_states(group, p)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -12,6 +11,11 @@ from . import reference
 from ._base import FusedOptimizer
 from ._checks import at_least_zero
 from ._rule import Group, Rule, Slot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import StepOptions
 
 _at_least_zero = at_least_zero(("eps", "epsilon value"), ("weight_decay", "weight_decay value"))
 
@@ -48,7 +52,7 @@ class Adam(FusedOptimizer):
         fused: accepted; the step is always fused.
         decoupled_weight_decay: AdamW's decay, ``p = p * (1 - lr * weight_decay)``.
         bias_correction: False leaves the moments uncorrected, as if both ``1 - beta**t`` were 1.
-        backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
+        options: see :class:`fusedoptim.StepOptions`.
 
     Raises:
         ValueError: for values out of range, with torch.optim's messages.
@@ -91,8 +95,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         bias_correction: bool = True,
-        backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -108,7 +111,7 @@ class Adam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "bias_correction": bias_correction,
         }
-        super().__init__(params, defaults, backend, state_dtype)
+        super().__init__(params, defaults, options)
 
 
 class AdamW(Adam):
@@ -129,8 +132,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         bias_correction: bool = True,
-        backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -146,8 +148,7 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             bias_correction=bias_correction,
-            backend=backend,
-            state_dtype=state_dtype,
+            **options,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

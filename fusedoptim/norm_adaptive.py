@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -10,6 +11,11 @@ from . import reference
 from ._base import FusedOptimizer
 from ._checks import at_least_zero
 from ._rule import Group, Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import StepOptions
 
 _at_least_zero = at_least_zero(("weight_decay", "weight_decay value"))
 
@@ -42,7 +48,7 @@ class NormAdaptive(FusedOptimizer):
         weight_decay: decoupled decay, ``p * (1 - lr * weight_decay)``.
         maximize: go up instead of down.
         capturable: accepted; every step can be captured in a CUDA graph, but for the first.
-        backend: see :class:`fusedoptim.FusedOptimizer`.
+        options: see :class:`fusedoptim.StepOptions`.
 
     Raises:
         ValueError: for values out of range.
@@ -70,8 +76,7 @@ class NormAdaptive(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
-        backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -82,4 +87,4 @@ class NormAdaptive(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, backend, state_dtype)
+        super().__init__(params, defaults, options)

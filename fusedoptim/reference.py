@@ -20,7 +20,17 @@ from torch import Tensor
 
 from ._rule import Group
 
-__all__ = ["adagrad", "adam", "correctly_rounded_sqrt", "norm_adaptive", "rmsprop", "sgd", "sum_of_squares"]
+__all__ = [
+    "adagrad",
+    "adam",
+    "clipped",
+    "correctly_rounded_sqrt",
+    "global_norm",
+    "norm_adaptive",
+    "rmsprop",
+    "sgd",
+    "sum_of_squares",
+]
 
 State = dict[str, Any]
 
@@ -106,6 +116,27 @@ def norm_adaptive(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
     if h["weight_decay"] != 0:
         p.mul_(to_fp32(1 - lr * h["weight_decay"]))
     p.add_(g, alpha=-to_fp32(lr / (average + h["eps"])))
+
+
+def global_norm(grads: list[Tensor]) -> Tensor:
+    """The norm of all gradients, each of its compute dtype: 0-dim, fp32, or fp64 if one of them has fp64. The sums of
+    squares of the tensors are added one by one, in the order of the parameters."""
+    total = torch.zeros((), dtype=torch.float64)
+    for g in grads:
+        total = total + sum_of_squares(g).to(total.device)
+    wide = any(g.dtype == torch.float64 for g in grads)
+    return correctly_rounded_sqrt(total).to(torch.float64 if wide else torch.float32)
+
+
+def clipped(g: Tensor, norm: Tensor | None, h: Group) -> Tensor:
+    """The gradient that a rule gets, as torch.nn.utils.clip_grad_norm_ and then clip_grad_value_ leave it. norm: that of
+    all gradients; None if no group needs it."""
+    if h["max_grad_norm"] is not None:
+        assert norm is not None
+        g = g * torch.clamp(h["max_grad_norm"] / (norm + 1e-6), max=1.0).to(g.device)
+    if h["clip_grad_value"] is not None:
+        g = g.clamp(-h["clip_grad_value"], h["clip_grad_value"])
+    return g
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

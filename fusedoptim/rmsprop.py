@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -10,6 +11,11 @@ from . import reference
 from ._base import FusedOptimizer
 from ._checks import at_least_zero
 from ._rule import Rule, Slot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import StepOptions
 
 
 class RMSprop(FusedOptimizer):
@@ -33,7 +39,7 @@ class RMSprop(FusedOptimizer):
         foreach, differentiable: only None or False; they exist for torch.optim's signature.
         maximize: go up instead of down.
         fused: accepted (torch.optim.RMSprop has no fused form); the step is always fused.
-        backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
+        options: see :class:`fusedoptim.StepOptions`.
 
     Raises:
         ValueError: for values out of range, with torch.optim's messages.
@@ -78,8 +84,7 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
-        backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -93,4 +98,4 @@ class RMSprop(FusedOptimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, backend, state_dtype)
+        super().__init__(params, defaults, options)

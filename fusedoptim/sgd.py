@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -10,6 +11,11 @@ from . import reference
 from ._base import FusedOptimizer
 from ._checks import at_least_zero
 from ._rule import Group, Rule, Slot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import StepOptions
 
 _at_least_zero = at_least_zero(("momentum", "momentum value"), ("weight_decay", "weight_decay value"))
 
@@ -40,7 +46,7 @@ class SGD(FusedOptimizer):
         foreach, differentiable: only None or False; they exist for torch.optim's signature.
         fused: accepted; the step is always fused.
         capturable: accepted; every step can be captured in a CUDA graph, but for the first.
-        backend, state_dtype: see :class:`fusedoptim.FusedOptimizer`.
+        options: see :class:`fusedoptim.StepOptions`.
 
     Raises:
         ValueError: for values out of range, with torch.optim's messages.
@@ -69,8 +75,7 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
-        backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -83,4 +88,4 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend, state_dtype)
+        super().__init__(params, defaults, options)

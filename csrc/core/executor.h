@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "composition.h"
 #include "tensor_table.h"
 
 namespace fusedoptim {
@@ -35,7 +36,7 @@ class Executor {
   virtual bool captured() const { return false; }
 
   // Call before run(). Whether it may take so long that the interpreter should be released for it.
-  virtual bool takes_long(const std::vector<Entry>& entries) = 0;
+  virtual bool takes_long(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows) = 0;
   // Updates all active entries and stores their step counts. on_caller runs once on the calling thread, while the work
   // goes on elsewhere.
   virtual void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,

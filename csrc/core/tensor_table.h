@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../rules/all.h"
+#include "composition.h"
 #include "dtype.h"
 
 namespace fusedoptim {
@@ -12,30 +13,29 @@ namespace fusedoptim {
 // Sizes and per-operand strides (in elements) of tensors whose operands do not share one dense memory order.
 // Elements are then visited in logical, row-major order.
 struct Layout {
-  std::vector<int64_t> sizes, param, grad, state[kMaxSlots];
+  std::vector<int64_t> sizes, param, grad, state[kStates];
 };
 
 struct Entry;
 // Updates elements [begin, end) of a tensor. scalars points at the rule's Scalars<T>.
-using UpdateFn = void (*)(const Entry&, int64_t begin, int64_t end, const void* scalars);
-// The sum of squares of elements [1024*tile, 1024*(tile+1)) of a tensor's gradient.
-using TileSumFn = double (*)(const Entry&, int64_t tile);
+using UpdateFn = void (*)(const Entry&, int64_t begin, int64_t end, const void* scalars, const Composition&);
+// The sum of squares of elements [1024*tile, 1024*(tile+1)) of the gradient that a rule gets.
+using TileSumFn = double (*)(const Entry&, int64_t tile, const Composition&);
 
 struct Entry {
   void* param = nullptr;
-  const void* grad = nullptr;
-  void* state[kMaxSlots] = {};
+  void* grad = nullptr;
+  void* state[kStates] = {};
   void* step = nullptr;           // 0-dim, fp32 or fp64; null for a rule without a step
   float* scalar_state = nullptr;  // for a rule with one
   double sum_of_squares = 0;
-  float unscale = 1;  // what the CPU's kernels multiply the gradient by, in the compute dtype
   int64_t numel = 0;
   const Layout* layout = nullptr;  // null: all operands share one dense memory order
   UpdateFn update = nullptr;
   TileSumFn tile_sum = nullptr;
   int32_t group = 0;
   DType param_dtype = DType::f32, grad_dtype = DType::f32, step_dtype = DType::f32;
-  DType state_dtype[kMaxSlots] = {};
+  DType state_dtype[kStates] = {};
   bool active = false;  // has a gradient in this step
   bool first = false;   // its states were created for this step
 
@@ -44,6 +44,21 @@ struct Entry {
 
 struct HyperRow {
   double value[kMaxHypers] = {};
+  HyperRow() { value[kMaxGradNorm] = value[kClipGradValue] = value[kEmaDecay] = -1; }
 };
+
+// Whether the norm of all gradients is kept in fp64.
+inline bool any_f64(const std::vector<Entry>& entries) {
+  for (const Entry& e : entries)
+    if (e.active && e.compute_dtype() == DType::f64) return true;
+  return false;
+}
+
+// Whether a step has to know the norm of all gradients before it updates anything.
+inline bool needs_global_norm(const std::vector<HyperRow>& rows, const Settings& settings) {
+  bool any = settings.skip_nonfinite;
+  for (const HyperRow& row : rows) any = any || row.value[kMaxGradNorm] >= 0;
+  return any;
+}
 
 }  // namespace fusedoptim

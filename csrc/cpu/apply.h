@@ -8,6 +8,7 @@
 #include "../core/strided.h"
 #include "../core/sum_of_squares.h"
 #include "kernels.h"
+#include "lanes_portable.h"
 
 namespace fusedoptim {
 
@@ -63,63 +64,80 @@ FUSEDOPTIM_HD void store_tail(void* base, DType d, int64_t i, int n, typename M:
 // All operands bf16: 2*width elements at once. Returns where it stopped.
 template <class Rule, int variant, class M>
 FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t end,
-                                        const typename Rule::template Scalars<float>& c) {
+                                        const typename Rule::template Scalars<float>& c, const Intake<float>& intake,
+                                        bool zero_grad) {
   using V = typename M::V;
   const auto at = [](const void* base, int64_t i) { return static_cast<const uint16_t*>(base) + i; };
   const auto out = [](void* base, int64_t i) { return static_cast<uint16_t*>(base) + i; };
-  const V unscale = M::set(e.unscale);
+  const V zero = M::set(0);
   int64_t i = begin;
   for (; i + 2 * M::width <= end; i += 2 * M::width) {
     V p[2], g[2], s[2][kMaxSlots];
     M::load_bf16_pair(at(e.param, i), p[0], p[1]);
     M::load_bf16_pair(at(e.grad, i), g[0], g[1]);
-    g[0] = g[0] * unscale, g[1] = g[1] * unscale;
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::load_bf16_pair(at(e.state[k], i), s[0][k], s[1][k]);
-    Rule::template update<variant, M>(p[0], g[0], s[0], c);
-    Rule::template update<variant, M>(p[1], g[1], s[1], c);
+    Rule::template update<variant, M>(p[0], taken<M>(g[0], intake), s[0], c);
+    Rule::template update<variant, M>(p[1], taken<M>(g[1], intake), s[1], c);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::store_bf16_pair(out(e.state[k], i), s[0][k], s[1][k]);
     M::store_bf16_pair(out(e.param, i), p[0], p[1]);
+    if (zero_grad) M::store_bf16_pair(out(e.grad, i), zero, zero);
   }
   return i;
 }
 
 template <class Rule, int variant, class M, int fixed>
-void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* scalars) {
+void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* scalars, const Composition& around) {
+  using T = typename M::T;
   using V = typename M::V;
+  constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const Entry e = entry;  // a copy whose fields no store can alias
-  const auto c = *static_cast<const typename Rule::template Scalars<typename M::T>*>(scalars);
-  const V unscale = M::set(e.unscale);
+  const auto c = *static_cast<const typename Rule::template Scalars<T>*>(scalars);
+  const auto intake = Intake<T>::of(around);
+  const auto toward_param = LerpWeight<T>::of(1.0 - around.ema_decay);
+  const bool averages = e.state[kEma] && around.ema_decay >= 0, zero_grad = around.zero_grad;
   int64_t i = begin;
   if constexpr (fixed == static_cast<int>(DType::bf16) && M::has_pairs)
-    i = update_bf16_pairs<Rule, variant, M>(e, begin, end, c);
+    if (!averages) i = update_bf16_pairs<Rule, variant, M>(e, begin, end, c, intake, zero_grad);
   for (; i + M::width <= end; i += M::width) {
     V p = load<M, fixed>(e.param, e.param_dtype, i), s[kMaxSlots];
-    const V g = load<M, fixed>(e.grad, e.grad_dtype, i) * unscale;
+    const V g = taken<M>(load<M, fixed>(e.grad, e.grad_dtype, i), intake);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) s[k] = load<M, fixed>(e.state[k], e.state_dtype[k], i);
     Rule::template update<variant, M>(p, g, s, c);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) store<M, fixed>(e.state[k], e.state_dtype[k], i, s[k]);
     store<M, fixed>(e.param, e.param_dtype, i, p);
+    if (averages) {
+      if (e.param_dtype != kCompute) p = load<M, fixed>(e.param, e.param_dtype, i);  // as it was rounded
+      T* ema = static_cast<T*>(e.state[kEma]) + i;
+      M::store(ema, lerp<M>(M::load(ema), p, toward_param));
+    }
+    if (zero_grad) store<M, fixed>(e.grad, e.grad_dtype, i, M::set(0));
   }
   if (i < end) {
     const int n = static_cast<int>(end - i);
     V p = load_tail<M>(e.param, e.param_dtype, i, n), s[kMaxSlots];
-    const V g = load_tail<M>(e.grad, e.grad_dtype, i, n) * unscale;
+    const V g = taken<M>(load_tail<M>(e.grad, e.grad_dtype, i, n), intake);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) s[k] = load_tail<M>(e.state[k], e.state_dtype[k], i, n);
     Rule::template update<variant, M>(p, g, s, c);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) store_tail<M>(e.state[k], e.state_dtype[k], i, n, s[k]);
     store_tail<M>(e.param, e.param_dtype, i, n, p);
+    if (averages) {
+      p = load_tail<M>(e.param, e.param_dtype, i, n);
+      const V ema = lerp<M>(load_tail<M>(e.state[kEma], kCompute, i, n), p, toward_param);
+      store_tail<M>(e.state[kEma], kCompute, i, n, ema);
+    }
+    if (zero_grad) store_tail<M>(e.grad, e.grad_dtype, i, n, M::set(0));
   }
 }
 
 // Operands of different memory order: tile by tile through contiguous buffers that stay in the L1 cache.
 template <class Rule, int variant, class M>
-void update_strided(const Entry& e, int64_t begin, int64_t end, const void* scalars) {
+void update_strided(const Entry& e, int64_t begin, int64_t end, const void* scalars, const Composition& around) {
   using T = typename M::T;
   constexpr int64_t kTileElements = 512;
   constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
@@ -128,31 +146,42 @@ void update_strided(const Entry& e, int64_t begin, int64_t end, const void* scal
   Entry tile;
   tile.param = p;
   tile.grad = g;
-  tile.unscale = e.unscale;
   tile.param_dtype = tile.grad_dtype = kDType;
   for (int k = 0; k < Rule::kSlots; ++k) {
     tile.state[k] = s[k];
     tile.state_dtype[k] = kDType;
   }
+  const auto toward_param = LerpWeight<T>::of(1.0 - around.ema_decay);
   for (int64_t i = begin; i < end; i += kTileElements) {
     const int64_t n = end - i < kTileElements ? end - i : kTileElements;
     gather(p, e.param, e.param_dtype, l.sizes, l.param, i, n);
     gather(g, e.grad, e.grad_dtype, l.sizes, l.grad, i, n);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) gather(s[k], e.state[k], e.state_dtype[k], l.sizes, l.state[k], i, n);
-    update_linear<Rule, variant, M, static_cast<int>(kDType)>(tile, 0, n, scalars);
+    update_linear<Rule, variant, M, static_cast<int>(kDType)>(tile, 0, n, scalars, around);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) scatter(s[k], e.state[k], e.state_dtype[k], l.sizes, l.state[k], i, n);
     scatter(p, e.param, e.param_dtype, l.sizes, l.param, i, n);
+    if (e.state[kEma] && around.ema_decay >= 0) {
+      gather(p, e.param, e.param_dtype, l.sizes, l.param, i, n);  // as it was rounded
+      gather(g, e.state[kEma], kDType, l.sizes, l.state[kEma], i, n);
+      for (int64_t k = 0; k < n; ++k) g[k] = lerp<portable::Lane<T>>(g[k], p[k], toward_param);
+      scatter(g, e.state[kEma], kDType, l.sizes, l.state[kEma], i, n);
+    }
+    if (around.zero_grad)
+      for_each_offset(l.sizes, l.grad, i, n,
+                      [&](int64_t, int64_t at) { store_element<T>(e.grad, e.grad_dtype, at, T(0)); });
   }
 }
 
 template <class M>
-double tile_sum(const Entry& e, int64_t tile) {
+double tile_sum(const Entry& e, int64_t tile, const Composition& around) {
   using T = typename M::T;
   constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const int64_t start = tile * kTile, left = e.numel - start, n = left < kTile ? left : kTile;
-  if (!e.layout && e.grad_dtype == kDType && n == kTile && e.unscale == 1)
+  const auto intake = Intake<T>::of(around);
+  const bool as_it_is = intake.unscale == 1 && intake.coefficient == 1 && intake.limit == T(INFINITY);
+  if (!e.layout && e.grad_dtype == kDType && n == kTile && as_it_is)
     return tile_sum_of_squares(static_cast<const T*>(e.grad) + start);
   alignas(64) T x[kTile] = {};
   if (e.layout) {
@@ -162,7 +191,8 @@ double tile_sum(const Entry& e, int64_t tile) {
     for (; i + M::width <= n; i += M::width) M::store(x + i, load<M, kAnyDType>(e.grad, e.grad_dtype, start + i));
     for (; i < n; ++i) x[i] = load_element<T>(e.grad, e.grad_dtype, start + i);
   }
-  for (int64_t i = 0; e.unscale != 1 && i < n; ++i) x[i] *= e.unscale;
+  if (!as_it_is)
+    for (int64_t i = 0; i < kTile; i += M::width) M::store(x + i, taken<M>(M::load(x + i), intake));
   return tile_sum_of_squares(x);
 }
 
@@ -213,7 +243,7 @@ UpdateFn find_update(RuleList<R...>, int rule, int variant, const Entry& e) {
 
 template <class F32, class F64>
 UpdateFn update_kernel(int rule, int variant, const Entry& e) {
-  return find_update<F32, F64>(Rules{}, rule, variant, e);
+  return find_update<F32, F64>(Rules{}, rule, variant % kWithEma, e);
 }
 
 template <class F32, class F64>

@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <cstring>
 #include <thread>
 
+#include "../core/strided.h"
 #include "capability.h"
 
 namespace fusedoptim {
@@ -25,8 +27,8 @@ FUSEDOPTIM_HD void prefetch_data(const Entry& e) {
   };
   ask(e.param);
   ask(e.grad);
-  for (int k = 0; k < kMaxSlots; ++k)
-    if (e.state[k]) ask(e.state[k]);
+  for (void* state : e.state)
+    if (state) ask(state);
   __builtin_prefetch(e.step, 1);
 }
 
@@ -53,7 +55,7 @@ void CpuExecutor::prepare(Entry& entry, int variant) {
 
 void CpuExecutor::reschedule(const std::vector<Entry>& entries) {
   schedule_.build(entries, torch::stable::get_num_threads(), info_.needs_norm ? kWindowElements : INT64_MAX / 2);
-  if (!info_.needs_norm) return;
+  if (!sums_) return;
   first_partial_.resize(entries.size());
   int64_t total = 0;
   for (size_t i = 0; i < entries.size(); ++i) {
@@ -63,7 +65,10 @@ void CpuExecutor::reschedule(const std::vector<Entry>& entries) {
   partial_.resize(total);
 }
 
-bool CpuExecutor::takes_long(const std::vector<Entry>& entries) {
+bool CpuExecutor::takes_long(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows) {
+  const bool sums = info_.needs_norm || needs_global_norm(rows, settings_);
+  scheduled_ = scheduled_ && sums == sums_;
+  sums_ = sums;
   if (!scheduled_) reschedule(entries);
   scheduled_ = true;
   return schedule_.cost >= kReleaseCost;
@@ -118,32 +123,75 @@ void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vec
     }
     constexpr int64_t kAhead = 4, kSmall = 4096;
     if (e.numel < kSmall && i + kAhead < static_cast<int64_t>(entries.size())) prefetch_data(entries[i + kAhead]);
-    e.update(e, begin, end, scalars);
+    e.update(e, begin, end, scalars, around_[e.group]);
   });
+}
+
+template <class F>
+void CpuExecutor::sum_squares(std::vector<Entry>& entries, const Window& w, const std::function<void()>* on_caller,
+                              const F& around) {
+  parallel_chunks(w, on_caller, [&](int64_t chunk) {
+    for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
+      const Entry& e = entries[i];
+      double* out = partial_.data() + first_partial_[i];
+      for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = e.tile_sum(e, t, around(e));
+    });
+  });
+  for (int64_t i = w.entry_begin; i < w.entry_end; ++i)
+    if (entries[i].active)
+      entries[i].sum_of_squares = reduce_tile_sums(partial_.data() + first_partial_[i], tiles(entries[i].numel));
+}
+
+// Of the sums of all tensors, added in the order of the parameters.
+double CpuExecutor::global_norm(std::vector<Entry>& entries, const Composition& unscaled) {
+  double sum = 0;
+  for (const Window& w : schedule_.windows)
+    sum_squares(entries, w, nullptr, [&](const Entry&) -> const Composition& { return unscaled; });
+  for (const Entry& e : entries)
+    if (e.active) sum += e.sum_of_squares;
+  return norm_of(sum, any_f64(entries));
+}
+
+void CpuExecutor::compose(const std::vector<HyperRow>& rows, const Composition& unscaled, double norm, bool in_f64) {
+  around_.assign(rows.size(), unscaled);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const double* h = rows[i].value;
+    Composition& c = around_[i];
+    if (h[kMaxGradNorm] >= 0) c.coefficient = clip_coefficient(h[kMaxGradNorm], norm, in_f64);
+    if (h[kClipGradValue] >= 0) c.limit = h[kClipGradValue];
+    c.ema_decay = h[kEmaDecay];
+    c.zero_grad = settings_.zero_grad;
+  }
 }
 
 void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
                       const std::function<void()>& on_caller) {
   const auto* found_inf = reinterpret_cast<const float*>(on_device.found_inf);
-  if (found_inf && *found_inf != 0) return;
-  const auto* grad_scale = reinterpret_cast<const float*>(on_device.grad_scale);
-  const float unscale = grad_scale ? static_cast<float>(1.0 / static_cast<double>(*grad_scale)) : 1.0f;
-  if (unscale != unscale_)
-    for (Entry& e : entries) e.unscale = unscale;
-  unscale_ = unscale;
+  bool skip = found_inf && *found_inf != 0;
+  const auto unscaled = Composition::unscaled(unscale_by(reinterpret_cast<const float*>(on_device.grad_scale)));
+  double norm = 0;
+  if (needs_global_norm(rows, settings_)) {
+    norm = settings_.norm_stats->norm = global_norm(entries, unscaled);
+    if (settings_.skip_nonfinite && !is_finite(norm)) {
+      settings_.norm_stats->skipped += 1;
+      skip = true;
+    }
+  }
+  if (!skip) {
+    compose(rows, unscaled, norm, any_f64(entries));
+    update(entries, rows, on_caller);
+  } else if (settings_.zero_grad) {
+    zero_gradients(entries);
+  }
+}
+
+void CpuExecutor::update(std::vector<Entry>& entries, const std::vector<HyperRow>& rows,
+                         const std::function<void()>& on_caller) {
   const std::function<void()>* once = &on_caller;
   for (const Window& w : schedule_.windows) {
     if (info_.needs_norm) {
-      parallel_chunks(w, once, [&](int64_t chunk) {
-        for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
-          double* out = partial_.data() + first_partial_[i];
-          for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = entries[i].tile_sum(entries[i], t);
-        });
-      });
+      sum_squares(entries, w, once, [&](const Entry& e) -> const Composition& { return around_[e.group]; });
       once = nullptr;
-      for (int64_t i = w.entry_begin; i < w.entry_end; ++i)
-        if (entries[i].active)
-          entries[i].sum_of_squares = reduce_tile_sums(partial_.data() + first_partial_[i], tiles(entries[i].numel));
     }
     parallel_chunks(w, once, [&](int64_t chunk) { update_chunk(entries, rows, chunk); });
     once = nullptr;
@@ -159,6 +207,22 @@ void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
     }
     e.first = false;
   }
+}
+
+// For a step that is skipped.
+void CpuExecutor::zero_gradients(const std::vector<Entry>& entries) const {
+  for (const Window& w : schedule_.windows)
+    parallel_chunks(w, nullptr, [&](int64_t chunk) {
+      for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
+        const Entry& e = entries[i];
+        const int64_t size = size_of(e.grad_dtype);
+        if (!e.layout)
+          std::memset(static_cast<char*>(e.grad) + begin * size, 0, (end - begin) * size);
+        else
+          for_each_offset(e.layout->sizes, e.layout->grad, begin, end - begin,
+                          [&](int64_t, int64_t at) { std::memset(static_cast<char*>(e.grad) + at * size, 0, size); });
+      });
+    });
 }
 
 }  // namespace fusedoptim

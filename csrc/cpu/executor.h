@@ -13,12 +13,12 @@ namespace fusedoptim {
 
 class CpuExecutor : public Executor {
  public:
-  explicit CpuExecutor(int rule) : rule_(rule), info_(rule_info(rule)) {}
+  CpuExecutor(int rule, Settings settings) : rule_(rule), info_(rule_info(rule)), settings_(settings) {}
 
   bool outdated() override;
   void prepare(Entry& entry, int variant) override;
   void activity_changed() override { scheduled_ = false; }
-  bool takes_long(const std::vector<Entry>& entries) override;
+  bool takes_long(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows) override;
   void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice&,
            const std::function<void()>& on_caller) override;
 
@@ -33,6 +33,14 @@ class CpuExecutor : public Executor {
 
   void reschedule(const std::vector<Entry>& entries);
   StepInputs inputs(const Entry& e, const std::vector<HyperRow>& rows, PowMemo* pow) const;
+  // Sums the squares of the gradients of a window's tensors. `around` gives a group's composition.
+  template <class F>
+  void sum_squares(std::vector<Entry>& entries, const Window& w, const std::function<void()>* on_caller,
+                   const F& around);
+  double global_norm(std::vector<Entry>& entries, const Composition& unscaled);
+  void compose(const std::vector<HyperRow>& rows, const Composition& unscaled, double norm, bool in_f64);
+  void update(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const std::function<void()>& on_caller);
+  void zero_gradients(const std::vector<Entry>& entries) const;
   template <class F>
   void parallel_chunks(const Window& w, const std::function<void()>* on_caller, const F& chunk) const;
   template <class F>
@@ -41,10 +49,11 @@ class CpuExecutor : public Executor {
 
   const int rule_;
   const RuleInfo& info_;
+  const Settings settings_;
   const Kernels* kernels_ = nullptr;
   int threads_ = 0;
-  bool scheduled_ = false;
-  float unscale_ = 1;  // what all entries have
+  bool scheduled_ = false, sums_ = false;  // whether partial_ has places for all tile sums
+  std::vector<Composition> around_;        // of each group
   Schedule schedule_;
   std::vector<double> partial_;         // tile sums of all gradients
   std::vector<int64_t> first_partial_;  // of each entry

@@ -19,6 +19,8 @@ struct F32 {
   FUSEDOPTIM_HD static V max(V a, V b) {  // max_ps returns its second operand if either is NaN
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
+  // min and max return their second operand if either is NaN
+  FUSEDOPTIM_HD static V clamp(V a, V b) { return _mm256_max_ps(-b, _mm256_min_ps(b, a)); }
   FUSEDOPTIM_HD static V load(const float* x) { return _mm256_loadu_ps(x); }
   FUSEDOPTIM_HD static void store(float* x, V v) { _mm256_storeu_ps(x, v); }
 
@@ -70,6 +72,7 @@ struct F64 {
   FUSEDOPTIM_HD static V max(V a, V b) {
     return _mm256_blendv_pd(_mm256_max_pd(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q));
   }
+  FUSEDOPTIM_HD static V clamp(V a, V b) { return _mm256_max_pd(-b, _mm256_min_pd(b, a)); }
   FUSEDOPTIM_HD static V load(const double* x) { return _mm256_loadu_pd(x); }
   FUSEDOPTIM_HD static void store(double* x, V v) { _mm256_storeu_pd(x, v); }
 };

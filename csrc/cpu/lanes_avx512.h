@@ -19,6 +19,8 @@ struct F32 {
   FUSEDOPTIM_HD static V max(V a, V b) {  // max_ps returns its second operand if either is NaN
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
+  // min and max return their second operand if either is NaN
+  FUSEDOPTIM_HD static V clamp(V a, V b) { return _mm512_max_ps(-b, _mm512_min_ps(b, a)); }
   FUSEDOPTIM_HD static V load(const float* x) { return _mm512_loadu_ps(x); }
   FUSEDOPTIM_HD static void store(float* x, V v) { _mm512_storeu_ps(x, v); }
 
@@ -68,6 +70,7 @@ struct F64 {
   FUSEDOPTIM_HD static V max(V a, V b) {
     return _mm512_mask_mov_pd(_mm512_max_pd(a, b), _mm512_cmp_pd_mask(a, a, _CMP_UNORD_Q), a);
   }
+  FUSEDOPTIM_HD static V clamp(V a, V b) { return _mm512_max_pd(-b, _mm512_min_pd(b, a)); }
   FUSEDOPTIM_HD static V load(const double* x) { return _mm512_loadu_pd(x); }
   FUSEDOPTIM_HD static void store(double* x, V v) { _mm512_storeu_pd(x, v); }
 };

@@ -19,6 +19,7 @@ struct Lane {
   FUSEDOPTIM_HD static V fma(V a, V b, V c) { return std::fma(a, b, c); }
   FUSEDOPTIM_HD static V sqrt(V a) { return std::sqrt(a); }
   FUSEDOPTIM_HD static V max(V a, V b) { return (a != a || a > b) ? a : b; }
+  FUSEDOPTIM_HD static V clamp(V a, V b) { return a > b ? b : a < -b ? -b : a; }
   FUSEDOPTIM_HD static V load(const T* x) { return *x; }
   FUSEDOPTIM_HD static void store(T* x, V v) { *x = v; }
   FUSEDOPTIM_HD static V load_bf16(const uint16_t* x) { return bf16_to_f32(*x); }

@@ -9,7 +9,7 @@
 
 namespace fusedoptim::cuda {
 
-inline constexpr int32_t kApiVersion = 2;
+inline constexpr int32_t kApiVersion = 3;
 
 struct Api {
   int32_t version;
@@ -19,7 +19,8 @@ struct Api {
   int32_t argument_bytes, entry_bytes, rules;
   // Whether this library's kernels can run on a device.
   const char* (*check)(int32_t device);
-  // One launch. mixed: the table may hold operands of 64 bits.
+  // One launch, of a rule's kernel or of the one for the norm of all gradients (rule kNormOfAll). mixed: the table may
+  // hold operands of 64 bits.
   const char* (*step)(int32_t device, int32_t rule, int32_t mixed, const StepArgs& args, uint32_t blocks, void* stream);
   // Copies host memory to the device in the stream's order, and has read it when it returns. Staged in pinned memory:
   // waits for nothing unless the device is several copies behind.

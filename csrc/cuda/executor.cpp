@@ -8,6 +8,9 @@ namespace fusedoptim::cuda {
 
 namespace {
 
+// The first of the grids that update.
+constexpr size_t kUpdates = 2;
+
 int64_t align16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 // Bytes of one table, section by section.
@@ -40,8 +43,8 @@ void Grid::add_kind(uint64_t kind) {
   if (at == kinds.end() || *at != kind) kinds.insert(at, kind);
 }
 
-GpuExecutor::GpuExecutor(int rule, std::unique_ptr<Launcher> launcher)
-    : rule_(rule), info_(rule_info(rule)), launcher_(std::move(launcher)) {}
+GpuExecutor::GpuExecutor(int rule, std::unique_ptr<Launcher> launcher, Settings settings)
+    : rule_(rule), info_(rule_info(rule)), launcher_(std::move(launcher)), settings_(settings) {}
 
 // ---- tables: when something changed ----
 
@@ -50,14 +53,14 @@ bool GpuExecutor::steppable(const Entry& e, int variant) const {
   if (!e.param && e.numel > 0) return false;
   if (info_.has_step && !e.step) return false;
   if (info_.next_scalar_state && !e.scalar_state) return false;
-  for (int k = 0; k < info_.slots; ++k)
+  for (int k = 0; k < kStates; ++k)
     if (info_.uses(variant, k) && !e.state[k] && e.numel > 0) return false;
   return true;
 }
 
 bool GpuExecutor::mixed(const Entry& e, int variant) const {
   bool any = e.param_dtype == DType::f64 || e.grad_dtype == DType::f64;
-  for (int k = 0; k < info_.slots; ++k) any = any || (info_.uses(variant, k) && e.state_dtype[k] == DType::f64);
+  for (int k = 0; k < kStates; ++k) any = any || (info_.uses(variant, k) && e.state_dtype[k] == DType::f64);
   return any;
 }
 
@@ -71,7 +74,7 @@ int64_t GpuExecutor::add_layout(const Entry& e, int variant) {
   for (size_t d = l.sizes.size(); d-- > 0;) {
     if (l.sizes[d] == 1) continue;
     Dim dim{l.sizes[d], {l.param[d], l.grad[d]}};
-    for (int k = 0; k < info_.slots; ++k)
+    for (int k = 0; k < kStates; ++k)
       if (info_.uses(variant, k)) dim.stride[kFirstState + k] = l.state[k][d];
     bool merges = !dims.empty();
     for (int k = 0; merges && k < kOperands; ++k) merges = dim.stride[k] == dims.back().stride[k] * dims.back().size;
@@ -99,8 +102,8 @@ void GpuExecutor::make_elementwise_grids(const std::vector<Entry>& entries) {
   args_.chunk = chunk;
   for (size_t i = 0; i < entries.size(); ++i) {
     if (variant_[i] < 0) continue;
-    grid_[mixed(entries[i], variant_[i])].add(static_cast<int32_t>(i), Work::update,
-                                              std::max<int64_t>((entries[i].numel + chunk - 1) / chunk, 1));
+    grid_[kUpdates + mixed(entries[i], variant_[i])].add(static_cast<int32_t>(i), Work::update,
+                                                         std::max<int64_t>((entries[i].numel + chunk - 1) / chunk, 1));
   }
 }
 
@@ -109,17 +112,18 @@ void GpuExecutor::make_elementwise_grids(const std::vector<Entry>& entries) {
 void GpuExecutor::make_norm_grids(const std::vector<Entry>& entries) {
   const int64_t window_bytes = launcher_->l2_bytes() / 4;
   for (int g = 0; g < 2; ++g) {
+    Grid& grid = grid_[kUpdates + g];
     std::vector<int32_t> before, window;
     int64_t bytes = 0;
     const auto updates = [&](const std::vector<int32_t>& of) {
       for (size_t k = of.size(); k-- > 0;) {
         const int64_t parts = parts_of(entries[of[k]].numel);
-        grid_[g].add(of[k], parts > 1 ? Work::apply : Work::sum_apply, parts);
+        grid.add(of[k], parts > 1 ? Work::apply : Work::sum_apply, parts);
       }
     };
     const auto close = [&] {
       for (int32_t i : window)
-        if (const int64_t parts = parts_of(entries[i].numel); parts > 1) grid_[g].add(i, Work::sum, parts);
+        if (const int64_t parts = parts_of(entries[i].numel); parts > 1) grid.add(i, Work::sum, parts);
       updates(before);
       before = std::move(window);
       window.clear();
@@ -137,12 +141,26 @@ void GpuExecutor::make_norm_grids(const std::vector<Entry>& entries) {
   }
 }
 
+// For the norm of all gradients: each tensor's sum in parts, whatever its rule does.
+void GpuExecutor::make_global_norm_grids(const std::vector<Entry>& entries) {
+  args_.entries = static_cast<int32_t>(entries.size());
+  args_.tensors = 0;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (variant_[i] < 0) continue;
+    const Entry& e = entries[i];
+    Grid& grid = grid_[mixed(e, variant_[i])];
+    grid.add(static_cast<int32_t>(i), Work::sum, parts_of(e.numel));
+    grid.add_kind(static_cast<uint64_t>(e.param_dtype) | static_cast<uint64_t>(e.grad_dtype) << 8);
+    ++args_.tensors;
+  }
+}
+
 // What blocks tell each other.
 void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) {
   first_partial_.assign(entries.size(), 0);
   first_node_.assign(entries.size(), 0);
   int64_t partials = 0, nodes = 0;
-  for (size_t i = 0; info_.needs_norm && i < entries.size(); ++i) {
+  for (size_t i = 0; (info_.needs_norm || clips_) && i < entries.size(); ++i) {
     first_partial_[i] = partials;
     first_node_[i] = static_cast<int32_t>(nodes);
     int64_t count = tiles(entries[i].numel);
@@ -157,12 +175,16 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
   Packer packer;
   const int64_t at_launch = packer.add(std::vector<LaunchControl>(1)), at_control = packer.add(control);
   const int64_t at_nodes = packer.add(std::vector<uint32_t>(nodes));
+  const int64_t at_sums = packer.add(std::vector<double>(clips_ ? entries.size() : 0));  // of tensors never summed: 0
   const int64_t at_partials = static_cast<int64_t>(packer.bytes.size());
+  if (captured_any_) captured_.push_back(std::move(control_memory_));
   control_memory_ = launcher_->allocate(at_partials + partials * 8);
+  control_clips_ = clips_;
   launcher_->upload(control_memory_, 0, packer.bytes.data(), packer.bytes.size(), stream);
   tables_.launch = reinterpret_cast<LaunchControl*>(control_memory_.at(at_launch));
   tables_.control = reinterpret_cast<EntryControl*>(control_memory_.at(at_control));
   tables_.nodes = reinterpret_cast<uint32_t*>(control_memory_.at(at_nodes));
+  tables_.sums = reinterpret_cast<double*>(control_memory_.at(at_sums));
   tables_.partials = reinterpret_cast<double*>(control_memory_.at(at_partials));
 }
 
@@ -184,12 +206,16 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     throw std::runtime_error(
         "this step cannot be captured in a CUDA graph, because it sets up tables: take a step before the capture, and "
         "none that changes dtypes or memory layouts in between");
-  if (!tables_.control) make_control(entries, stream);
   finish_on_other_streams();
+  if (!tables_.control || (clips_ && !control_clips_)) make_control(entries, stream);
   if (captured_any_) captured_.push_back(std::move(table_memory_));
   layouts_.clear();
   variant_.assign(entries.size(), -1);
-  grid_[0] = grid_[1] = Grid{};
+  for (size_t g = 0; g < kGrids; ++g) {
+    grid_[g] = Grid{};
+    grid_[g].norms = g < kUpdates;
+    grid_[g].mixed = g % 2 == 1;
+  }
   std::vector<DeviceEntry> table(entries.size());
   for (size_t i = 0; i < entries.size(); ++i) {
     const Entry& e = entries[i];
@@ -208,25 +234,26 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     d.param_dtype = e.param_dtype;
     d.grad_dtype = e.grad_dtype;
     d.step_dtype = e.step_dtype;
-    d.variant = static_cast<uint8_t>(variant);
-    for (int k = 0; k < kMaxSlots; ++k) {
-      if (k >= info_.slots || !info_.uses(variant, k)) continue;
+    d.variant = static_cast<uint8_t>(variant % kWithEma);
+    for (int k = 0; k < kStates; ++k) {
+      if (!info_.uses(variant, k)) continue;
       d.state[k] = e.state[k];
-      d.state_dtype[k] = e.state_dtype[k];
+      if (k < kMaxSlots) d.state_dtype[k] = e.state_dtype[k];
       d.uses |= 1 << k;
     }
-    grid_[mixed(e, variant)].add_kind(d.kind());
+    grid_[kUpdates + mixed(e, variant)].add_kind(d.kind());
   }
   if (info_.needs_norm)
     make_norm_grids(entries);
   else
     make_elementwise_grids(entries);
+  if (clips_) make_global_norm_grids(entries);
   for (const Grid& grid : grid_)
-    if (grid.items > 0) launcher_->prepare(rule_, grid.kinds);
+    if (grid.items > 0) launcher_->prepare(grid.norms ? kNormOfAll : rule_, grid.kinds);
   Packer packer;
   const int64_t at_entries = packer.add(table), at_layouts = packer.add(layouts_);
-  int64_t at_first[2], at_segments[2];
-  for (int g = 0; g < 2; ++g) {
+  int64_t at_first[kGrids], at_segments[kGrids];
+  for (size_t g = 0; g < kGrids; ++g) {
     at_first[g] = packer.add(grid_[g].first_item);
     at_segments[g] = packer.add(grid_[g].segments);
   }
@@ -234,13 +261,13 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
   launcher_->upload(table_memory_, 0, packer.bytes.data(), packer.bytes.size(), stream);
   tables_.entries = reinterpret_cast<DeviceEntry*>(table_memory_.at(at_entries));
   tables_.layouts = reinterpret_cast<int64_t*>(table_memory_.at(at_layouts));
-  for (int g = 0; g < 2; ++g) {
+  for (size_t g = 0; g < kGrids; ++g) {
     first_item_[g] = reinterpret_cast<uint32_t*>(table_memory_.at(at_first[g]));
     segments_[g] = reinterpret_cast<Segment*>(table_memory_.at(at_segments[g]));
   }
   const int64_t words = static_cast<int64_t>(entries.size() + rows.size() * info_.hypers);
   if (!launcher_->by_value())
-    words_memory_ = launcher_->allocate(words * 8 + 2 * sizeof(StepHeader));
+    words_memory_ = launcher_->allocate(words * 8 + kGrids * sizeof(StepHeader));
   else if (words > kInlineWords)
     words_memory_ = launcher_->allocate(words * 8);
   uploaded_grads_.clear();
@@ -299,12 +326,12 @@ void GpuExecutor::pack_by_value(int64_t entries, void* stream) {
 const StepHeader* GpuExecutor::pack_in_memory(int64_t entries, void* stream) {
   constexpr int64_t kHeaderWords = sizeof(StepHeader) / 8;
   const int64_t count = static_cast<int64_t>(words_.size());
-  if (capturing_) captured_.push_back(launcher_->allocate((count + 2 * kHeaderWords) * 8));
+  if (capturing_) captured_.push_back(launcher_->allocate((count + kGrids * kHeaderWords) * 8));
   const Memory& memory = capturing_ ? captured_.back() : words_memory_;
   args_.grads = reinterpret_cast<const uint64_t*>(memory.at(0));
   args_.rows = reinterpret_cast<const uint64_t*>(memory.at(entries * 8));
-  words_.resize(count + 2 * kHeaderWords);
-  for (int g = 0; g < 2; ++g) {
+  words_.resize(count + kGrids * kHeaderWords);
+  for (size_t g = 0; g < kGrids; ++g) {
     choose_grid(g);
     std::memcpy(words_.data() + count + g * kHeaderWords, static_cast<StepHeader*>(&args_), sizeof(StepHeader));
   }
@@ -319,7 +346,7 @@ const StepHeader* GpuExecutor::pack_in_memory(int64_t entries, void* stream) {
   return reinterpret_cast<const StepHeader*>(memory.at(count * 8));
 }
 
-void GpuExecutor::choose_grid(int g) {
+void GpuExecutor::choose_grid(size_t g) {
   args_.tables.first_item = first_item_[g];
   args_.tables.segments = segments_[g];
   args_.segments = static_cast<int32_t>(grid_[g].segments.size());
@@ -331,6 +358,12 @@ void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   capturing_ = launcher_->capturing(stream);
   args_.grad_scale = reinterpret_cast<const float*>(on_device.grad_scale);
   args_.found_inf = reinterpret_cast<const float*>(on_device.found_inf);
+  args_.norm_stats = settings_.norm_stats;
+  args_.flags = (settings_.skip_nonfinite ? kSkipNonfinite : 0) | (settings_.zero_grad ? kZeroGrad : 0) |
+                (any_f64(entries) ? kNormInF64 : 0);
+  const bool clips = needs_global_norm(rows, settings_);
+  tables_valid_ = tables_valid_ && clips == clips_;
+  clips_ = clips;
   if (!tables_valid_) make_tables(entries, rows, stream);
   on_other_streams_ = on_other_streams_ || stream != made_on_;
   captured_any_ = captured_any_ || capturing_;
@@ -342,10 +375,12 @@ void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   else
     headers = pack_in_memory(n, stream);
   on_caller();
-  for (int g = 0; g < 2; ++g) {
-    if (grid_[g].items == 0) continue;
+  for (size_t g = 0; g < kGrids; ++g) {
+    const Grid& grid = grid_[g];
+    if (grid.items == 0) continue;
     choose_grid(g);
-    const Launch launch{rule_, g == 1, static_cast<uint32_t>(grid_[g].items), grid_[g].kinds, stream};
+    const Launch launch{grid.norms ? kNormOfAll : rule_, grid.mixed, static_cast<uint32_t>(grid.items), grid.kinds,
+                        stream};
     launcher_->step(launch, args_, headers ? headers + g : nullptr);
   }
   for (Entry& e : entries)

@@ -21,20 +21,19 @@ __device__ inline int32_t find_segment(const uint32_t* first_item, int32_t segme
   return low;
 }
 
-// Called by the block's first warp; fills `work` except for its unscale. False if there is nothing to do.
+// Called by the block's first warp; fills `work` except for its composition. False if there is nothing to update.
 __device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t item) {
   const Tables& t = args.tables;
   const int32_t s = find_segment(t.first_item, args.segments, item);
   const Segment segment = t.segments[s];
   const uint64_t* grads = args.grads ? args.grads : args.words + args.inline_grads;
   const uint64_t grad = grads[segment.entry];
-  if (grad == 0) return false;
   if (threadIdx.x == 0) {
     work.index = segment.entry;
     work.work = segment.work;
     work.entry = t.entries[segment.entry];
     work.first = (grad & kFirst) != 0;
-    work.grad = reinterpret_cast<const void*>(static_cast<uintptr_t>(grad & kAddress));
+    work.grad = reinterpret_cast<void*>(static_cast<uintptr_t>(grad & kAddress));
     work.items = t.first_item[s + 1] - t.first_item[s];
     work.item = item - t.first_item[s];
     // The update goes backwards: what was read last is still in the cache.
@@ -43,13 +42,42 @@ __device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t
     work.begin = work.item * size;
     work.end = work.begin + size < work.entry.numel ? work.begin + size : work.entry.numel;
   }
-  return true;
+  return grad != 0;
 }
 
 __device__ inline double number_of_step(const DeviceEntry& e) {
   if (!e.step) return 0;
   return e.step_dtype == DType::f64 ? *static_cast<const double*>(e.step) + 1.0
                                     : static_cast<double>(*static_cast<const float*>(e.step) + 1.0f);
+}
+
+__device__ inline const uint64_t* row_of(const StepArgs& args, int32_t group) {
+  const uint64_t* rows = args.rows ? args.rows : args.words + args.inline_rows;
+  return rows + static_cast<int64_t>(group) * args.row_words;
+}
+
+__device__ inline double hyper_of(const uint64_t* row, int k) {
+  double x;
+  memcpy(&x, row + k, 8);
+  return x;
+}
+
+// What surrounds the rule for a tensor of this group.
+__device__ inline Composition composition_of(const StepArgs& args, int32_t group) {
+  const uint64_t* row = row_of(args, group);
+  const double max_norm = hyper_of(row, kMaxGradNorm), limit = hyper_of(row, kClipGradValue);
+  Composition c = Composition::unscaled(unscale_by(args.grad_scale));
+  if (max_norm >= 0) c.coefficient = clip_coefficient(max_norm, args.norm_stats->norm, (args.flags & kNormInF64) != 0);
+  if (limit >= 0) c.limit = limit;
+  c.ema_decay = hyper_of(row, kEmaDecay);
+  c.zero_grad = (args.flags & kZeroGrad) != 0;
+  return c;
+}
+
+// Whether nothing is to be updated in this step.
+__device__ inline bool is_skipped(const StepArgs& args) {
+  if (args.found_inf && *args.found_inf != 0) return true;
+  return (args.flags & kSkipNonfinite) && !is_finite(args.norm_stats->norm);
 }
 
 // What a step makes of a tensor's numbers.
@@ -63,10 +91,9 @@ template <class Rule, class T>
 __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars<T>& scalars, const BlockWork& work,
                                                  const StepArgs& args, double sum_of_squares) {
   const DeviceEntry& e = work.entry;
-  const uint64_t* rows = args.rows ? args.rows : args.words + args.inline_rows;
-  const uint64_t* row = rows + static_cast<int64_t>(e.group) * args.row_words;
+  const uint64_t* row = row_of(args, e.group);
   double hyper[Rule::kHypers];
-  for (int k = 0; k < Rule::kHypers; ++k) memcpy(&hyper[k], row + k, 8);
+  for (int k = 0; k < Rule::kHypers; ++k) hyper[k] = hyper_of(row, k);
   if (hyper[kLrDType] >= kLrOnDevice) {
     hyper[kLrDType] -= kLrOnDevice;
     constexpr DType kOf[] = {DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16};
@@ -141,25 +168,33 @@ __device__ __forceinline__ void sum_tiles(const BlockWork& work, const int64_t* 
   }
 }
 
-__device__ inline float unscale_of(const StepArgs& args) {
-  return args.grad_scale ? static_cast<float>(1.0 / static_cast<double>(*args.grad_scale)) : 1.0f;
+// The sum of squares of a tensor of one part, for the block's first warp: in lane 0.
+__device__ inline double sum_of_part(const BlockWork& work, const double* sums) {
+  const int count = static_cast<int>(tiles(work.entry.numel));
+  return warp_sum_by_halving([&](int i, double (&out)[4]) {
+    for (int j = 0; j < 4; ++j) out[j] = i + j < count ? sums[(i + j) % kTilesPerPart] : 0.0;
+  });
 }
 
 // An elementwise rule. mixed: some operands may have 64 bits.
 template <class Rule, bool mixed>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM) step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
-  if (args.found_inf && *args.found_inf != 0) return;
+  const bool skip = is_skipped(args);
+  if (skip && !(args.flags & kZeroGrad)) return;
   if (threadIdx.x < kWarp) {
     const bool any = find_work(work, args, blockIdx.x);
     if (threadIdx.x == 0) {
-      work.unscale = unscale_of(args);
+      work.around = composition_of(args, work.entry.group);
       if (!any) work.items = 0;
     }
   }
   __syncthreads();
   if (work.items == 0) return;
-  prepare_and_update<Rule, mixed>(work, args, 0.0);
+  if (skip)
+    zero_gradient<mixed>(work, args.tables.layouts);
+  else
+    prepare_and_update<Rule, mixed>(work, args, 0.0);
 }
 
 // A rule that needs the gradient's norm first. Blocks take tickets, so that what a block waits for has begun already.
@@ -168,35 +203,39 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
   __shared__ double sum_of_squares;
-  if (args.found_inf && *args.found_inf != 0) return;
+  const bool skip = is_skipped(args);
+  if (skip && !(args.flags & kZeroGrad)) return;
   if (threadIdx.x < kWarp) {
-    uint32_t ticket = 0;
-    if (threadIdx.x == 0) ticket = atomicAdd(&args.tables.launch->tickets, 1u);
-    ticket = __shfl_sync(0xffffffffu, ticket, 0);
-    // Only two launches at once that share their counters get here, as of two captured steps: see NOTES.md.
-    if (ticket >= args.tables.first_item[args.segments]) __trap();
+    uint32_t ticket = blockIdx.x;
+    if (!skip) {
+      if (threadIdx.x == 0) ticket = atomicAdd(&args.tables.launch->tickets, 1u);
+      ticket = __shfl_sync(0xffffffffu, ticket, 0);
+      // Only two launches at once that share their counters get here, as of two captured steps: see NOTES.md.
+      if (ticket >= args.tables.first_item[args.segments]) __trap();
+    }
     const bool any = find_work(work, args, ticket);
     if (threadIdx.x == 0) {
-      work.unscale = unscale_of(args);
+      work.around = composition_of(args, work.entry.group);
       if (!any) work.items = 0;
     }
   }
   __syncthreads();
   const Tables& t = args.tables;
+  if (skip) {
+    if (work.items != 0 && work.work != Work::sum) zero_gradient<mixed>(work, t.layouts);
+    return;
+  }
   if (work.items != 0) {
     if (work.work == Work::sum) {
       sum_tiles<mixed>(work, t.layouts, t.partials + work.entry.partials + work.item * kTilesPerPart);
       __syncthreads();
-      if (threadIdx.x < kWarp) climb(work, t);
+      if (threadIdx.x < kWarp) climb(work, t, [&](double sum) { publish_sum(t.control[work.index], sum); });
     } else {
       if (work.work == Work::sum_apply) {
         sum_tiles<mixed>(work, t.layouts, sums);
         __syncthreads();
         if (threadIdx.x < kWarp) {
-          const int count = static_cast<int>(tiles(work.entry.numel));
-          const double sum = warp_sum_by_halving([&](int i, double (&out)[4]) {
-            for (int j = 0; j < 4; ++j) out[j] = i + j < count ? sums[(i + j) % kTilesPerPart] : 0.0;
-          });
+          const double sum = sum_of_part(work, sums);
           if (threadIdx.x == 0) sum_of_squares = sum;
         }
       } else if (threadIdx.x == 0) {
@@ -211,6 +250,61 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const
     t.launch->tickets = 0;
     t.launch->finished = 0;
   }
+}
+
+// One warp's work, with a tensor's sum of squares in lane 0: the last to come adds all sums, in the order of the
+// parameters, and leaves the norm for the launch that updates.
+__device__ inline void add_to_norm(const StepArgs& args, int32_t index, double sum) {
+  const Tables& t = args.tables;
+  const int lane = threadIdx.x % kWarp;
+  uint32_t before = 0;
+  if (lane == 0) {
+    t.sums[index] = sum;
+    __threadfence();
+    before = atomicAdd(&t.launch->summed, 1u);
+  }
+  before = __shfl_sync(0xffffffffu, before, 0);
+  if (before + 1 != static_cast<uint32_t>(args.tensors)) return;
+  __threadfence();
+  double total = 0;
+  for (int32_t first = 0; first < args.entries; first += kWarp) {
+    const double x = first + lane < args.entries ? __ldcg(t.sums + first + lane) : 0.0;
+    for (int k = 0; k < kWarp; ++k) total += __shfl_sync(0xffffffffu, x, k);
+  }
+  if (lane == 0) {
+    const double norm = norm_of(total, (args.flags & kNormInF64) != 0);
+    args.norm_stats->norm = norm;
+    if ((args.flags & kSkipNonfinite) && !is_finite(norm)) args.norm_stats->skipped += 1;
+    t.launch->summed = 0;
+  }
+}
+
+// The norm of all gradients, unscaled but not clipped.
+template <bool mixed>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_kernel(const __grid_constant__ StepArgs args) {
+  __shared__ BlockWork work;
+  __shared__ double sums[kTilesPerPart];
+  if (threadIdx.x < kWarp) {
+    const bool any = find_work(work, args, blockIdx.x);
+    if (threadIdx.x == 0) {
+      work.around = Composition::unscaled(unscale_by(args.grad_scale));
+      if (!any) work.items = work.item == 0 ? 0 : -1;
+    }
+  }
+  __syncthreads();
+  const Tables& t = args.tables;
+  if (work.items <= 0) {  // no gradient: one of its blocks tells so
+    if (work.items == 0 && threadIdx.x < kWarp) add_to_norm(args, work.index, 0.0);
+    return;
+  }
+  const bool one_part = work.items == 1;
+  sum_tiles<mixed>(work, t.layouts, one_part ? sums : t.partials + work.entry.partials + work.item * kTilesPerPart);
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  if (one_part)
+    add_to_norm(args, work.index, sum_of_part(work, sums));
+  else
+    climb(work, t, [&](double sum) { add_to_norm(args, work.index, sum); });
 }
 
 // Writes data that travels in the arguments, so that a captured graph holds it.

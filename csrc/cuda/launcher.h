@@ -20,7 +20,8 @@ struct Launch {
   int rule;
   bool mixed;  // the table may hold operands of 64 bits
   uint32_t blocks;
-  const std::vector<uint64_t>& kinds;  // of the entries, see DeviceEntry
+  const std::vector<uint64_t>&
+      kinds;  // of the entries, see DeviceEntry; for norms the dtypes of parameter and gradient
   void* stream;
 };
 

@@ -31,8 +31,8 @@ __device__ __forceinline__ double warp_sum_by_halving(const Load4& load4) {
 }
 
 template <class T>
-__device__ __forceinline__ double square(T x, float unscale) {
-  const double y = static_cast<double>(x * static_cast<T>(unscale));
+__device__ __forceinline__ double square(T x, const Intake<T>& intake) {
+  const double y = static_cast<double>(taken<Lane<T>>(x, intake));
   return y * y;
 }
 
@@ -45,13 +45,14 @@ __device__ __noinline__ double square_at(const BlockWork& work, int64_t i, const
   int64_t at[kOperands];
   at[kGrad] = i;
   if (e.layout >= 0) strided_offsets(layouts + e.layout, i, at);
-  return square(load_single<T, mixed>(work.grad, e.grad_dtype, at[kGrad]), work.unscale);
+  return square(load_single<T, mixed>(work.grad, e.grad_dtype, at[kGrad]), Intake<T>::of(work.around));
 }
 
-// The sum of squares of a tile of the gradient, divided by the scale first.
+// The sum of squares of a tile of the gradient that the rule gets.
 template <class T, bool mixed>
 __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
+  const auto intake = Intake<T>::of(work.around);
   const int64_t start = tile * kTile;
   if constexpr (!mixed) {
     const int64_t bytes = size_of(e.grad_dtype);
@@ -73,7 +74,7 @@ __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t t
       return warp_sum_by_halving([&](int i, double (&out)[4]) {
         T x[4];
         decode<4>(x, raw[i / 128], e.grad_dtype);
-        for (int j = 0; j < 4; ++j) out[j] = square(x[j], work.unscale);
+        for (int j = 0; j < 4; ++j) out[j] = square(x[j], intake);
       });
     }
   }
@@ -90,9 +91,10 @@ __device__ inline double warp_sum(const double* x, int64_t count) {
 }
 
 // One warp's part in the tree of sums above the tiles, after its block wrote a part's tile sums: of the blocks below a
-// node the last to arrive sums the node and goes on to the next; at the root it publishes the sum. Who does it varies,
-// the order of summation never does.
-__device__ inline void climb(const BlockWork& work, const Tables& tables) {
+// node the last to arrive sums the node and goes on to the next; at the root it calls publish(sum), with the sum in lane 0. Who
+// does it varies, the order of summation never does.
+template <class Publish>
+__device__ __forceinline__ void climb(const BlockWork& work, const Tables& tables, const Publish& publish) {
   const DeviceEntry& e = work.entry;
   constexpr int64_t kPartsPerNode = kTile / kTilesPerPart;
   int64_t count = tiles(e.numel), node = work.item / kPartsPerNode;  // sums of this level; the node above them
@@ -113,12 +115,7 @@ __device__ inline void climb(const BlockWork& work, const Tables& tables) {
     const int64_t left = count - node * kTile, nodes = tiles(count);
     const double sum = warp_sum(sums + node * kTile, left < kTile ? left : kTile);
     if (nodes == 1) {
-      if (threadIdx.x % kWarp == 0) {
-        EntryControl& control = tables.control[work.index];
-        control.sum_of_squares = sum;
-        __threadfence();
-        atomicExch(&control.ready, 1u);
-      }
+      publish(sum);
       return;
     }
     sums += count;
@@ -129,6 +126,13 @@ __device__ inline void climb(const BlockWork& work, const Tables& tables) {
     node = parent;
     count = nodes;
   }
+}
+
+__device__ inline void publish_sum(EntryControl& control, double sum) {
+  if (threadIdx.x % kWarp != 0) return;
+  control.sum_of_squares = sum;
+  __threadfence();
+  atomicExch(&control.ready, 1u);
 }
 
 // Waits until the last of the blocks that sum is through. They have lower tickets: they run or have run.

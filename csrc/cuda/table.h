@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../core/composition.h"
 #include "../core/sum_of_squares.h"
 #include "../rules/all.h"
 
@@ -19,13 +20,13 @@ inline constexpr int kThreads = 128, kBlocksPerSM = 4, kWarp = 32, kWarps = kThr
 // part is done by one block, without waiting.
 inline constexpr int64_t kTilesPerPart = 16, kPart = kTilesPerPart * kTile;
 
-inline constexpr int kOperands = kMaxSlots + 2;
+inline constexpr int kOperands = kStates + 2;
 enum Operand { kParam, kGrad, kFirstState };
 
 // A tensor. It changes when memory, dtypes or layouts do, not from step to step.
 struct DeviceEntry {
   void* param;
-  void* state[kMaxSlots];
+  void* state[kStates];
   void* step;           // 0-dim, fp32 or fp64; null for a rule without a step
   float* scalar_state;  // for a rule with one
   int64_t numel;
@@ -33,7 +34,7 @@ struct DeviceEntry {
   int64_t partials;  // where its tile sums start in Tables::partials
   int32_t nodes;     // where its arrival counters start in Tables::nodes
   int32_t group;
-  // Its kind, which decides what code it needs: one word.
+  // Its kind, which decides what code it needs: one word. (The moving average of the parameter has the compute dtype.)
   DType param_dtype, grad_dtype, step_dtype, state_dtype[kMaxSlots];
   uint8_t variant;
   uint8_t uses;  // bit k: state k belongs to the variant
@@ -58,6 +59,7 @@ struct EntryControl {
 };
 struct LaunchControl {
   uint32_t tickets, finished;
+  uint32_t summed;  // tensors whose sum of squares for the norm of all gradients is in
 };
 
 // Items of work follow each other in segments: a block's item number gives, by search, a segment and an item in it.
@@ -82,11 +84,18 @@ struct Tables {
   LaunchControl* launch;
   uint32_t* nodes;
   double* partials;
+  double* sums;  // of squares, of each tensor, for the norm of all gradients
 };
 
 // A gradient's address, with flags in bits that no address uses. A word of 0: no gradient, no update. kFirst: its
 // states count as absent in this step.
 inline constexpr uint64_t kActive = uint64_t{1} << 63, kFirst = uint64_t{1} << 62, kAddress = kFirst - 1;
+
+// In place of a rule: the norm of all gradients.
+inline constexpr int kNormOfAll = -1;
+
+// Flags of a step.
+inline constexpr int32_t kSkipNonfinite = 1, kZeroGrad = 2, kNormInF64 = 4;
 
 // Kernel arguments may have 32,764 bytes from CUDA 12.1 on.
 inline constexpr int64_t kArgumentBytes = 32760;
@@ -97,8 +106,10 @@ struct StepHeader {
   const uint64_t* rows;     // hyper-parameters, row_words per group; null: they are in `words`
   const float* found_inf;   // not 0: nothing is to be changed. May be null
   const float* grad_scale;  // gradients are divided by it. May be null
+  NormStats* norm_stats;    // of all gradients: written by the kernel of norms, read by that of updates
   int64_t chunk;            // elements per item of Work::update
   int32_t segments, row_words, inline_grads, inline_rows;  // the last two: where they start in `words`
+  int32_t flags, entries, tensors;                         // tensors: how many entries have sums
 };
 inline constexpr int64_t kInlineWords = (kArgumentBytes - static_cast<int64_t>(sizeof(StepHeader))) / 8;
 

@@ -9,14 +9,22 @@ namespace fusedoptim::cuda {
 // One block's work, as its first warp found it, in shared memory.
 struct BlockWork {
   DeviceEntry entry;
-  const void* grad;
+  void* grad;
   int64_t begin, end;   // elements
   int64_t item, items;  // of the segment
   int32_t index;        // of the entry
   Work work;
-  bool first;     // its states count as absent
-  float unscale;  // what gradients are multiplied by
+  bool first;  // its states count as absent
+  Composition around;
 };
+
+// A parameter as it reads after it was stored.
+template <class T>
+__device__ __forceinline__ T as_stored(T x, DType d) {
+  if constexpr (sizeof(T) == 4)
+    if (size_of(d) == 2) return decode_16(encode_16(x, d), d);
+  return x;
+}
 
 // `count` groups of G elements from `begin` on. Each thread has two of them, 32 bytes per operand, under way at once.
 template <class Rule, int variant, class T, int G>
@@ -24,10 +32,13 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
                                               const typename Rule::template Scalars<T>& c) {
   constexpr int U = 2;
   const DeviceEntry& e = work.entry;
-  const T unscale = static_cast<T>(work.unscale);
+  const auto intake = Intake<T>::of(work.around);
+  const auto toward_param = LerpWeight<T>::of(1.0 - work.around.ema_decay);
+  const bool averages = (e.uses >> kEma & 1) != 0, zero_grad = work.around.zero_grad;
+  constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
 #pragma unroll 1
   for (int64_t first = threadIdx.x; first < count; first += U * kThreads) {
-    Raw p[U], g[U], s[U][kMaxSlots];
+    Raw p[U], g[U], s[U][kStates];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (first + u * kThreads >= count) break;
@@ -37,6 +48,7 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
 #pragma unroll
       for (int k = 0; k < Rule::kSlots; ++k)
         if (Rule::uses(variant, k)) fetch<G>(s[u][k], e.state[k], e.state_dtype[k], i);
+      if (G != 8 && averages) fetch<G>(s[u][kEma], e.state[kEma], kCompute, i);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -54,7 +66,7 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
 #pragma unroll
         for (int k = 0; k < Rule::kSlots; ++k)
           if (Rule::uses(variant, k)) slots[k] = state[k][j];
-        Rule::template update<variant, Lane<T>>(param[j], gradient[j] * unscale, slots, c);
+        Rule::template update<variant, Lane<T>>(param[j], taken<Lane<T>>(gradient[j], intake), slots, c);
 #pragma unroll
         for (int k = 0; k < Rule::kSlots; ++k)
           if (Rule::uses(variant, k)) state[k][j] = slots[k];
@@ -63,6 +75,17 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
       for (int k = 0; k < Rule::kSlots; ++k)
         if (Rule::uses(variant, k)) put<G>(e.state[k], e.state_dtype[k], i, state[k]);
       put<G>(e.param, e.param_dtype, i, param);
+      if (G != 8 && averages) {  // eight elements are a group only where all operands have 16 bits
+        T ema[G];
+        decode<G>(ema, s[u][kEma], kCompute);
+#pragma unroll
+        for (int j = 0; j < G; ++j) ema[j] = lerp<Lane<T>>(ema[j], as_stored(param[j], e.param_dtype), toward_param);
+        put<G>(e.state[kEma], kCompute, i, ema);
+      }
+      if (zero_grad) {
+        const T zeros[G] = {};
+        put<G>(work.grad, e.grad_dtype, i, zeros);
+      }
     }
   }
 }
@@ -75,10 +98,13 @@ __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t be
                                                const int64_t* layouts) {
   constexpr int U = mixed ? 1 : 2;
   const DeviceEntry& e = work.entry;
-  const T unscale = static_cast<T>(work.unscale);
+  const auto intake = Intake<T>::of(work.around);
+  const auto toward_param = LerpWeight<T>::of(1.0 - work.around.ema_decay);
+  const bool averages = (e.uses >> kEma & 1) != 0, zero_grad = work.around.zero_grad;
+  constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
 #pragma unroll 1
   for (int64_t first = threadIdx.x; first < count; first += U * kThreads) {
-    T p[U], g[U], s[U][kMaxSlots];
+    T p[U], g[U], s[U][kStates];
     int64_t at[U][kOperands];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -95,15 +121,20 @@ __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t be
       for (int k = 0; k < Rule::kSlots; ++k)
         if (Rule::uses(variant, k))
           s[u][k] = load_single<T, mixed>(e.state[k], e.state_dtype[k], at[u][kFirstState + k]);
+      if (averages) s[u][kEma] = load_single<T, mixed>(e.state[kEma], kCompute, at[u][kFirstState + kEma]);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (first + u * kThreads >= count) break;
-      Rule::template update<variant, Lane<T>>(p[u], g[u] * unscale, s[u], c);
+      Rule::template update<variant, Lane<T>>(p[u], taken<Lane<T>>(g[u], intake), s[u], c);
 #pragma unroll
       for (int k = 0; k < Rule::kSlots; ++k)
         if (Rule::uses(variant, k)) store_single<mixed>(e.state[k], e.state_dtype[k], at[u][kFirstState + k], s[u][k]);
       store_single<mixed>(e.param, e.param_dtype, at[u][kParam], p[u]);
+      if (averages)
+        store_single<mixed>(e.state[kEma], kCompute, at[u][kFirstState + kEma],
+                            lerp<Lane<T>>(s[u][kEma], as_stored(p[u], e.param_dtype), toward_param));
+      if (zero_grad) store_single<mixed>(work.grad, e.grad_dtype, at[u][kGrad], T(0));
     }
   }
 }
@@ -113,7 +144,7 @@ struct Vectors {
   int width, head;
 };
 
-template <class Rule, int variant>
+template <class Rule, int variant, class T>
 __device__ __forceinline__ Vectors vectors(const DeviceEntry& e, const void* grad) {
   uint32_t sizes = 0;  // the sizes of all operands, as bits
   const auto for_each = [&](const auto& f) {
@@ -122,6 +153,7 @@ __device__ __forceinline__ Vectors vectors(const DeviceEntry& e, const void* gra
 #pragma unroll
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) f(e.state[k], e.state_dtype[k]);
+    if (e.uses >> kEma & 1) f(e.state[kEma], sizeof(T) == 8 ? DType::f64 : DType::f32);
   };
   for_each([&](const void*, DType d) { sizes |= static_cast<uint32_t>(size_of(d)); });
   const int width = sizes == 8 ? 2 : sizes > 8 ? 1 : sizes >= 4 ? 4 : 8;
@@ -143,7 +175,7 @@ __device__ __forceinline__ void update_range(const BlockWork& work, const typena
                                              const int64_t* layouts) {
   const auto c = scalars;
   const int64_t n = work.entry.numel;
-  const Vectors v = work.entry.layout >= 0 ? Vectors{1, 0} : vectors<Rule, variant>(work.entry, work.grad);
+  const Vectors v = work.entry.layout >= 0 ? Vectors{1, 0} : vectors<Rule, variant, T>(work.entry, work.grad);
   // Ranges are moved up by the head, which the first one does as well, and cut where the tensor ends.
   const int64_t head = v.head < n ? v.head : n;
   const int64_t begin = work.begin + head < n ? work.begin + head : n;
@@ -157,6 +189,18 @@ __device__ __forceinline__ void update_range(const BlockWork& work, const typena
   }
   const int64_t done = begin + groups * v.width, gap = work.begin == 0 ? head : 0;
   update_singles<Rule, variant, T, mixed>(work, 0, gap, done, gap + end - done, c, layouts);
+}
+
+// For a step that is skipped.
+template <bool mixed>
+__device__ __noinline__ void zero_gradient(const BlockWork& work, const int64_t* layouts) {
+  const DeviceEntry& e = work.entry;
+  for (int64_t i = work.begin + threadIdx.x; i < work.end; i += kThreads) {
+    int64_t at[kOperands];
+    at[kGrad] = i;
+    if (e.layout >= 0) strided_offsets(layouts + e.layout, i, at);
+    store_single<mixed>(work.grad, e.grad_dtype, at[kGrad], 0.0f);
+  }
 }
 
 // The same, for the entry's own variant.

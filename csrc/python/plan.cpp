@@ -57,31 +57,36 @@ bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stride
   return true;
 }
 
-std::unique_ptr<Executor> make_executor(int rule, const py::object& launcher) {
-  if (launcher.is_none()) return std::make_unique<CpuExecutor>(rule);
+std::unique_ptr<Executor> make_executor(int rule, const py::object& launcher, const Settings& settings) {
+  if (launcher.is_none()) return std::make_unique<CpuExecutor>(rule, settings);
   std::unique_ptr<cuda::Launcher> made;
   if (py::isinstance<py::int_>(launcher))
     made = std::make_unique<cuda::LibraryLauncher>(launcher.cast<int>());
   else
     made = std::make_unique<PythonLauncher>(launcher);
-  return std::make_unique<cuda::GpuExecutor>(rule, std::move(made));
+  return std::make_unique<cuda::GpuExecutor>(rule, std::move(made), settings);
 }
 
 }  // namespace
 
 Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
-           std::pair<int, int> device, py::object launcher)
+           std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings)
     : rule_(find_rule(rule.c_str())),
       info_(rule_ >= 0 ? rule_info(rule_) : throw py::value_error("no compiled rule is called '" + rule + "'")),
       device_{device.first, device.second},
-      executor_(make_executor(rule_, launcher)),
+      executor_(make_executor(
+          rule_, launcher,
+          {reinterpret_cast<NormStats*>(std::get<0>(settings)), std::get<1>(settings), std::get<2>(settings)})),
       increment_version_(std::move(increment_version)),
       params_key_(py::str("params")),
       lr_key_(py::str("lr")) {
   if (static_cast<int>(hyper.size()) + kFirstRuleHyper != info_.hypers)
     throw py::value_error("rule '" + rule + "' was compiled with another number of hyper-parameters");
-  for (const auto& [key, index] : hyper)
-    hyper_.emplace_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str())), index);
+  const auto interned = [](const char* key) {
+    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key));
+  };
+  for (const auto& [key, index] : hyper) hyper_.emplace_back(interned(key.c_str()), index);
+  for (const char* key : {"max_grad_norm", "clip_grad_value", "ema_decay"}) option_keys_.push_back(interned(key));
 }
 
 void Plan::build(py::list groups, py::dict state, py::list bindings) {
@@ -146,19 +151,20 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   const int variant = group_[e.group].variant;
   m.linear = e.numel <= 1 || (dense(sizes, strides) && (!info_.needs_norm || row_major(sizes, strides)));
   m.ours = m.ready = true;
-  for (int k = 0; k < info_.slots; ++k) {
+  for (int k = 0; k < kStates; ++k) {
     if (!info_.uses(variant, k)) continue;
-    if (binding[1 + k] < 0) {
+    const int at = binding[k == kEma ? 1 + info_.slots : 1 + k];
+    if (at < 0) {
       m.ready = false;
       continue;
     }
-    const StableTensor& s = tensors.at(binding[1 + k]);
+    const StableTensor& s = tensors.at(at);
     e.state_dtype[k] = dtype_of(s);
     e.state[k] = addresses_.add(s);
     strides_[i].state[k] = to_vector(s.strides());
     if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), strides_[i].state[k].data());
   }
-  const int step = binding[1 + info_.slots], scalar = binding[2 + info_.slots];
+  const int step = binding[2 + info_.slots], scalar = binding[3 + info_.slots];
   if (info_.has_step && step < 0) m.ready = false;
   if (info_.next_scalar_state && scalar < 0) m.ready = false;
   if (info_.has_step && step >= 0) {
@@ -166,7 +172,7 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     e.step = addresses_.add(tensors.at(step));
   }
   if (info_.next_scalar_state && scalar >= 0) e.scalar_state = static_cast<float*>(addresses_.add(tensors.at(scalar)));
-  e.first = binding[3 + info_.slots] != 0;
+  e.first = binding[4 + info_.slots] != 0;
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {

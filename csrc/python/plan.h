@@ -10,6 +10,7 @@
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -30,12 +31,13 @@ class Plan {
   // hyper: (group key, index into its value or -1) for each hyper-parameter of the rule after lr and its dtype.
   // device: whose tensors it steps, as DLPack names it. launcher: None for the CPU's kernels, the index of a device for
   // those of _C_cuda, else an object with the functions that python_launcher.h calls.
+  // settings: the address of the optimizer's NormStats on the device, skip_nonfinite, zero_grad.
   Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
-       std::pair<int, int> device, py::object launcher);
+       std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings);
 
   // groups is optimizer.param_groups, state is optimizer.state. bindings has one tuple per parameter, in order:
-  // indices into the list of tensors given to bind(), or -1 where there is none: (param, slots..., step,
-  // scalar_state), then 1 if its states count as absent in the coming step. An empty tuple: not this plan's.
+  // indices into the list of tensors given to bind(), or -1 where there is none: (param, slots...,
+  // ema, step, scalar_state), then 1 if its states count as absent in the coming step. An empty tuple: not this plan's.
   void build(py::list groups, py::dict state, py::list bindings);
   void bind(const std::vector<torch::stable::Tensor>& tensors);
 
@@ -72,7 +74,7 @@ class Plan {
     bool prepared = false;  // by the executor, for the gradient's dtype and layout
   };
   struct Strides {  // of a member whose operands may differ in memory order
-    std::vector<int64_t> state[kMaxSlots];
+    std::vector<int64_t> state[kStates];
     std::unique_ptr<Layout> layout;
   };
   struct Group {
@@ -88,6 +90,7 @@ class Plan {
   bool refresh_group(Group&, HyperRow&);
   bool refresh_gradient(int64_t i, const TensorView&);
   bool read_hyper(PyObject* value, double& out, double* lr_dtype);
+  bool read_option(PyObject* dict, const py::object& key, double& out);
   void bind_member(int64_t i, const std::vector<torch::stable::Tensor>& tensors, const std::vector<int>& binding);
   void prefetch_gradients(int64_t i) const;
   bool no(const char* why);
@@ -98,6 +101,7 @@ class Plan {
   const std::unique_ptr<Executor> executor_;
   std::vector<std::pair<py::object, int>> hyper_;
   py::object increment_version_, params_key_, lr_key_;
+  std::vector<py::object> option_keys_;  // of the hyper-parameters that may be None
 
   py::object groups_, state_;
   std::vector<Group> group_;

@@ -18,7 +18,7 @@ bool is_immutable(PyObject* x) {
       if (!is_immutable(PyTuple_GET_ITEM(x, i))) return false;
     return true;
   }
-  return PyFloat_CheckExact(x) || PyLong_CheckExact(x) || PyBool_Check(x);
+  return PyFloat_CheckExact(x) || PyLong_CheckExact(x) || PyBool_Check(x) || x == Py_None;
 }
 
 }  // namespace
@@ -58,6 +58,14 @@ bool Plan::read_hyper(PyObject* value, double& out, double* lr_dtype) {
   return true;
 }
 
+// None is off.
+bool Plan::read_option(PyObject* dict, const py::object& key, double& out) {
+  out = -1;
+  PyObject* value = PyDict_GetItem(dict, key.ptr());
+  if (!value) return no("a group lacks an option");
+  return value == Py_None || read_hyper(value, out, nullptr);
+}
+
 // Items are compared by identity, which for numbers and tuples of them means equality.
 bool Plan::Group::unchanged() const {
   if (items.empty() || PyDict_Size(dict.ptr()) * 2 != static_cast<Py_ssize_t>(items.size())) return false;
@@ -78,6 +86,11 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
   h[kLrDType] = static_cast<double>(LrDType::python);
   if (!read_hyper(lr, h[kLr], &h[kLrDType])) return false;
   bool nan = std::isnan(h[kLr]), immutable = is_immutable(lr);
+  for (size_t k = 0; k < option_keys_.size(); ++k) {
+    if (!read_option(dict, option_keys_[k], h[kMaxGradNorm + k])) return false;
+    nan = nan || std::isnan(h[kMaxGradNorm + k]);
+    immutable = immutable && is_immutable(PyDict_GetItem(dict, option_keys_[k].ptr()));
+  }
   for (size_t k = 0; k < hyper_.size(); ++k) {
     PyObject* value = PyDict_GetItem(dict, hyper_[k].first.ptr());
     if (!value) return no("a group lacks a hyper-parameter");
@@ -127,7 +140,7 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
     layout->sizes.assign(m.shape, m.shape + m.ndim);
     layout->param.assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
     layout->grad.assign(g.strides, g.strides + g.ndim);
-    for (int k = 0; k < info_.slots; ++k) layout->state[k] = strides_[i].state[k];
+    for (int k = 0; k < kStates; ++k) layout->state[k] = strides_[i].state[k];
     changed = true;
   }
   e.grad = g.data;
@@ -261,7 +274,7 @@ void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
   }
   // Autograd's version counters, so that a backward pass through overwritten parameters is noticed. It needs the
   // interpreter: short steps do it beside the kernels, long ones before, so that other Python threads can run.
-  if (!executor_->takes_long(entries_)) {
+  if (!executor_->takes_long(entries_, rows_)) {
     py::object result = py::none();
     executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [&] {
       result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), active_params_.ptr()));

@@ -37,15 +37,18 @@ class PythonLauncher : public cuda::Launcher {
   void finish() override { functions_.attr("finish")(); }
 
   void prepare(int rule, const std::vector<uint64_t>& kinds) override {
-    functions_.attr("prepare")(rule_info(rule).name, as_tuple(kinds));
+    functions_.attr("prepare")(name_of(rule), as_tuple(kinds));
   }
 
   void step(const cuda::Launch& launch, const cuda::StepArgs&, const cuda::StepHeader* header) override {
-    functions_.attr("step")(rule_info(launch.rule).name, as_tuple(launch.kinds), reinterpret_cast<uintptr_t>(header),
+    functions_.attr("step")(name_of(launch.rule), as_tuple(launch.kinds), reinterpret_cast<uintptr_t>(header),
                             launch.blocks);
   }
 
  private:
+  static py::object name_of(int rule) {
+    return rule == cuda::kNormOfAll ? py::none() : py::object(py::str(rule_info(rule).name));
+  }
   static py::tuple as_tuple(const std::vector<uint64_t>& kinds) {
     py::tuple out(kinds.size());
     for (size_t i = 0; i < kinds.size(); ++i) out[i] = kinds[i];

@@ -8,6 +8,7 @@
 //   M::fma(a, b, c) -> V  a*b + c with one rounding
 //   M::sqrt(a) -> V       correctly rounded (IEEE 754), as is the operator /
 //   M::max(a, b) -> V     NaN if either is NaN, as torch.maximum
+//   M::clamp(a, b) -> V   a within [-b, b]; NaN if a is NaN, as torch.clamp
 // + - * / on V are the built-in operators. Compilers must not contract them (-ffp-contract=off, -fmad=false): every
 // fma below is spelled, because it is part of the result.
 #pragma once
@@ -20,8 +21,8 @@
 
 namespace fusedoptim {
 
-// Every rule's row of hyper-parameters starts with these two.
-enum CommonHyper { kLr, kLrDType, kFirstRuleHyper };
+// Every rule's row of hyper-parameters starts with these; of the last three one below 0 is off.
+enum CommonHyper { kLr, kLrDType, kMaxGradNorm, kClipGradValue, kEmaDecay, kFirstRuleHyper };
 // Added to a row's kLrDType where its kLr holds the bits of the address of a learning rate on the device.
 inline constexpr int kLrOnDevice = 8;
 

@@ -12,8 +12,9 @@ struct RuleInfo {
   const char* name;
   int hypers, slots;
   bool has_step, needs_norm;
+  // Which code and which states a row of hyper-parameters needs: the rule's variant, with kWithEma added.
   int (*variant)(const double* hyper);
-  bool (*uses)(int variant, int slot);
+  bool (*uses)(int variant, int state);
   // Writes the rule's Scalars<float> or Scalars<double>.
   void (*prepare_f32)(const StepInputs&, void* scalars);
   void (*prepare_f64)(const StepInputs&, void* scalars);
@@ -36,8 +37,11 @@ RuleInfo info_of() {
              Rule::kSlots,
              Rule::has_step,
              Rule::needs_norm,
-             Rule::variant,
-             [](int variant, int slot) { return Rule::uses(variant, slot); },
+             [](const double* h) { return Rule::variant(h) + (h[kEmaDecay] >= 0 ? kWithEma : 0); },
+             [](int variant, int state) {
+               if (state == kEma) return variant >= kWithEma;
+               return state < Rule::kSlots && Rule::uses(variant % kWithEma, state);
+             },
              prepare_into<Rule, float>,
              prepare_into<Rule, double>,
              nullptr};

@@ -1,0 +1,77 @@
+// What a step does around its rule, in the same pass: the gradient is unscaled, scaled down to a limit of the norm over
+// all gradients and held within a limit by value; then the rule; then the moving average of the parameter, and zeros
+// where the gradient was. Each operation rounds as torch's own separate call does.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fusedoptim {
+
+// Results that outlive a step, in memory on the device. The optimizer owns them.
+struct NormStats {
+  double norm;     // of all gradients in the last step
+  double skipped;  // how many steps were skipped, because it was not finite
+};
+
+// What an optimizer is made with.
+struct Settings {
+  NormStats* norm_stats = nullptr;
+  bool skip_nonfinite = false;  // a step whose norm is not finite changes nothing
+  bool zero_grad = false;       // gradients are left as zeros, in a skipped step as well
+};
+
+// Of one group, in one step.
+struct Composition {
+  float unscale;       // gradients are multiplied by this, in the compute dtype, then
+  double coefficient;  // by this, and then
+  double limit;        // held within [-limit, limit]
+  double ema_decay;    // of the moving average; below 0: none
+  bool zero_grad;
+
+  FUSEDOPTIM_HD static Composition unscaled(float unscale) { return {unscale, 1.0, INFINITY, -1.0, false}; }
+};
+
+// The reciprocal of GradScaler's scale, as it rounds it.
+FUSEDOPTIM_HD float unscale_by(const float* grad_scale) {
+  return grad_scale ? static_cast<float>(1.0 / static_cast<double>(*grad_scale)) : 1.0f;
+}
+
+// The norm of all gradients: rounded to fp32 unless some parameter with a gradient has fp64.
+FUSEDOPTIM_HD double norm_of(double sum_of_squares, bool in_f64) {
+  const double norm = std::sqrt(sum_of_squares);
+  return in_f64 ? norm : static_cast<double>(static_cast<float>(norm));
+}
+
+// What torch.nn.utils.clip_grad_norm_ multiplies gradients by, with its roundings: min(1, max_norm / (norm + 1e-6)),
+// where a number over a tensor is its reciprocal times the number.
+FUSEDOPTIM_HD double clip_coefficient(double max_norm, double norm, bool in_f64) {
+  double c;
+  if (in_f64)
+    c = 1.0 / (norm + 1e-6) * max_norm;
+  else
+    c = 1.0f / (static_cast<float>(norm) + 1e-6f) * static_cast<float>(max_norm);
+  return c > 1.0 ? 1.0 : c;
+}
+
+FUSEDOPTIM_HD bool is_finite(double x) { return x - x == 0; }
+
+// Composition's first three, in the compute dtype.
+template <class T>
+struct Intake {
+  T unscale, coefficient, limit;
+
+  FUSEDOPTIM_HD static Intake of(const Composition& c) {
+    return {static_cast<T>(c.unscale), static_cast<T>(c.coefficient), static_cast<T>(c.limit)};
+  }
+};
+
+// The gradient that the rule gets. M: see rules/common.h.
+template <class M>
+FUSEDOPTIM_HD typename M::V taken(typename M::V g, const Intake<typename M::T>& c) {
+  return M::clamp(g * M::set(c.unscale) * M::set(c.coefficient), M::set(c.limit));
+}
+
+}  // namespace fusedoptim

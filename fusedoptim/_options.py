@@ -1,0 +1,75 @@
+"""What every optimizer takes beside its own arguments: backend, dtype of states, and what its one pass does around the
+update rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+
+from . import _backends
+from ._rule import Group
+
+STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+class StepOptions(TypedDict, total=False):
+    """Keyword arguments of every optimizer. The first three are values of groups, too.
+
+    In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
+    updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
+    separate calls in this order.
+    """
+
+    #: Scales a group's gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, where norm is that of the gradients of
+    #: *all* groups, then in ``optimizer.last_grad_norm``. Above 0; infinity measures only. In memory they stay as they
+    #: are. Bits: :func:`fusedoptim.clip_grad_norm_`.
+    max_grad_norm: float | None
+    #: Holds every element of a group's gradients within ``[-clip_grad_value, clip_grad_value]``, after the above.
+    clip_grad_value: float | None
+    #: Keeps a state ``ema``, in fp32 (fp64 for fp64 parameters): it starts as the parameter before the first step and
+    #: becomes ``lerp(ema, parameter, 1 - ema_decay)`` after each. In [0, 1).
+    ema_decay: float | None
+    #: A step whose norm of all gradients is not finite changes nothing, and is counted in ``optimizer.skipped_steps``.
+    skip_nonfinite: bool
+    #: Leaves zeros in all gradients, also if the step is skipped, so that no zero_grad() is needed. A GradScaler then has
+    #: to leave skipping to the step: ``_step_supports_amp_scaling`` is on.
+    zero_grad_in_step: bool
+    #: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
+    backend: str | None
+    #: The dtype of states with the parameter's shape: torch.float32, torch.bfloat16, or None for the parameter's own.
+    state_dtype: torch.dtype | None
+
+
+GROUP_OPTIONS = ("max_grad_norm", "clip_grad_value", "ema_decay")
+#: Those of the optimizer as a whole.
+DEFAULTS: dict[str, Any] = {
+    "skip_nonfinite": False,
+    "zero_grad_in_step": False,
+    "backend": None,
+    "state_dtype": None,
+}
+
+
+def check_options(options: Mapping[str, Any], optimizer: str) -> None:
+    """Names, and the values that no group has."""
+    for name in options:
+        if name not in StepOptions.__annotations__:
+            raise TypeError(
+                f"{optimizer}() got an unexpected keyword argument {name!r}; beside its own it takes "
+                + ", ".join(StepOptions.__annotations__)
+            )
+    if options.get("state_dtype") not in STATE_DTYPES:
+        raise ValueError(f"Invalid state_dtype: {options['state_dtype']}; choose torch.float32, torch.bfloat16 or None")
+    _backends.check_name(options.get("backend"))
+
+
+def check_group_options(group: Group) -> None:
+    for name in ("max_grad_norm", "clip_grad_value"):
+        value = group[name]
+        if value is not None and not value > 0:
+            raise ValueError(f"Invalid {name}: {value} (it must be above 0; None is off)")
+    decay = group["ema_decay"]
+    if decay is not None and not 0.0 <= decay < 1.0:
+        raise ValueError(f"Invalid ema_decay: {decay} (it must be at least 0 and below 1; None is off)")
