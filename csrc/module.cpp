@@ -6,6 +6,7 @@
 #include "cpu/capability.h"
 #include "cuda/library_launcher.h"
 #include "cuda/table_layout.h"
+#include "python/clipper.h"
 #include "python/plan.h"
 #include "python/pybind.h"
 
@@ -41,6 +42,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("reason", &Plan::reason)
       .def_property_readonly("address", &Plan::address)
       .def_property_readonly("captured", &Plan::captured);
+  py::class_<Clipper>(m, "Clipper")
+      .def(py::init<const py::object&, int64_t>())
+      .def("run", &Clipper::run)
+      .def_property_readonly("address", &Clipper::address);
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("cpu_capability", [] { return std::string(cpu_kernels().name); });
   m.def("set_cpu_capability", &set_cpu_capability);

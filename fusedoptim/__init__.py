@@ -1,6 +1,7 @@
 """The torch.optim optimizers as one kernel launch per step, with the same bits on every backend."""
 
 from ._base import FusedOptimizer
+from ._clip import clip_grad_norm_, clip_grad_value_
 from ._options import StepOptions
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
@@ -9,4 +10,15 @@ from .rmsprop import RMSprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "NormAdaptive", "RMSprop", "StepOptions"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "NormAdaptive",
+    "RMSprop",
+    "StepOptions",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+]

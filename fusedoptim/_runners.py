@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,7 +84,6 @@ class CompiledRunner:
         bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
         settings = (around.norm_stats.data_ptr(), around.skip_nonfinite, around.zero_grad)
         self.plan = _native._C.Plan(rule.name, rule.hyper, bump, device, launcher, settings)
-        self.stream: Callable[[], int] = lambda: 0
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
         self.run: Callable[[], None] = self.plan.run
@@ -106,7 +105,7 @@ class CompiledRunner:
             None if t is None else t.to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
             for t in (grad_scale, found_inf)
         ]
-        self.plan.run(self.stream(), *(0 if t is None else t.data_ptr() for t in scalars))
+        self.plan.run(current_stream(self.device), *(0 if t is None else t.data_ptr() for t in scalars))
 
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
         ours = {m.param: m.first for m in members}
@@ -133,36 +132,51 @@ class CompiledRunner:
         torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
 
 
+def make_launcher(backend: str, device: torch.device) -> Any:
+    """What launches a backend's kernels on a device: see csrc/python/make_executor.h."""
+    if backend == "cpu":
+        return None
+    if backend == "triton":
+        from .triton_kernels.launcher import TritonLauncher
+
+        return TritonLauncher(device)
+    return device.index or 0
+
+
+def current_stream(device: torch.device) -> int:
+    """The address of torch's current stream, where kernels are launched by address."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type == "cpu":  # also kernels that run on the host, for tests
+        return nullcontext()
+    guard: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return guard
+
+
 class GpuRunner(CompiledRunner):
     """The same with the tables in a GPU's memory (csrc/cuda/executor.h), on torch's current stream."""
 
     def __init__(self, rule: Rule, around: Around, device: torch.device, backend: str) -> None:
         self.device = device
-        launcher: Any = device.index or 0
-        if backend == "triton":
-            from .triton_kernels.launcher import TritonLauncher
-
-            launcher = TritonLauncher(device)
+        launcher = make_launcher(backend, device)
         super().__init__(rule, around, torch.empty(0, device=device).__dlpack_device__(), launcher)
-        if device.type == "cpu":  # kernels that run on the host, for tests
+        if device.type == "cpu":
             return
-        module, run = torch.get_device_module(device), self.plan.run
-        if device.type == "cuda":
-            self.stream = lambda: torch._C._cuda_getCurrentRawStream(device.index)
-        current_device, stream = module.current_device, self.stream
+        current_device, run = torch.get_device_module(device).current_device, self.plan.run
 
         def run_on_device() -> None:
             if current_device() == device.index:
-                run(stream())
+                run(current_stream(device))
                 return
-            with module.device(device):
-                run(stream())
+            with device_guard(device):
+                run(current_stream(device))
 
         self.run = run_on_device
 
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        guard = nullcontext() if self.device.type == "cpu" else torch.get_device_module(self.device).device(self.device)
-        with guard:
+        with device_guard(self.device):
             super().run_scaled(grad_scale, found_inf)
 
 

@@ -23,9 +23,10 @@ from cases import (
 
 import fusedoptim
 from benchmarks.witness import ieee_sqrt
+from fusedoptim._options import GROUP_OPTIONS
 
 NAMES = ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad"]
-EXTRA = {"bias_correction", "backend", "state_dtype", "fused", "capturable"}
+EXTRA = {"bias_correction", "options", "fused", "capturable"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,11 +62,11 @@ def test_groups_and_states_are_torchs(case: Case) -> None:
     set_gradients(theirs, 0)
     a.step()
     b.step()
-    assert set(a.param_groups[0]) - {"bias_correction"} == set(b.param_groups[0])
+    assert set(a.param_groups[0]) - {"bias_correction", *GROUP_OPTIONS} == set(b.param_groups[0])
     assert list(a.state[mine[0]]) == list(b.state[theirs[0]])
     for name, value in b.state[theirs[0]].items():
         assert a.state[mine[0]][name].dtype == value.dtype and a.state[mine[0]][name].shape == value.shape
-    assert set(a.defaults) - {"bias_correction"} == set(b.defaults)
+    assert set(a.defaults) - {"bias_correction", *GROUP_OPTIONS} == set(b.defaults)
 
 
 BAD = {

@@ -21,6 +21,7 @@ struct Settings {
   NormStats* norm_stats = nullptr;
   bool skip_nonfinite = false;  // a step whose norm is not finite changes nothing
   bool zero_grad = false;       // gradients are left as zeros, in a skipped step as well
+  bool update = true;           // otherwise the norm is measured, and nothing else done
 };
 
 // Of one group, in one step.
@@ -46,9 +47,11 @@ FUSEDOPTIM_HD double norm_of(double sum_of_squares, bool in_f64) {
 }
 
 // What torch.nn.utils.clip_grad_norm_ multiplies gradients by, with its roundings: min(1, max_norm / (norm + 1e-6)),
-// where a number over a tensor is its reciprocal times the number.
+// where a number over a tensor is its reciprocal times the number. An infinite max_norm changes nothing, whatever the
+// norm is.
 FUSEDOPTIM_HD double clip_coefficient(double max_norm, double norm, bool in_f64) {
   double c;
+  if (max_norm == static_cast<double>(INFINITY)) return 1.0;
   if (in_f64)
     c = 1.0 / (norm + 1e-6) * max_norm;
   else

@@ -30,7 +30,8 @@ struct Entry {
   float* scalar_state = nullptr;  // for a rule with one
   double sum_of_squares = 0;
   int64_t numel = 0;
-  const Layout* layout = nullptr;  // null: all operands share one dense memory order
+  const Layout* layout = nullptr;      // null: all operands share one dense memory order
+  const Layout* sum_layout = nullptr;  // for sums over the gradient; null: it lies in logical order
   UpdateFn update = nullptr;
   TileSumFn tile_sum = nullptr;
   int32_t group = 0;

@@ -181,11 +181,11 @@ double tile_sum(const Entry& e, int64_t tile, const Composition& around) {
   const int64_t start = tile * kTile, left = e.numel - start, n = left < kTile ? left : kTile;
   const auto intake = Intake<T>::of(around);
   const bool as_it_is = intake.unscale == 1 && intake.coefficient == 1 && intake.limit == T(INFINITY);
-  if (!e.layout && e.grad_dtype == kDType && n == kTile && as_it_is)
+  if (!e.sum_layout && e.grad_dtype == kDType && n == kTile && as_it_is)
     return tile_sum_of_squares(static_cast<const T*>(e.grad) + start);
   alignas(64) T x[kTile] = {};
-  if (e.layout) {
-    gather(x, e.grad, e.grad_dtype, e.layout->sizes, e.layout->grad, start, n);
+  if (e.sum_layout) {
+    gather(x, e.grad, e.grad_dtype, e.sum_layout->sizes, e.sum_layout->grad, start, n);
   } else {
     int64_t i = 0;
     for (; i + M::width <= n; i += M::width) M::store(x + i, load<M, kAnyDType>(e.grad, e.grad_dtype, start + i));

@@ -177,6 +177,7 @@ void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
       skip = true;
     }
   }
+  if (!settings_.update) return;
   if (!skip) {
     compose(rows, unscaled, norm, any_f64(entries));
     update(entries, rows, on_caller);

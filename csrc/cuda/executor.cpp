@@ -65,8 +65,7 @@ bool GpuExecutor::mixed(const Entry& e, int variant) const {
 }
 
 // Dimensions of size 1 are left out, and neighbours merged that every operand runs through as if they were one.
-int64_t GpuExecutor::add_layout(const Entry& e, int variant) {
-  const Layout& l = *e.layout;
+int64_t GpuExecutor::add_layout(const Layout& l, int variant) {
   struct Dim {
     int64_t size, stride[kOperands];
   };
@@ -227,7 +226,10 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     d.step = e.step;
     d.scalar_state = e.scalar_state;
     d.numel = e.numel;
-    d.layout = e.layout ? add_layout(e, variant) : -1;
+    // The same for both where there are both.
+    const int64_t layout = e.sum_layout ? add_layout(*e.sum_layout, variant) : -1;
+    d.layout = e.layout ? layout : -1;
+    d.sum_layout = layout;
     d.partials = first_partial_[i];
     d.nodes = first_node_[i];
     d.group = e.group;
@@ -377,7 +379,7 @@ void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   on_caller();
   for (size_t g = 0; g < kGrids; ++g) {
     const Grid& grid = grid_[g];
-    if (grid.items == 0) continue;
+    if (grid.items == 0 || !(grid.norms || settings_.update)) continue;
     choose_grid(g);
     const Launch launch{grid.norms ? kNormOfAll : rule_, grid.mixed, static_cast<uint32_t>(grid.items), grid.kinds,
                         stream};

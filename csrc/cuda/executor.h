@@ -46,7 +46,7 @@ class GpuExecutor : public Executor {
   void make_global_norm_grids(const std::vector<Entry>& entries);
   bool steppable(const Entry& e, int variant) const;
   bool mixed(const Entry& e, int variant) const;
-  int64_t add_layout(const Entry& e, int variant);
+  int64_t add_layout(const Layout& l, int variant);
   void gather_words(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows);
   void pack_by_value(int64_t entries, void* stream);
   const StepHeader* pack_in_memory(int64_t entries, void* stream);

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) step_kernel(const __gr
   if (threadIdx.x < kWarp) {
     const bool any = find_work(work, args, blockIdx.x);
     if (threadIdx.x == 0) {
-      work.around = composition_of(args, work.entry.group);
+      work.surround(composition_of(args, work.entry.group));
       if (!any) work.items = 0;
     }
   }
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const
     }
     const bool any = find_work(work, args, ticket);
     if (threadIdx.x == 0) {
-      work.around = composition_of(args, work.entry.group);
+      work.surround(composition_of(args, work.entry.group));
       if (!any) work.items = 0;
     }
   }
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_kernel(const __gr
   if (threadIdx.x < kWarp) {
     const bool any = find_work(work, args, blockIdx.x);
     if (threadIdx.x == 0) {
-      work.around = Composition::unscaled(unscale_by(args.grad_scale));
+      work.surround(Composition::unscaled(unscale_by(args.grad_scale)));
       if (!any) work.items = work.item == 0 ? 0 : -1;
     }
   }

@@ -44,20 +44,20 @@ __device__ __noinline__ double square_at(const BlockWork& work, int64_t i, const
   if (i >= e.numel) return 0.0;
   int64_t at[kOperands];
   at[kGrad] = i;
-  if (e.layout >= 0) strided_offsets(layouts + e.layout, i, at);
-  return square(load_single<T, mixed>(work.grad, e.grad_dtype, at[kGrad]), Intake<T>::of(work.around));
+  if (e.sum_layout >= 0) strided_offsets(layouts + e.sum_layout, i, at);
+  return square(load_single<T, mixed>(work.grad, e.grad_dtype, at[kGrad]), work.intake<T>());
 }
 
 // The sum of squares of a tile of the gradient that the rule gets.
 template <class T, bool mixed>
 __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
-  const auto intake = Intake<T>::of(work.around);
+  const auto intake = work.intake<T>();
   const int64_t start = tile * kTile;
   if constexpr (!mixed) {
     const int64_t bytes = size_of(e.grad_dtype);
     const char* base = static_cast<const char*>(work.grad) + start * bytes;
-    if (e.layout < 0 && reinterpret_cast<uintptr_t>(base) % (4 * bytes) == 0 && start + kTile <= e.numel) {
+    if (e.sum_layout < 0 && reinterpret_cast<uintptr_t>(base) % (4 * bytes) == 0 && start + kTile <= e.numel) {
       // All loads before the first use. They are plain ones: the update should find the gradient in the L2.
       Raw raw[8];
       base += 4 * (threadIdx.x % kWarp) * bytes;

@@ -30,9 +30,10 @@ struct DeviceEntry {
   void* step;           // 0-dim, fp32 or fp64; null for a rule without a step
   float* scalar_state;  // for a rule with one
   int64_t numel;
-  int64_t layout;    // where its layout starts in Tables::layouts; -1: all operands share one dense memory order
-  int64_t partials;  // where its tile sums start in Tables::partials
-  int32_t nodes;     // where its arrival counters start in Tables::nodes
+  int64_t layout;      // where its layout starts in Tables::layouts; -1: all operands share one dense memory order
+  int64_t sum_layout;  // the same for sums over the gradient; -1: it lies in logical order
+  int64_t partials;    // where its tile sums start in Tables::partials
+  int32_t nodes;       // where its arrival counters start in Tables::nodes
   int32_t group;
   // Its kind, which decides what code it needs: one word. (The moving average of the parameter has the compute dtype.)
   DType param_dtype, grad_dtype, step_dtype, state_dtype[kMaxSlots];

@@ -39,6 +39,7 @@ inline std::map<std::string, int64_t> table_layout() {
       {"ENTRY_SCALAR_STATE", offsetof(DeviceEntry, scalar_state)},
       {"ENTRY_NUMEL", offsetof(DeviceEntry, numel)},
       {"ENTRY_LAYOUT", offsetof(DeviceEntry, layout)},
+      {"ENTRY_SUM_LAYOUT", offsetof(DeviceEntry, sum_layout)},
       {"ENTRY_PARTIALS", offsetof(DeviceEntry, partials)},
       {"ENTRY_NODES", offsetof(DeviceEntry, nodes)},
       {"ENTRY_GROUP", offsetof(DeviceEntry, group)},

@@ -15,7 +15,34 @@ struct BlockWork {
   int32_t index;        // of the entry
   Work work;
   bool first;  // its states count as absent
-  Composition around;
+  bool zero_grad;
+  // What surrounds the rule, in either compute type: converted once, not by every thread.
+  Intake<float> intake32;
+  Intake<double> intake64;
+  LerpWeight<float> toward_param32;
+  LerpWeight<double> toward_param64;
+
+  __device__ void surround(const Composition& c) {
+    zero_grad = c.zero_grad;
+    intake32 = Intake<float>::of(c);
+    intake64 = Intake<double>::of(c);
+    toward_param32 = LerpWeight<float>::of(1.0 - c.ema_decay);
+    toward_param64 = LerpWeight<double>::of(1.0 - c.ema_decay);
+  }
+  template <class T>
+  __device__ const Intake<T>& intake() const {
+    if constexpr (sizeof(T) == 8)
+      return intake64;
+    else
+      return intake32;
+  }
+  template <class T>
+  __device__ const LerpWeight<T>& toward_param() const {
+    if constexpr (sizeof(T) == 8)
+      return toward_param64;
+    else
+      return toward_param32;
+  }
 };
 
 // A parameter as it reads after it was stored.
@@ -31,10 +58,11 @@ template <class Rule, int variant, class T, int G>
 __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t begin, int64_t count,
                                               const typename Rule::template Scalars<T>& c) {
   constexpr int U = 2;
+  constexpr bool kEarly = G == 4;  // there are registers for it, which in fp64 there are not
   const DeviceEntry& e = work.entry;
-  const auto intake = Intake<T>::of(work.around);
-  const auto toward_param = LerpWeight<T>::of(1.0 - work.around.ema_decay);
-  const bool averages = (e.uses >> kEma & 1) != 0, zero_grad = work.around.zero_grad;
+  const auto intake = work.intake<T>();
+  const auto toward_param = work.toward_param<T>();
+  const bool averages = (e.uses >> kEma & 1) != 0, zero_grad = work.zero_grad;
   constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
 #pragma unroll 1
   for (int64_t first = threadIdx.x; first < count; first += U * kThreads) {
@@ -48,7 +76,7 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
 #pragma unroll
       for (int k = 0; k < Rule::kSlots; ++k)
         if (Rule::uses(variant, k)) fetch<G>(s[u][k], e.state[k], e.state_dtype[k], i);
-      if (G != 8 && averages) fetch<G>(s[u][kEma], e.state[kEma], kCompute, i);
+      if (kEarly && averages) fetch<G>(s[u][kEma], e.state[kEma], kCompute, i);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -77,6 +105,7 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
       put<G>(e.param, e.param_dtype, i, param);
       if (G != 8 && averages) {  // eight elements are a group only where all operands have 16 bits
         T ema[G];
+        if (!kEarly) fetch<G>(s[u][kEma], e.state[kEma], kCompute, i);
         decode<G>(ema, s[u][kEma], kCompute);
 #pragma unroll
         for (int j = 0; j < G; ++j) ema[j] = lerp<Lane<T>>(ema[j], as_stored(param[j], e.param_dtype), toward_param);
@@ -98,9 +127,9 @@ __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t be
                                                const int64_t* layouts) {
   constexpr int U = mixed ? 1 : 2;
   const DeviceEntry& e = work.entry;
-  const auto intake = Intake<T>::of(work.around);
-  const auto toward_param = LerpWeight<T>::of(1.0 - work.around.ema_decay);
-  const bool averages = (e.uses >> kEma & 1) != 0, zero_grad = work.around.zero_grad;
+  const auto intake = work.intake<T>();
+  const auto toward_param = work.toward_param<T>();
+  const bool averages = (e.uses >> kEma & 1) != 0, zero_grad = work.zero_grad;
   constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
 #pragma unroll 1
   for (int64_t first = threadIdx.x; first < count; first += U * kThreads) {

@@ -1,73 +1,12 @@
 // How a plan is made, and let go of.
 #include "plan.h"
 
-#include <algorithm>
-
-#include "../cpu/executor.h"
-#include "../cuda/executor.h"
-#include "../cuda/library_launcher.h"
-#include "python_launcher.h"
+#include "make_executor.h"
+#include "tensor_facts.h"
 
 namespace fusedoptim {
-namespace {
 
-using torch::headeronly::ScalarType;
 using StableTensor = torch::stable::Tensor;
-
-DType dtype_of(const StableTensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      return DType::unsupported;
-  }
-}
-
-template <class Range>
-std::vector<int64_t> to_vector(const Range& r) {
-  return {r.begin(), r.end()};
-}
-
-bool row_major(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-  int64_t expected = 1;
-  for (int d = static_cast<int>(sizes.size()) - 1; d >= 0; --d) {
-    if (sizes[d] != 1 && strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
-// Fills its memory without gaps or overlaps, in some order of the dimensions.
-bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-  std::vector<std::pair<int64_t, int64_t>> by_stride;
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (sizes[d] != 1) by_stride.push_back({strides[d], sizes[d]});
-  std::sort(by_stride.begin(), by_stride.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : by_stride) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-std::unique_ptr<Executor> make_executor(int rule, const py::object& launcher, const Settings& settings) {
-  if (launcher.is_none()) return std::make_unique<CpuExecutor>(rule, settings);
-  std::unique_ptr<cuda::Launcher> made;
-  if (py::isinstance<py::int_>(launcher))
-    made = std::make_unique<cuda::LibraryLauncher>(launcher.cast<int>());
-  else
-    made = std::make_unique<PythonLauncher>(launcher);
-  return std::make_unique<cuda::GpuExecutor>(rule, std::move(made), settings);
-}
-
-}  // namespace
 
 Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
            std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings)
@@ -149,7 +88,8 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   e.param = addresses_.add(p);
   m.memory = tensor_memory(p.get());
   const int variant = group_[e.group].variant;
-  m.linear = e.numel <= 1 || (dense(sizes, strides) && (!info_.needs_norm || row_major(sizes, strides)));
+  m.linear = e.numel <= 1 || dense(sizes, strides);
+  m.logical = e.numel <= 1 || row_major(sizes, strides);
   m.ours = m.ready = true;
   for (int k = 0; k < kStates; ++k) {
     if (!info_.uses(variant, k)) continue;

@@ -29,8 +29,7 @@ namespace py = pybind11;
 class Plan {
  public:
   // hyper: (group key, index into its value or -1) for each hyper-parameter of the rule after lr and its dtype.
-  // device: whose tensors it steps, as DLPack names it. launcher: None for the CPU's kernels, the index of a device for
-  // those of _C_cuda, else an object with the functions that python_launcher.h calls.
+  // device: whose tensors it steps, as DLPack names it. launcher: see make_executor.h.
   // settings: the address of the optimizer's NormStats on the device, skip_nonfinite, zero_grad.
   Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
        std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings);
@@ -71,6 +70,7 @@ class Plan {
     bool ours = false;      // on this plan's device
     bool ready = false;     // its states exist
     bool linear = false;    // parameter and states share one dense memory order
+    bool logical = false;   // which is the logical one
     bool prepared = false;  // by the executor, for the gradient's dtype and layout
   };
   struct Strides {  // of a member whose operands may differ in memory order

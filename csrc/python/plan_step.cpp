@@ -63,7 +63,10 @@ bool Plan::read_option(PyObject* dict, const py::object& key, double& out) {
   out = -1;
   PyObject* value = PyDict_GetItem(dict, key.ptr());
   if (!value) return no("a group lacks an option");
-  return value == Py_None || read_hyper(value, out, nullptr);
+  if (value == Py_None) return true;
+  if (!read_hyper(value, out, nullptr)) return false;
+  const bool valid = key.ptr() == option_keys_.back().ptr() ? out >= 0 && out < 1 : out > 0;
+  return valid || no("a group's option is out of range");
 }
 
 // Items are compared by identity, which for numbers and tuples of them means equality.
@@ -133,9 +136,10 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   for (int d = 0; d < g.ndim; ++d)
     if (g.sizes[d] != m.shape[d]) return no("a gradient's shape differs from its parameter's");
   const bool linear = m.linear && (e.numel <= 1 || same_strides(m.ndim, m.shape, g.strides, m.shape + m.ndim));
+  const bool plain = linear && m.logical;
   std::unique_ptr<Layout>& layout = strides_[i].layout;
   bool changed = !m.prepared || e.grad_dtype != g.dtype || linear != (e.layout == nullptr);
-  if (!linear && (changed || !std::equal(g.strides, g.strides + g.ndim, layout->grad.begin()))) {
+  if (!plain && (changed || !std::equal(g.strides, g.strides + g.ndim, layout->grad.begin()))) {
     layout = std::make_unique<Layout>();
     layout->sizes.assign(m.shape, m.shape + m.ndim);
     layout->param.assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
@@ -147,6 +151,7 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   if (changed) {
     e.grad_dtype = g.dtype;
     e.layout = linear ? nullptr : layout.get();
+    e.sum_layout = plain ? nullptr : layout.get();
     executor_->prepare(e, group_[e.group].variant);
     m.prepared = true;
   }

@@ -3,6 +3,7 @@
 
 #include "adagrad.h"
 #include "adam.h"
+#include "clip.h"
 #include "norm_adaptive.h"
 #include "rmsprop.h"
 #include "sgd.h"
@@ -13,7 +14,7 @@ template <class... R>
 struct RuleList {
   static constexpr int size = sizeof...(R);
 };
-using Rules = RuleList<Adam, SGD, RMSprop, Adagrad, NormAdaptive>;
+using Rules = RuleList<Adam, SGD, RMSprop, Adagrad, NormAdaptive, Clip>;
 
 inline constexpr int kMaxHypers = 16, kMaxSlots = 3, kMaxVariants = 4, kMaxScalarBytes = 128;
 

@@ -1,0 +1,33 @@
+// Clips tensors that belong to no optimizer, by their common norm or by value: a step of the rule `clip`, in which each
+// tensor is parameter and gradient at once.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <vector>
+
+#include "../core/executor.h"
+#include "pybind.h"
+
+namespace fusedoptim {
+
+class Clipper {
+ public:
+  // launcher: see make_executor.h. norm_stats: the address of a NormStats on the tensors' device.
+  Clipper(const pybind11::object& launcher, int64_t norm_stats);
+
+  void bind(const std::vector<torch::stable::Tensor>& tensors);
+  int64_t address() const { return reinterpret_cast<int64_t>(this); }
+
+  // Writes the norm of all tensors, if measure; then scales them to max_norm and holds every element within the limit.
+  // Either is off if below 0; if both are, the tensors stay as they are.
+  void run(int64_t stream, bool measure, double max_norm, double limit);
+
+ private:
+  const pybind11::object launcher_;
+  NormStats* const norm_stats_;
+  std::vector<torch::stable::Tensor> tensors_;
+};
+
+}  // namespace fusedoptim

@@ -1,0 +1,58 @@
+// What the tables need to know of a tensor.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "../core/dtype.h"
+
+namespace fusedoptim {
+
+inline DType dtype_of(const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      return DType::unsupported;
+  }
+}
+
+template <class Range>
+std::vector<int64_t> to_vector(const Range& r) {
+  return {r.begin(), r.end()};
+}
+
+inline bool row_major(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  int64_t expected = 1;
+  for (int d = static_cast<int>(sizes.size()) - 1; d >= 0; --d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// Fills its memory without gaps or overlaps, in some order of the dimensions.
+inline bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  std::vector<std::pair<int64_t, int64_t>> by_stride;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1) by_stride.push_back({strides[d], sizes[d]});
+  std::sort(by_stride.begin(), by_stride.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : by_stride) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+}  // namespace fusedoptim

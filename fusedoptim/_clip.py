@@ -1,0 +1,128 @@
+"""Clipping of gradients outside of a step: drop-ins for those of torch.nn.utils, in one or two launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import utils
+
+from . import _backends, _native, reference
+from ._checks import DTYPES, compute_dtype
+from ._runners import current_stream, device_guard, make_launcher
+
+Parameters = Tensor | Iterable[Tensor]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scales gradients in place by ``min(1, max_norm / (norm + 1e-6))``, where norm is that of all of them together.
+
+    A drop-in for :func:`torch.nn.utils.clip_grad_norm_`. The norm has one definition, with the same bits on every
+    backend, from sums in fp64 (:func:`fusedoptim.reference.sum_of_squares`, added in the order of the parameters), and
+    is rounded once; torch's own depends on the device, and in 16 bits is rounded to them. Gradients are
+    scaled in fp32 (fp64 if they have it) and rounded once, as torch does it. ``max_grad_norm=`` of an optimizer does
+    the same within its step, without writing gradients.
+
+    Args:
+        parameters: one or many; those without a gradient are left out.
+        max_norm: the largest norm; infinity only measures.
+        norm_type: 2 is computed here; torch's own function does any other.
+        error_if_nonfinite: raise if the norm is NaN or infinite, having changed nothing; this waits for the device.
+        foreach: for torch's function, where that is called.
+        backend: as for optimizers; None chooses.
+
+    Returns:
+        The norm: 0-dim, fp32, or fp64 if a gradient has it.
+
+    Sparse and complex gradients, subclasses of tensors and gradients on several devices go to torch's function.
+    """
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return torch.tensor(0.0)
+    if float(norm_type) != 2.0 or not _ours(grads):
+        return utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach)
+    max_norm = float(max_norm)
+    if error_if_nonfinite:
+        norm = _clip(grads, backend, math.inf, None)
+        if not norm.isfinite():
+            raise RuntimeError(
+                f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it "
+                "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+                "`error_if_nonfinite=False`"
+            )
+    return _clip(grads, backend, max_norm, None)
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Parameters, clip_value: float, foreach: bool | None = None, *, backend: str | None = None
+) -> None:
+    """Holds every element of the gradients within ``[-clip_value, clip_value]``, in place; NaN stays.
+
+    A drop-in for :func:`torch.nn.utils.clip_grad_value_`, in one pass. ``clip_grad_value=`` of an optimizer does the
+    same within its step.
+    """
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in params if p.grad is not None]
+    clip_value = float(clip_value)
+    if not grads:
+        return
+    if not clip_value >= 0 or not _ours(grads):
+        utils.clip_grad_value_(params, clip_value, foreach)
+        return
+    _clip(grads, backend, None, clip_value)
+
+
+def _ours(grads: list[Tensor]) -> bool:
+    """Whether the kernels can take them: plain tensors on one device, none of them twice."""
+    device = grads[0].device
+    return len(set(map(id, grads))) == len(grads) and all(
+        type(g) is Tensor and g.dtype in DTYPES and g.layout == torch.strided and g.device == device and not g.is_neg()
+        for g in grads
+    )
+
+
+def _clip(grads: list[Tensor], backend: str | None, max_norm: float | None, limit: float | None) -> Tensor:
+    """max_norm, limit: None for none. Returns the norm, if max_norm is given."""
+    device = grads[0].device
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    chosen = _backends.choose(backend, device)
+    if chosen == "reference":
+        return _clip_eagerly(grads, max_norm, limit)
+    assert _native._C is not None
+    stats = torch.empty(2, dtype=torch.float64, device=device)
+    with device_guard(device):
+        clipper = _native._C.Clipper(make_launcher(chosen, device), stats.data_ptr())
+        torch.ops.fusedoptim._bind_clipper(grads, clipper.address)
+        scales = max_norm is not None and max_norm != math.inf
+        clipper.run(
+            current_stream(device),
+            max_norm is not None,
+            max_norm if scales and max_norm is not None else -1.0,
+            -1.0 if limit is None else limit,
+        )
+    if scales or limit is not None:
+        torch.autograd.graph.increment_version(grads)
+    return stats[0].to(dtype)
+
+
+def _clip_eagerly(grads: list[Tensor], max_norm: float | None, limit: float | None) -> Tensor:
+    norm = torch.tensor(math.nan)
+    if max_norm is not None:
+        norm = reference.global_norm([g.to(compute_dtype(g)) for g in grads])
+    for g in grads:
+        group = {"max_grad_norm": max_norm, "clip_grad_value": limit}
+        g.copy_(reference.clipped(g.to(compute_dtype(g)), norm, group))
+    return norm.to(grads[0].device)
