@@ -34,11 +34,11 @@ def register(optimizer: FusedOptimizer) -> str:
 
 
 _library = torch.library.Library("fusedoptim", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "step_(int traced, Tensor(a!)[] params, Tensor[] grads) -> ()",
-    # A CUDA graph would hold on to the hyper-parameters of the step that it recorded.
-    tags=tuple(getattr(torch.Tag, t) for t in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, t)),
-)
+#: The second is for steps that leave zeros in the gradients.
+OPERATORS = {
+    "step_": "(int traced, Tensor(a!)[] params, Tensor[] grads) -> ()",
+    "step_and_zero_": "(int traced, Tensor(a!)[] params, Tensor(b!)[] grads) -> ()",
+}
 
 
 def trace(optimizer: FusedOptimizer) -> None:
@@ -52,7 +52,11 @@ def trace(optimizer: FusedOptimizer) -> None:
             active.append(i)
     if active:
         with torch.no_grad():
-            torch.ops.fusedoptim.step_(_remember(optimizer._name, tuple(active)), params, grads)
+            number = _remember(optimizer._name, tuple(active))
+            if optimizer._options["zero_grad_in_step"]:
+                torch.ops.fusedoptim.step_and_zero_(number, params, grads)
+            else:
+                torch.ops.fusedoptim.step_(number, params, grads)
 
 
 def _remember(name: str, active: tuple[int, ...]) -> int:
@@ -101,5 +105,10 @@ def _same(p: Tensor, q: Tensor) -> bool:
     return p.data_ptr() == q.data_ptr() and p.shape == q.shape and p.stride() == q.stride()
 
 
-_library.impl("step_", _step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fusedoptim::step_", lambda traced, params, grads: None, lib=_library)
+for _operator, _schema in OPERATORS.items():
+    # A CUDA graph would hold on to the hyper-parameters of the step that it recorded.
+    _library.define(  # type: ignore[no-untyped-call]
+        _operator + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+    )
+    _library.impl(_operator, _step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fusedoptim::{_operator}", lambda traced, params, grads: None, lib=_library)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FULL, Case, assert_same_optimizers, parameters, set_gradients
+from cases import FULL, Case, assert_same_optimizers, gradient, parameters, set_gradients
 from torch._dynamo.utils import counters
 
 import fusedoptim
@@ -83,6 +83,32 @@ def test_inductor() -> None:
         step()
         b.step()
     assert graphs() == 1
+    assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_with_all_that_surrounds_a_step(case: Case, backend: str) -> None:
+    """Gradients are written to as well; a limit that changes compiles nothing."""
+    both = []
+    for _ in range(2):
+        params = parameters(SHAPES)
+        both.append((params, case.make(params, ema_decay=0.9, zero_grad_in_step=True, skip_nonfinite=True)))
+    (mine, a), (theirs, b) = both
+    step = compiled(a, backend)
+    for i in range(10):
+        for params, optimizer in both:
+            for k, p in enumerate(params):
+                g = gradient(p, i, k)
+                p.grad = g if p.grad is None else p.grad.add_(g)
+            optimizer.param_groups[0].update(max_grad_norm=0.1 + 0.1 * i, clip_grad_value=0.05 + 0.01 * i)
+        if i == 5:
+            mine[1].grad[0] = theirs[1].grad[0] = float("nan")
+        step()
+        b.step()
+        assert not any(p.grad.any() for p in mine)
+    assert graphs() == 1
+    assert a.skipped_steps == 1
     assert_same_optimizers(a, b)
 
 
@@ -172,7 +198,8 @@ def test_copies_are_written_to_in_the_parameters_stead() -> None:
     for p, q, old in zip(params, copies, before, strict=True):
         assert torch.equal(p.detach(), old) and p.grad is None
         assert torch.equal(q, old + 1 - 0.5)
-    torch.library.opcheck(torch.ops.fusedoptim.step_.default, (number, copies, grads))
+    for operator in (torch.ops.fusedoptim.step_.default, torch.ops.fusedoptim.step_and_zero_.default):
+        torch.library.opcheck(operator, (number, copies, [g.clone() for g in grads]))
     with pytest.raises(RuntimeError, match="parameters changed since"):
         optimizer.param_groups[0]["params"].pop()
         torch.ops.fusedoptim.step_(number, copies, grads)
