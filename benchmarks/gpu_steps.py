@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import fusedoptim
 from fusedoptim import _backends
 
 from . import arguments
@@ -26,7 +25,7 @@ LARGE = 1 << 26
 def stepped(backend: str | None, device: str, name: str, values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Parameters, which are the first of the values, after a step with each of the others."""
     params = [torch.nn.Parameter(x.to(device, copy=True)) for x in values[0]]
-    optimizer = getattr(fusedoptim, name)(params, backend=backend, **SETTINGS[name].options)
+    optimizer = SETTINGS[name].make(params, backend=backend)
     for gradients in values[1:]:
         for p, g in zip(params, gradients, strict=True):
             p.grad = g.to(device)
@@ -57,7 +56,7 @@ def large(backend: str, device: str) -> int:
         for dtype in (torch.float32, torch.bfloat16):
             p = torch.nn.Parameter(torch.zeros(LARGE, dtype=dtype, device=device))
             p.grad = torch.ones_like(p)
-            optimizer = getattr(fusedoptim, name)([p], backend=backend, **SETTINGS[name].options)
+            optimizer = SETTINGS[name].make([p], backend=backend)
             optimizer.step()
             print(f"{backend}: {name} {dtype}", flush=True)
     return 0

@@ -30,13 +30,24 @@ class Setting:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    #: Gradients are clipped to this norm before the update, or with it.
+    max_grad_norm: float | None = None
+
+    @property
+    def optimizer(self) -> str:
+        """The name of its class."""
+        return self.name.partition("+")[0]
 
     @property
     def states(self) -> int:
         """How many states have the parameter's shape."""
-        cls: type[fusedoptim.FusedOptimizer] = getattr(fusedoptim, self.name)
-        group = cls([torch.nn.Parameter(torch.zeros(1))], **self.options).param_groups[0]
-        return sum(slot.needed_in(group) for slot in cls.rule.slots)
+        optimizer = self.make([torch.nn.Parameter(torch.zeros(1))])
+        return sum(slot.needed_in(optimizer.param_groups[0]) for slot in optimizer.rule.slots)
+
+    def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
+        """fusedoptim's."""
+        cls: type[fusedoptim.FusedOptimizer] = getattr(fusedoptim, self.optimizer)
+        return cls(params, **{"max_grad_norm": self.max_grad_norm, **self.options, **more})
 
 
 _MOMENTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -50,6 +61,7 @@ SETTINGS = {
         Setting("Adagrad", {"lr": 1e-2, "eps": 1e-10, "weight_decay": 0.0}),
         # A step has the norm lr, however many elements share it.
         Setting("NormAdaptive", {"lr": 1.0}),
+        Setting("AdamW+clip", {**_MOMENTS, "weight_decay": 0.01}, max_grad_norm=1.0),
     )
 }
 DTYPES = {
@@ -77,8 +89,9 @@ class Work:
     @property
     def bytes_per_element(self) -> int:
         """What every implementation has to move: gradient, parameter and states are read once, the last two written
-        once. NormAdaptive needs the whole norm before the first write, and so reads a gradient that exceeds the caches
-        twice; the second time is not counted, so that no share of a limit is flattered."""
+        once. NormAdaptive, and clipping by the norm of all gradients, need the whole norm before the first write, and
+        so read gradients that exceed the caches twice; the second time is not counted, so that no share of a limit is
+        flattered."""
         return self.dtypes.param.itemsize + 2 * sum(d.itemsize for d in self.written)
 
     @property

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-import fusedoptim
-
 from .cases import Case
 from .measure import explain
 from .optimizers import Work
@@ -81,8 +79,26 @@ class Peer:
         return None
 
 
+class _ClipsFirst:
+    """torch's clipping of gradients, in their place, before each step."""
+
+    def __init__(self, optimizer: Any, max_norm: float) -> None:
+        self.optimizer, self.max_norm = optimizer, max_norm
+        self.state, self.param_groups = optimizer.state, optimizer.param_groups
+        self.params = [p for group in self.param_groups for p in group["params"]]
+
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
+        self.optimizer.step()
+
+
 def _torch(**how: Any) -> Callable[[Work, Groups], Any]:
-    return lambda work, groups: getattr(torch.optim, work.setting.name)(groups, **work.setting.options, **how)
+    def make(work: Work, groups: Groups) -> Any:
+        optimizer = getattr(torch.optim, work.setting.optimizer)(groups, **work.setting.options, **how)
+        limit = work.setting.max_grad_norm
+        return optimizer if limit is None else _ClipsFirst(optimizer, limit)
+
+    return make
 
 
 class _Compiled:
@@ -95,15 +111,14 @@ class _Compiled:
         self.step = torch.compile(self.optimizer.step)
 
 
+def ours(work: Work, groups: Groups, backend: str | None = None) -> Any:
+    """fusedoptim, with the backend that it chooses or another one."""
+    state_dtype = work.dtypes.state if work.dtypes.mixed else None
+    return work.setting.make(groups, state_dtype=state_dtype, backend=backend)
+
+
 def _own(backend: str) -> Callable[[Work, Groups], Any]:
-    """fusedoptim with another backend than it would choose."""
-
-    def make(work: Work, groups: Groups) -> Any:
-        state_dtype = work.dtypes.state if work.dtypes.mixed else None
-        cls = getattr(fusedoptim, work.setting.name)
-        return cls(groups, backend=backend, state_dtype=state_dtype, **work.setting.options)
-
-    return make
+    return lambda work, groups: ours(work, groups, backend)
 
 
 def _deepspeed_cpu(work: Work, groups: Groups) -> Any:
@@ -169,11 +184,11 @@ PEERS = {
     p.name: p
     for p in (
         Peer("torch for-loop", _torch(foreach=False), dict.fromkeys(_TORCH, PURE), temporary=1),
-        Peer("torch foreach", _torch(foreach=True), dict.fromkeys(_TORCH, PURE), temporary=3),
+        Peer("torch foreach", _torch(foreach=True), dict.fromkeys((*_TORCH, "AdamW+clip"), PURE), temporary=3),
         Peer(
             "torch fused",
             _torch(fused=True),
-            dict.fromkeys(("AdamW", "Adam", "SGD", "Adagrad"), PURE),
+            dict.fromkeys(("AdamW", "AdamW+clip", "Adam", "SGD", "Adagrad"), PURE),
             cpu_only=("Adagrad",),
             capturable=True,
         ),
@@ -182,7 +197,7 @@ PEERS = {
         Peer(
             "Triton backend",
             _own("triton"),
-            dict.fromkeys((*_TORCH, "NormAdaptive"), ALL),
+            dict.fromkeys((*_TORCH, "AdamW+clip", "NormAdaptive"), ALL),
             module="triton",
             package="triton",
             devices=("cuda",),

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fusedoptim
-
 from . import limits
 from .cases import Case
 from .check import complaint, difference
@@ -21,7 +19,7 @@ from .devices import Call, Device
 from .load import Others
 from .measure import Budget, Contender, Times, explain, interleaved, quantiles, ratios
 from .optimizers import Work
-from .peers import PEERS, Groups, Peer
+from .peers import PEERS, Groups, Peer, ours
 from .results import COPY, OURS, STREAM, Result
 
 WARM_UP = 3
@@ -93,11 +91,6 @@ class Entrant:
 
     def step(self) -> object:
         return self.optimizer.step()
-
-
-def ours(work: Work, groups: Groups) -> Any:
-    state_dtype = work.dtypes.state if work.dtypes.mixed else None
-    return getattr(fusedoptim, work.setting.name)(groups, state_dtype=state_dtype, **work.setting.options)
 
 
 def measure(row: Row, device: Device, peers: Sequence[Peer], budget: Budget) -> Result:

@@ -516,7 +516,7 @@ tool=$2
     files = {p.name: p.stat().st_size for p in out.iterdir()}
     assert files.keys() == {"notes.txt", "summary.txt", "build.log", "tools.log", "bench.json", "bench.log"}
     assert all(size < 256_000 for size in files.values())
-    assert "24 sets of tensors" in (out / "tools.log").read_text()
+    assert "28 sets of tensors" in (out / "tools.log").read_text()
 
 
 def test_the_tests_part_runs_and_counts(tmp_path: Path, fake: Callable[[str, str], Path]) -> None:
