@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import SGD, Adagrad, Adam, AdamW, FusedOptimizer, NormAdaptive, RMSprop
+from . import SGD, Adagrad, Adam, AdamW, FusedOptimizer, NormAdaptive, RMSprop, StepOptions
 
 OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
     "Adam": lambda p, **k: Adam(p, amsgrad=True, weight_decay=0.1, **k),
@@ -15,6 +15,15 @@ OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
     "RMSprop": lambda p, **k: RMSprop(p, momentum=0.9, centered=True, **k),
     "Adagrad": lambda p, **k: Adagrad(p, lr_decay=0.1, **k),
     "NormAdaptive": NormAdaptive,
+    "AdamW with all options": lambda p, **k: AdamW(p, **OPTIONS, **k),
+}
+#: All that a step can do around its rule.
+OPTIONS: StepOptions = {
+    "max_grad_norm": 1.0,
+    "clip_grad_value": 0.01,
+    "ema_decay": 0.9,
+    "skip_nonfinite": True,
+    "zero_grad_in_step": True,
 }
 SIZES = (0, 1, 17, 1025, 40_000)
 
