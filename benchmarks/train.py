@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
+import fusedoptim
+
 from . import checkpoint, choices, witness
 from .checkpoint import Progress
 from .errors import UsageError
@@ -75,13 +77,9 @@ class Learner:
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
         self.model, self.optimizer, self.args = model, optimizer, args
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
-
-    def _factor(self, step: int) -> float:
-        warmup, steps = self.args.warmup, self.args.steps
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+        # A run that ends within the warm-up never comes to the cosine, which must begin later.
+        total = max(args.steps, args.warmup + 1)
+        self.schedule = fusedoptim.warmup_cosine(optimizer, args.warmup, total, args.lr / 10)
 
     def gradients(self, text: Text, step: int) -> tuple[float, float]:
         """Loss and gradient norm before clipping."""

@@ -5,7 +5,8 @@ from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .norm_adaptive import NormAdaptive
 from .rmsprop import RMSprop
+from .schedules import warmup_cosine
 from .sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "NormAdaptive", "RMSprop"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "NormAdaptive", "RMSprop", "warmup_cosine"]
