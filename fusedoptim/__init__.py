@@ -3,10 +3,21 @@
 from ._base import FusedOptimizer
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .gradient_release import step_in_backward
 from .norm_adaptive import NormAdaptive
 from .rmsprop import RMSprop
 from .schedules import warmup_cosine
 from .sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "NormAdaptive", "RMSprop", "warmup_cosine"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "NormAdaptive",
+    "RMSprop",
+    "step_in_backward",
+    "warmup_cosine",
+]

@@ -12,7 +12,7 @@ __all__ = ["warmup_cosine"]
 
 
 class _WarmupCosine:
-    """A group's lr at a step, as a multiple of its own. An object and not a closure, because LambdaLR saves only those."""
+    """A group's lr at a step, as a multiple of its own. An object, because LambdaLR saves no function."""
 
     def __init__(self, warmup_steps: int, total_steps: int, floor: float) -> None:
         self.warmup_steps, self.total_steps, self.floor = warmup_steps, total_steps, floor
@@ -27,7 +27,7 @@ class _WarmupCosine:
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr: float = 0.0) -> LambdaLR:
-    r"""Linear warm-up, then a cosine down to ``min_lr``. Call ``step()`` on the result after every step of the optimizer.
+    r"""Linear warm-up, then a cosine down to ``min_lr``: call its ``step()`` after every step of the optimizer.
 
     With a group's own learning rate ``lr``, warm-up ``w`` and total ``T``, step ``t`` (counted from 0) is taken with
 
