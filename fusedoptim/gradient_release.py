@@ -9,6 +9,7 @@ the cost of a pass grows with the number of parameters, not with its square.
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from typing import Any
 
 from torch import Tensor
@@ -138,7 +139,7 @@ class _Part:
         frozen = not param.requires_grad
         param.requires_grad_(True)  # torch hooks no frozen parameter, and this one may thaw
         try:
-            self.handle = param.register_post_accumulate_grad_hook(_Hook(self))
+            self.handle = param.register_post_accumulate_grad_hook(_Hook(self))  # type: ignore[no-untyped-call]
         finally:
             param.requires_grad_(not frozen)
 
@@ -213,7 +214,7 @@ _OWN = ("params", "param_names")
 def _for_one(owner: FusedOptimizer, group: dict[str, Any]) -> FusedOptimizer:
     """As a copy of the owner would be, with one group and no states. A copy proper would walk over all parameters."""
     one = type(owner).__new__(type(owner))
-    one.__setstate__({**owner.__getstate__(), "state": type(owner.state)(dict), "param_groups": [group]})
+    one.__setstate__({**owner.__getstate__(), "state": defaultdict(dict), "param_groups": [group]})
     return one
 
 
