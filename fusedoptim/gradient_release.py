@@ -75,7 +75,6 @@ class StepInBackward:
         _check_all(optimizer)
         self.optimizer = optimizer
         self._parts: dict[Tensor, _Part] = {}
-        self._groups: list[dict[str, Any]] = []
         self._count = 0
         self._attach()
         # Kept by the optimizer, because hooks must not (see _Hook).
@@ -126,7 +125,7 @@ class StepInBackward:
         owned = {p for p, _, _ in members}
         for p in [p for p in self._parts if p not in owned]:
             self._parts.pop(p).handle.remove()
-        self._groups, self._count = groups, len(groups)
+        self._count = len(groups)
 
 
 class _Part:
@@ -151,7 +150,7 @@ class _Part:
 
     def in_place(self) -> bool:
         groups = self.owner.optimizer.param_groups
-        if groups is not self.owner._groups or len(groups) != self.owner._count:
+        if len(groups) != self.owner._count:
             return False
         params = self.theirs["params"]
         return groups[self.index] is self.theirs and len(params) == self.size and params[self.i] is self.param

@@ -186,6 +186,33 @@ def test_parameters_that_thaw_or_leave_the_optimizer() -> None:
             assert_same_bits(p.detach(), q.detach())
 
 
+def test_groups_changed_by_hand() -> None:
+    """A pass hooks what was appended, for those that follow, and lets go of what was deleted."""
+    (one, a), (two, b) = make(BY_NAME["adamw"]), make(BY_NAME["adamw"])
+    step_in_backward(a)
+    new = {a: parameters([(9,)], seed=1)[0], b: parameters([(9,)], seed=1)[0]}
+    for step in range(6):
+        for o, params in ((a, one), (b, two)):
+            if step == 1:
+                o.param_groups.append({**o.param_groups[0], "params": [new[o]]})
+            if step == 4:
+                del o.param_groups[2:]
+            loss_of([params[5] if step >= 4 else params[0], *([new[o]] if step in (2, 3) else [])], step).backward()
+        assert (one[5].grad is not None) == (step >= 4) and one[0].grad is None and new[a].grad is None
+        b.step()
+        b.zero_grad()
+        assert_same_optimizers(a, b)
+
+
+def test_a_value_deleted_from_a_group() -> None:
+    params, o = make(BY_NAME["adamw"])
+    step_in_backward(o)
+    released(params, 0)
+    del o.param_groups[1]["eps"]
+    with pytest.raises(ValueError, match="parameter group 1 has no 'eps'"):
+        (params[2] * 2).sum().backward()
+
+
 def test_a_tensor_lr_changed_in_place() -> None:
     def with_tensor() -> tuple[Params, fusedoptim.FusedOptimizer]:
         params = parameters([(5,), (6,)])
