@@ -84,7 +84,7 @@ def test_without_a_profiler_no_range_is_opened(recorded: list[str]) -> None:
     set_gradients(params, 0)
     o.step()
     assert recorded == ["Optimizer.step#SGD.step"]  # torch's own, around every optimizer's
-    with torch.profiler.profile():
+    with torch.profiler.profile(acc_events=True):
         o.step()
     assert recorded[1:] == ["Optimizer.step#SGD.step", "fusedoptim.SGD.step(3 tensors)"]
     o.step()
