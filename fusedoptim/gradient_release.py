@@ -8,6 +8,7 @@ the cost of a pass grows with the number of parameters, not with its square.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -28,7 +29,8 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
     Parameters and states get the bits that ``backward()`` and then ``optimizer.step()`` would give them. States are in
     ``optimizer.state``, hyper-parameters are read from ``optimizer.param_groups`` at every pass, and
     ``load_state_dict`` and ``add_param_group`` work as ever. ``optimizer.step()`` finds no gradients and does nothing,
-    so that a training loop may keep it. A parameter that is frozen or not reached by the graph is left alone.
+    so that a training loop may keep it. A parameter that is frozen or not reached by the graph is left alone. One that
+    is used in several places waits for the last of them. There is a launch per parameter instead of one per step.
 
     Every ``backward()`` is a step. So this does not go with what needs gradients after the pass, or several passes:
 
@@ -40,7 +42,8 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
       (``register_post_accumulate_grad_hook``) may change its gradient if it was registered earlier;
     - a GradScaler: the gradients would be stepped while they are still scaled. ``GradScaler.step`` finds none, and
       raises an AssertionError ("No inf checks were recorded"), but the parameters have been stepped by then;
-    - DistributedDataParallel, which averages gradients after these hooks.
+    - DistributedDataParallel, which averages gradients after these hooks, so that every process would step with its
+      own. It cannot be told from here, hence raises nothing.
 
     Step post-hooks run where ``optimizer.step()`` is called, after all parameters have been stepped. A value or
     gradient that cannot be stepped raises from ``backward()``, and leaves its own parameter as it was; others may have
@@ -76,6 +79,7 @@ class StepInBackward:
         self.optimizer = optimizer
         self._parts: dict[Tensor, _Part] = {}
         self._count = 0
+        self._attaching = threading.Lock()  # a backward pass has a thread per device
         self._attach()
         # Kept by the optimizer, because hooks must not (see _Hook).
         vars(optimizer)["_step_in_backward"] = self
@@ -107,6 +111,10 @@ class StepInBackward:
 
     def _attach(self) -> None:
         """Hooks every parameter that has none yet, and lets go of those that are no longer the optimizer's."""
+        with self._attaching:
+            self._attach_each()
+
+    def _attach_each(self) -> None:
         groups = self.optimizer.param_groups
         members = [(p, index, i) for index, group in enumerate(groups) for i, p in enumerate(group["params"])]
         for group in groups:

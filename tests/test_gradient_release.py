@@ -547,11 +547,12 @@ def test_post_hooks_run_where_step_is_called() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("case", FULL, ids=str)
-def test_on_a_gpu(case: Case) -> None:
+def test_on_a_gpu(case: Case, backend: str) -> None:
     """The bits of ordinary steps, and the allocator's word that gradients do not pile up."""
     one, two = (stack(20, 512).cuda() for _ in range(2))
-    a, b = case.make(one.parameters(), backend=None), case.make(two.parameters(), backend=None)
+    a, b = (case.make(model.parameters(), backend=backend) for model in (one, two))
     step_in_backward(a)
     peaks = []
     for _ in range(3):
