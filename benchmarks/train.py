@@ -12,12 +12,16 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
+
+import fusedoptim
 
 from . import checkpoint, choices, witness
 from .checkpoint import Progress
@@ -50,6 +54,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--context", type=int, default=GPTConfig.context)
     p.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for checkpoints, history and plot")
     p.add_argument("--resume", type=Path, help="a checkpoint of this program, latest.pt or best.pt")
+    p.add_argument("--amp", choices=["bf16"], help="compute the forward pass in this dtype where autocast does")
+    p.add_argument("--compile", action="store_true", help="torch.compile the forward pass and the optimizer's step")
     p.add_argument("--compare", action="store_true", help="train the same model with torch.optim, too")
     args = p.parse_args(argv)
     args.optimizer = choices.canonical(args.optimizer)
@@ -75,13 +81,15 @@ class Learner:
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
         self.model, self.optimizer, self.args = model, optimizer, args
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        self.forward: Callable[..., Tensor] = torch.compile(model) if args.compile else model
+        self.step: Callable[[], Any] = torch.compile(optimizer.step) if args.compile else optimizer.step
+        # A run that ends within the warm-up never comes to the cosine, which must begin later.
+        total = max(args.steps, args.warmup + 1)
+        self.schedule = fusedoptim.warmup_cosine(optimizer, args.warmup, total, args.lr / 10)
 
-    def _factor(self, step: int) -> float:
-        warmup, steps = self.args.warmup, self.args.steps
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.args.amp == "bf16"):
+            return self.forward(x, y)
 
     def gradients(self, text: Text, step: int) -> tuple[float, float]:
         """Loss and gradient norm before clipping."""
@@ -89,7 +97,7 @@ class Learner:
         self.optimizer.zero_grad()
         for micro in range(args.accumulate):
             x, y = text.batch(args.seed, step * args.accumulate + micro, args.batch, args.context)
-            loss = self.model(x, y) / args.accumulate
+            loss = self.loss(x, y) / args.accumulate
             loss.backward()
             total += loss.item()
         limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
@@ -98,7 +106,7 @@ class Learner:
     @torch.no_grad()
     def validate(self, text: Text) -> float:
         batches = text.validation_batches(self.args.batch, self.args.context, 8)
-        return statistics.fmean(self.model(x, y).item() for x, y in batches)
+        return statistics.fmean(self.loss(x, y).item() for x, y in batches)
 
 
 class Comparison:
@@ -135,7 +143,21 @@ class Comparison:
             self.seconds[i].append(time.perf_counter() - start)
 
 
+def check_compiler() -> None:
+    """Compiles something small, because torch says only then what it lacks: a C++ compiler, Python's headers."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    except Exception as error:  # what goes wrong inside of a compiler can be anything
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UsageError(
+            f"--compile: torch.compile does not work here ({lines[0]}): it needs a C++ compiler that works, which the "
+            "environment variable CXX can name, and Python's headers. Mend that, or leave out --compile"
+        ) from error
+
+
 def train(args: argparse.Namespace) -> int:
+    if args.compile:
+        check_compiler()
     config = GPTConfig(args.layers, args.width, args.heads, args.context)
     text = load_text(args.text, args.context)
     make_folder(args.out, "--out")
@@ -144,6 +166,7 @@ def train(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {**asdict(config), "optimizer": args.optimizer, "seed": args.seed, "batch": args.batch}
     settings |= {"accumulate": args.accumulate, "steps": args.steps, "lr": args.lr}
     settings |= {"warmup": args.warmup, "max_grad_norm": args.max_grad_norm, "text_crc32": text.checksum()}
+    settings |= {"amp": args.amp, "compile": args.compile or None}  # None: as in checkpoints from before these options
     parts = {"model": model, "optimizer": learner.optimizer, "schedule": learner.schedule}
     progress = Progress()
     if args.resume is not None:
@@ -167,7 +190,7 @@ def train(args: argparse.Namespace) -> int:
             raise UsageError(f"the loss is {loss} at step {step}: try an --lr below {args.lr:g}")
         lr = learner.schedule.get_last_lr()[0]
         start = time.perf_counter()
-        learner.optimizer.step()
+        learner.step()
         seconds = time.perf_counter() - start
         learner.schedule.step()
         if comparison is not None:

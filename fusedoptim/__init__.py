@@ -5,8 +5,10 @@ from ._clip import clip_grad_norm_, clip_grad_value_
 from ._options import StepOptions
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .gradient_release import step_in_backward
 from .norm_adaptive import NormAdaptive
 from .rmsprop import RMSprop
+from .schedules import warmup_cosine
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -21,4 +23,6 @@ __all__ = [
     "StepOptions",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "step_in_backward",
+    "warmup_cosine",
 ]

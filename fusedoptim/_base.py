@@ -9,6 +9,7 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -89,6 +90,10 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling():
             _compiled.trace(self)
+        elif profiler._is_profiler_enabled:
+            n = sum(p.grad is not None for group in self.param_groups for p in group["params"])
+            with profiler.record_function(f"fusedoptim.{type(self).__name__}.step({n} tensors)"):
+                self._step()
         else:
             self._step()
         return loss

@@ -206,3 +206,16 @@ def test_unscaling_and_skipping_in_the_kernel(kernels: Kernels, case: Case) -> N
     overflow = {0, 4, 5}
     assert train(a, mine, 10, overflow) == train(b, theirs, 10, overflow)
     assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_steps_in_the_backward_pass(kernels: Kernels, case: Case) -> None:
+    """A table of its own for every parameter, and shared states."""
+    mine, theirs, a, b = pair(kernels, case, [(3,), (7, 11), ()], torch.float32)
+    fusedoptim.step_in_backward(a)
+    for step in range(3):
+        set_gradients(theirs, step)
+        sum((p * q.grad).sum() for p, q in zip(mine, theirs, strict=True)).backward()
+        assert all(p.grad is None for p in mine)
+        b.step()
+    assert_same_optimizers(a, b)

@@ -1,4 +1,4 @@
-"""The contract of a torch optimizer: signatures, groups, states, hooks, closures, schedules."""
+"""The contract of a torch optimizer: signatures, groups, states, hooks, closures."""
 
 from __future__ import annotations
 
@@ -277,31 +277,6 @@ def test_closure_runs_with_gradients_enabled_under_no_grad() -> None:
     with torch.no_grad():
         o.step(lambda: (p[0] ** 2).sum().backward())
     assert p[0].grad is not None
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
-        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1 / (1 + e)),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=8),
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    ],
-    ids=["StepLR", "LambdaLR", "OneCycleLR", "WarmRestarts"],
-)
-def test_schedulers(make: object) -> None:
-    mine, theirs = parameters([(5,)]), parameters([(5,)])
-    a, b = fusedoptim.AdamW(mine, lr=0.01), torch.optim.AdamW(theirs, lr=0.01, foreach=False)
-    sa, sb = make(a), make(b)
-    for step in range(7):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        a.step()
-        with ieee_sqrt():
-            b.step()
-        sa.step()
-        sb.step()
-    assert_same_optimizers(a, b)
 
 
 def test_groups_with_their_own_options_and_groups_added_later() -> None:

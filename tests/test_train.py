@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -115,6 +116,48 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monkey
         same_checkpoints(straight / name, there / name)
 
 
+def test_in_bfloat16(tmp_path: Path) -> None:
+    """Other losses than in fp32, the same with torch's optimizer, and no checkpoint for a run without."""
+    assert main([*TINY, "--steps", "6", "--out", str(tmp_path / "fp32")]) == 0
+    options = [*TINY, "--steps", "6", "--amp", "bf16"]
+    assert main([*options, "--out", str(tmp_path / "bf16"), "--compare"]) == 0
+    one, two = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("fp32", "bf16"))
+    assert two["settings"]["amp"] == "bf16"
+    for of_fp32, of_bf16 in zip(one["train"], two["train"], strict=True):
+        assert of_fp32["loss"] != of_bf16["loss"] == pytest.approx(of_fp32["loss"], abs=0.01)
+    assert main([*TINY, "--steps", "6", "--out", str(tmp_path), "--resume", str(tmp_path / "bf16" / "latest.pt")]) == 2
+
+
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a compiler that changes no bit: it runs the graphs that torch.compile gives it as they are."""
+    compiled: list[torch.fx.GraphModule] = []
+
+    def run_as_it_is(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    options = [*TINY, "--steps", "6", "--accumulate", "2"]
+    assert main([*options, "--out", str(tmp_path / "eager")]) == 0
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
+    assert main([*options, "--out", str(tmp_path / "compiled"), "--compile"]) == 0
+    same_checkpoints(tmp_path / "eager" / "latest.pt", tmp_path / "compiled" / "latest.pt")
+    assert sum("functional.cross_entropy(" in graph.code for graph in compiled) == 2  # with and without gradients
+    assert sum("ops.fusedoptim.step_" in graph.code for graph in compiled) == 1
+
+
+def test_where_nothing_can_be_compiled(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.train", *TINY, "--out", str(tmp_path), "--compile"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: --compile: torch.compile does not work here (")
+    assert result.stderr.endswith("leave out --compile\n")
+    assert not (tmp_path / "history.json").exists()
+
+
 def test_resuming_elsewhere_keeps_the_best_checkpoint(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     assert main([*TINY, "--steps", "10", "--out", str(here)]) == 0
@@ -196,6 +239,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--lr", -1], "--lr must be at least 0"),
         (["--width", 33], "must be a multiple of"),
+        (["--amp", "fp16"], "argument --amp: invalid choice: 'fp16'"),
     ]
     for options, message in cases:
         assert main([*TINY, *map(str, ["--out", tmp_path / "out", *options])]) == 2, options
