@@ -2,6 +2,7 @@
 
 ``--compare`` trains a second model beside it with torch.optim, on the same batches, and says whether the losses are the
 same to the last bit. For the time, fusedoptim and the fastest that torch has step copies of the parameters, in turn.
+Under ``torchrun --nproc_per_node N -m benchmarks.train`` N processes share every batch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, choices, witness
+from . import checkpoint, choices, parallel, witness
 from .checkpoint import Progress
 from .errors import UsageError
 from .files import make_folder, write_atomically
@@ -65,6 +66,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"--seed must be from 0 to 2**32 - 1, but is {args.seed}")
     if args.width % args.heads:
         raise UsageError(f"--width {args.width} must be a multiple of --heads {args.heads}")
+    parallel.check(args.batch)
     if args.compare and args.resume:
         raise UsageError("--compare starts both models afresh: leave out --resume")
     return args
@@ -75,6 +77,7 @@ class Learner:
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
         self.model, self.optimizer, self.args = model, optimizer, args
+        self.forward = parallel.wrap(model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
 
     def _factor(self, step: int) -> float:
@@ -89,11 +92,11 @@ class Learner:
         self.optimizer.zero_grad()
         for micro in range(args.accumulate):
             x, y = text.batch(args.seed, step * args.accumulate + micro, args.batch, args.context)
-            loss = self.model(x, y) / args.accumulate
+            loss = self.forward(parallel.part(x), parallel.part(y)) / args.accumulate
             loss.backward()
             total += loss.item()
         limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-        return total, float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        return parallel.mean(total), float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
 
     @torch.no_grad()
     def validate(self, text: Text) -> float:
@@ -148,16 +151,17 @@ def train(args: argparse.Namespace) -> int:
     progress = Progress()
     if args.resume is not None:
         progress = checkpoint.load(args.resume, settings, **parts)
-        checkpoint.carry_best(args.resume, args.out)
+        if parallel.is_first():
+            checkpoint.carry_best(args.resume, args.out)
     params = list(model.parameters())
     comparison = Comparison(config, args, params) if args.compare else None
     entropy = text.unigram_entropy()
-    print(
+    parallel.say(
         f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters in {len(params)} tensors, {args.optimizer}, "
         f"lr {args.lr:g}, {len(text.train) / 1e6:.2f} MB of text, unigram entropy {entropy:.3f} nats"
     )
     tokens = args.batch * args.context * args.accumulate
-    bar = tqdm(total=args.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5)
+    bar = tqdm(total=args.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=not parallel.is_first())
     began, start_step = time.perf_counter(), progress.step
     while progress.step < args.steps:
         step = progress.step
@@ -185,7 +189,7 @@ def train(args: argparse.Namespace) -> int:
     bar.close()
     if comparison is not None:  # the last step shows in no training loss
         comparison.check(args.steps, progress.validation[-1]["loss"], comparison.learner.validate(text))
-    return summary(args, progress, entropy, comparison)
+    return summary(args, progress, entropy, comparison) if parallel.is_first() else 0
 
 
 def record(
@@ -196,6 +200,8 @@ def record(
     before this point and comes here again."""
     best = min((v["loss"] for v in progress.validation), default=math.inf)
     progress.validation.append({"step": progress.step, "loss": learner.validate(text)})
+    if not parallel.is_first():
+        return
     if progress.validation[-1]["loss"] < best:
         checkpoint.save(args.out / "best.pt", settings, progress, **parts)
     checkpoint.save(args.out / "latest.pt", settings, progress, **parts)
@@ -227,9 +233,11 @@ def summary(args: argparse.Namespace, progress: Progress, entropy: float, compar
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return train(arguments(argv))
+        args = arguments(argv)
+        with parallel.joined():
+            return train(args)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        parallel.say(f"error: {error}", file=sys.stderr)
         return 2
 
 
