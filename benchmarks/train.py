@@ -161,7 +161,14 @@ def train(args: argparse.Namespace) -> int:
         f"lr {args.lr:g}, {len(text.train) / 1e6:.2f} MB of text, unigram entropy {entropy:.3f} nats"
     )
     tokens = args.batch * args.context * args.accumulate
-    bar = tqdm(total=args.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=not parallel.is_first())
+    bar = tqdm(
+        total=args.steps,
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=not parallel.is_first(),
+    )
     began, start_step = time.perf_counter(), progress.step
     while progress.step < args.steps:
         step = progress.step

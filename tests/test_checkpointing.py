@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 from benchmarks.witness import ieee_sqrt
 
 Optimizer = torch.optim.Optimizer
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
+)
 
 
 class TorchSave:
@@ -162,4 +164,34 @@ def test_training_on_from_states_made_ahead_has_torchs_bits(case: Case) -> None:
         for model, optimizer in ((one, a), (two, b)):
             get_optimizer_state_dict(model, optimizer)
             train(model, optimizer, range(3))
+    assert_same_optimizers(a, b)
+
+
+def test_safetensors_takes_states_of_any_layout_and_steps_in_one_buffer(tmp_path: Path) -> None:
+    """It refuses what is not contiguous, as states of a channels_last parameter are; views that do not overlap, as
+    steps on a GPU are, it stores."""
+    pytest.importorskip("safetensors.torch")
+    params, others = ([nn.Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last))] for _ in range(2))
+    a, b = FULL[1].make(params), FULL[1].make(others)
+    gradients = [torch.linspace(-1, 1, 96).reshape(2, 3, 4, 4) * (i + 1) for i in range(4)]
+    for gradient in gradients[:2]:
+        params[0].grad = gradient
+        a.step()
+    state = a.state[params[0]]
+    assert not state["exp_avg"].is_contiguous()
+    state["step"] = torch.stack([state["step"], state["step"]]).unbind()[0]
+    content = a.state_dict()
+    content["state"][1] = {"step": state["step"]._base.unbind()[1]}
+    flat = {f"{i}.{n}": v.contiguous() for i, values in content["state"].items() for n, v in values.items()}
+
+    from safetensors.torch import load_file, save_file
+
+    save_file(flat, tmp_path / "all.safetensors")
+    loaded = {key.split(".")[1]: v for key, v in load_file(tmp_path / "all.safetensors").items() if key[0] == "0"}
+    b.load_state_dict({"state": {0: loaded}, "param_groups": content["param_groups"]})
+    others[0].data.copy_(params[0].data)
+    for gradient in gradients[2:]:
+        params[0].grad = others[0].grad = gradient
+        a.step()
+        b.step()
     assert_same_optimizers(a, b)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cases import FULL, Case, assert_same_bits, assert_same_optimizers
-from stacks import WIDTH, batch, make_model, two_groups
+from cases import FULL, Case, assert_same_bits
+from stacks import batch, make_model, two_groups
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,7 +80,11 @@ def work(rank: int, folder: str) -> None:
             ddp = DistributedDataParallel(product)
             rows = [part(rows_of(step, exact), rank) for step in range(STEPS)]
             optimizer, gradients = train_product(ddp, case, rows)
-            results[case.name, "exact" if exact else "rounded"] = product.state_dict(), optimizer.state_dict(), gradients
+            results[case.name, "exact" if exact else "rounded"] = (
+                product.state_dict(),
+                optimizer.state_dict(),
+                gradients,
+            )
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -117,9 +121,7 @@ def test_replicas_have_the_same_bits(case: Case, results: list[dict]) -> None:
 
 @pytest.mark.parametrize("views", [False, True], ids=["gradients apart", "gradients in buckets"])
 @pytest.mark.parametrize("case", FULL, ids=str)
-def test_one_process_that_forms_the_same_means_has_the_same_bits(
-    case: Case, views: bool, results: list[dict]
-) -> None:
+def test_one_process_that_forms_the_same_means_has_the_same_bits(case: Case, views: bool, results: list[dict]) -> None:
     """The mean of two gradients is half of one and half of the other, added: one rounding, in either order."""
     torch.set_num_threads(1)
     model = make_model()

@@ -80,7 +80,9 @@ def by_class(case: Case, model: nn.Module, of_torch: bool) -> dict[str, Any]:
 HOW = pytest.mark.parametrize("how", [by_optimizers, by_class])
 
 
-def run(case: Case, how: Any, folder: Path, *, of_torch: bool = False, seed: int = 0, resume: Path | None = None) -> Any:
+def run(
+    case: Case, how: Any, folder: Path, *, of_torch: bool = False, seed: int = 0, resume: Path | None = None
+) -> Any:
     model = language_model(seed)
     trainer = make_trainer(folder, model, **how(case, model, of_torch))
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
