@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.state_dict import (
 from benchmarks.witness import ieee_sqrt
 
 Optimizer = torch.optim.Optimizer
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # torch 2.10's own writer
+]
 
 
 class TorchSave:
