@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import fusedoptim
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: name: (learning rate, other options)
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -30,8 +33,10 @@ def canonical(name: str) -> str:
     raise UsageError(f"--optimizer {name!r} is unknown: choose one of {', '.join(SETTINGS)}")
 
 
-def make(name: str, params: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return getattr(fusedoptim, name)(params, lr=lr, **SETTINGS[name][1])
+def make(
+    name: str, params: Iterable[torch.nn.Parameter], lr: float, **options: Unpack[fusedoptim.StepOptions]
+) -> fusedoptim.FusedOptimizer:
+    return getattr(fusedoptim, name)(params, lr=lr, **SETTINGS[name][1], **options)
 
 
 def make_witness(name: str, params: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:

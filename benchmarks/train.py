@@ -2,6 +2,7 @@
 
 ``--compare`` trains a second model beside it with torch.optim, on the same batches, and says whether the losses are the
 same to the last bit. For the time, fusedoptim and the fastest that torch has step copies of the parameters, in turn.
+Under ``torchrun --nproc_per_node N -m benchmarks.train`` N processes share every batch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import fusedoptim
 
-from . import checkpoint, choices, witness
+from . import checkpoint, choices, parallel, witness
 from .checkpoint import Progress
 from .errors import UsageError
 from .files import make_folder, write_atomically
@@ -45,7 +46,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--warmup", type=int, default=40, help="steps of linear warm-up; cosine decay to a tenth follows")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--accumulate", type=int, default=1, help="batches per step")
-    p.add_argument("--max-grad-norm", type=float, default=1.0, help="0 for no clipping")
+    p.add_argument("--max-grad-norm", type=float, default=1.0, help="clips within the step; 0 for no clipping")
+    p.add_argument(
+        "--ema", type=float, metavar="DECAY", help="average the weights within the step; validates them, too"
+    )
     p.add_argument("--eval-every", type=int, default=100, help="steps between validations, which write checkpoints")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--layers", type=int, default=GPTConfig.layers)
@@ -67,10 +71,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("lr", "warmup", "max_grad_norm"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 0 and finite, but is {getattr(args, name)}")
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise UsageError(f"--ema must be at least 0 and below 1, but is {args.ema}")
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed must be from 0 to 2**32 - 1, but is {args.seed}")
     if args.width % args.heads:
         raise UsageError(f"--width {args.width} must be a multiple of --heads {args.heads}")
+    parallel.check(args.batch)
     if args.compare and args.resume:
         raise UsageError("--compare starts both models afresh: leave out --resume")
     return args
@@ -81,7 +88,8 @@ class Learner:
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
         self.model, self.optimizer, self.args = model, optimizer, args
-        self.forward: Callable[..., Tensor] = torch.compile(model) if args.compile else model
+        wrapped = parallel.wrap(model)
+        self.forward: Callable[..., Tensor] = torch.compile(wrapped) if args.compile else wrapped
         self.step: Callable[[], Any] = torch.compile(optimizer.step) if args.compile else optimizer.step
         # A run that ends within the warm-up never comes to the cosine, which must begin later.
         total = max(args.steps, args.warmup + 1)
@@ -91,17 +99,16 @@ class Learner:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.args.amp == "bf16"):
             return self.forward(x, y)
 
-    def gradients(self, text: Text, step: int) -> tuple[float, float]:
-        """Loss and gradient norm before clipping."""
+    def gradients(self, text: Text, step: int) -> float:
+        """The loss."""
         args, total = self.args, 0.0
         self.optimizer.zero_grad()
         for micro in range(args.accumulate):
             x, y = text.batch(args.seed, step * args.accumulate + micro, args.batch, args.context)
-            loss = self.loss(x, y) / args.accumulate
+            loss = self.loss(parallel.part(x), parallel.part(y)) / args.accumulate
             loss.backward()
             total += loss.item()
-        limit = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-        return total, float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        return parallel.mean(total)
 
     @torch.no_grad()
     def validate(self, text: Text) -> float:
@@ -124,8 +131,8 @@ class Comparison:
         self.first_difference: int | None = None
 
     def step(self, text: Text, step: int, loss: float) -> None:
-        other, _ = self.learner.gradients(text, step)
-        self.check(step, loss, other)
+        self.check(step, loss, self.learner.gradients(text, step))
+        fusedoptim.clip_grad_norm_(self.learner.model.parameters(), limit_of(self.learner.args))
         witness.witness_step(self.learner.optimizer)
         self.learner.schedule.step()
 
@@ -141,6 +148,11 @@ class Comparison:
             start = time.perf_counter()
             optimizer.step()
             self.seconds[i].append(time.perf_counter() - start)
+
+
+def limit_of(args: argparse.Namespace) -> float:
+    """Of the gradients' norm; without one it is measured all the same."""
+    return args.max_grad_norm if args.max_grad_norm > 0 else math.inf
 
 
 def check_compiler() -> None:
@@ -162,29 +174,41 @@ def train(args: argparse.Namespace) -> int:
     text = load_text(args.text, args.context)
     make_folder(args.out, "--out")
     model = GPT(config, args.seed)
-    learner = Learner(model, choices.make(args.optimizer, model.parameters(), args.lr), args)
+    optimizer = choices.make(
+        args.optimizer, model.parameters(), args.lr, max_grad_norm=limit_of(args), ema_decay=args.ema
+    )
+    learner = Learner(model, optimizer, args)
     settings: dict[str, Any] = {**asdict(config), "optimizer": args.optimizer, "seed": args.seed, "batch": args.batch}
     settings |= {"accumulate": args.accumulate, "steps": args.steps, "lr": args.lr}
     settings |= {"warmup": args.warmup, "max_grad_norm": args.max_grad_norm, "text_crc32": text.checksum()}
     settings |= {"amp": args.amp, "compile": args.compile or None}  # None: as in checkpoints from before these options
-    parts = {"model": model, "optimizer": learner.optimizer, "schedule": learner.schedule}
+    settings |= {"ema": args.ema}
+    parts = {"model": model, "optimizer": optimizer, "schedule": learner.schedule}
     progress = Progress()
     if args.resume is not None:
         progress = checkpoint.load(args.resume, settings, **parts)
-        checkpoint.carry_best(args.resume, args.out)
+        if parallel.is_first():
+            checkpoint.carry_best(args.resume, args.out)
     params = list(model.parameters())
     comparison = Comparison(config, args, params) if args.compare else None
     entropy = text.unigram_entropy()
-    print(
+    parallel.say(
         f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters in {len(params)} tensors, {args.optimizer}, "
         f"lr {args.lr:g}, {len(text.train) / 1e6:.2f} MB of text, unigram entropy {entropy:.3f} nats"
     )
     tokens = args.batch * args.context * args.accumulate
-    bar = tqdm(total=args.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5)
+    bar = tqdm(
+        total=args.steps,
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=not parallel.is_first(),
+    )
     began, start_step = time.perf_counter(), progress.step
     while progress.step < args.steps:
         step = progress.step
-        loss, norm = learner.gradients(text, step)
+        loss = learner.gradients(text, step)
         if not math.isfinite(loss):
             bar.close()
             raise UsageError(f"the loss is {loss} at step {step}: try an --lr below {args.lr:g}")
@@ -192,6 +216,7 @@ def train(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         learner.step()
         seconds = time.perf_counter() - start
+        norm = float(optimizer.last_grad_norm)
         learner.schedule.step()
         if comparison is not None:
             comparison.time_steps(step)
@@ -208,7 +233,7 @@ def train(args: argparse.Namespace) -> int:
     bar.close()
     if comparison is not None:  # the last step shows in no training loss
         comparison.check(args.steps, progress.validation[-1]["loss"], comparison.learner.validate(text))
-    return summary(args, progress, entropy, comparison)
+    return summary(args, progress, entropy, comparison) if parallel.is_first() else 0
 
 
 def record(
@@ -219,6 +244,11 @@ def record(
     before this point and comes here again."""
     best = min((v["loss"] for v in progress.validation), default=math.inf)
     progress.validation.append({"step": progress.step, "loss": learner.validate(text)})
+    if args.ema is not None:
+        with parts["optimizer"].ema_weights():
+            progress.validation[-1]["loss_of_averages"] = learner.validate(text)
+    if not parallel.is_first():
+        return
     if progress.validation[-1]["loss"] < best:
         checkpoint.save(args.out / "best.pt", settings, progress, **parts)
     checkpoint.save(args.out / "latest.pt", settings, progress, **parts)
@@ -233,6 +263,8 @@ def summary(args: argparse.Namespace, progress: Progress, entropy: float, compar
     mine = statistics.median(t["optimizer_s"] for t in progress.train) * 1e3
     best = min(v["loss"] for v in progress.validation)
     print(f"validation loss {progress.validation[-1]['loss']:.4f}, best {best:.4f}; unigram entropy {entropy:.4f}")
+    if args.ema is not None:
+        print(f"validation loss of the averaged weights {progress.validation[-1]['loss_of_averages']:.4f}")
     print(f"optimizer: {mine:.3f} ms per step (median). Written to {args.out}: latest.pt best.pt history.json loss.png")
     if comparison is None:
         return 0
@@ -250,9 +282,11 @@ def summary(args: argparse.Namespace, progress: Progress, entropy: float, compar
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return train(arguments(argv))
+        args = arguments(argv)
+        with parallel.joined():
+            return train(args)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        parallel.say(f"error: {error}", file=sys.stderr)
         return 2
 
 

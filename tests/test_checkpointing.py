@@ -1,0 +1,198 @@
+"""Checkpoints through torch.save, safetensors and torch.distributed.checkpoint: a resumed run has the bits of one that
+was never interrupted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from cases import FULL, Case, assert_same_bits, assert_same_optimizers
+from stacks import make_model, train, two_groups
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+from benchmarks.witness import ieee_sqrt
+
+Optimizer = torch.optim.Optimizer
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # torch 2.10's own writer
+]
+
+
+class TorchSave:
+    def save(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "all.pt")
+
+    def load(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        content = torch.load(folder / "all.pt", weights_only=True)
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+
+
+class Safetensors:
+    """It stores nothing but tensors, so that the groups go to a JSON beside them."""
+
+    def save(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        content = optimizer.state_dict()
+        flat = {f"state.{i}.{name}": v for i, state in content["state"].items() for name, v in state.items()}
+        flat |= {f"model.{name}": v for name, v in model.state_dict().items()}
+        save_file(flat, folder / "all.safetensors")
+        (folder / "groups.json").write_text(json.dumps(content["param_groups"]))
+
+    def load(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        state: dict[int, dict[str, Tensor]] = {}
+        weights: dict[str, Tensor] = {}
+        for key, value in load_file(folder / "all.safetensors").items():
+            kind, rest = key.split(".", 1)
+            if kind == "model":
+                weights[rest] = value
+            else:
+                index, name = rest.split(".")
+                state.setdefault(int(index), {})[name] = value
+        model.load_state_dict(weights)
+        groups = json.loads((folder / "groups.json").read_text())
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class Distributed:
+    """The functions of torch.distributed.checkpoint.state_dict, which name states after their parameters."""
+
+    def __init__(self, flatten: bool) -> None:
+        self.options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+
+class OptimizerStateDict(Distributed):
+    def save(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        content = get_optimizer_state_dict(model, optimizer, options=self.options)
+        torch.save({"model": model.state_dict(), "optimizer": content}, folder / "all.pt")
+
+    def load(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        content = torch.load(folder / "all.pt", weights_only=True)
+        model.load_state_dict(content["model"])
+        set_optimizer_state_dict(model, optimizer, content["optimizer"], options=self.options)
+
+
+class StateDict(Distributed):
+    """With files of torch.distributed.checkpoint, which loads in place, into states that must be there."""
+
+    def save(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        weights, states = get_state_dict(model, optimizer, options=self.options)
+        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder / "dcp", no_dist=True)
+
+    def load(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        weights, states = get_state_dict(model, optimizer, options=self.options)
+        content: dict[str, Any] = {"model": weights, "optimizer": states}
+        dcp.load(content, checkpoint_id=folder / "dcp", no_dist=True)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=content["model"],
+            optim_state_dict=content["optimizer"],
+            options=self.options,
+        )
+
+
+WAYS = {
+    "torch.save": TorchSave(),
+    "safetensors": Safetensors(),
+    "get_optimizer_state_dict": OptimizerStateDict(flatten=False),
+    "get_optimizer_state_dict flat": OptimizerStateDict(flatten=True),
+    "get_state_dict": StateDict(flatten=False),
+    "get_state_dict flat": StateDict(flatten=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(case: Case, way: str, tmp_path: Path) -> None:
+    if way == "safetensors":
+        pytest.importorskip("safetensors")
+    straight, first, second = make_model(), make_model(), make_model(seed=1)
+    expected, before, after = (case.make(two_groups(m, case)) for m in (straight, first, second))
+    for model, optimizer in ((straight, expected), (first, before)):
+        train(model, optimizer, range(3))
+        optimizer.param_groups[1]["lr"] /= 2  # as a schedule would
+    WAYS[way].save(first, before, tmp_path)
+    WAYS[way].load(second, after, tmp_path)
+    assert_same_optimizers(after, before)
+    for left, right in zip(after.param_groups, before.param_groups, strict=True):
+        assert left.keys() == right.keys()
+        for key in left.keys() - {"params"}:
+            value = tuple(left[key]) if isinstance(left[key], list) else left[key]  # JSON has no tuples
+            assert value == right[key], key
+    for model, optimizer in ((straight, expected), (second, after)):
+        train(model, optimizer, range(3, 6))
+    assert_same_optimizers(after, expected)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_states_made_ahead_of_training_change_nothing(case: Case) -> None:
+    """torch.distributed.checkpoint makes states by a step with zero gradients and a learning rate of 0."""
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = case.make(two_groups(model, case))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    content = get_optimizer_state_dict(model, optimizer)
+    assert len(content["state"]) == len(before)
+    for name, value in model.state_dict().items():
+        assert_same_bits(value, before[name], name)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", [c for c in FULL if c.in_torch], ids=str)
+def test_training_on_from_states_made_ahead_has_torchs_bits(case: Case) -> None:
+    """torch counts the step that makes them, and so must this."""
+    one, two = make_model(), make_model()
+    a, b = case.make(two_groups(one, case)), case.make_torch(two_groups(two, case), foreach=False)
+    with ieee_sqrt():
+        for model, optimizer in ((one, a), (two, b)):
+            get_optimizer_state_dict(model, optimizer)
+            train(model, optimizer, range(3))
+    assert_same_optimizers(a, b)
+
+
+def test_safetensors_takes_states_of_any_layout_and_steps_in_one_buffer(tmp_path: Path) -> None:
+    """It refuses what is not contiguous, as states of a channels_last parameter are; views that do not overlap, as
+    steps on a GPU are, it stores."""
+    pytest.importorskip("safetensors.torch")
+    params, others = ([nn.Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last))] for _ in range(2))
+    a, b = FULL[1].make(params), FULL[1].make(others)
+    gradients = [torch.linspace(-1, 1, 96).reshape(2, 3, 4, 4) * (i + 1) for i in range(4)]
+    for gradient in gradients[:2]:
+        params[0].grad = gradient
+        a.step()
+    state = a.state[params[0]]
+    assert not state["exp_avg"].is_contiguous()
+    state["step"] = torch.stack([state["step"], state["step"]]).unbind()[0]
+    content = a.state_dict()
+    content["state"][1] = {"step": state["step"]._base.unbind()[1]}
+    flat = {f"{i}.{n}": v.contiguous() for i, values in content["state"].items() for n, v in values.items()}
+
+    from safetensors.torch import load_file, save_file
+
+    save_file(flat, tmp_path / "all.safetensors")
+    loaded = {key.split(".")[1]: v for key, v in load_file(tmp_path / "all.safetensors").items() if key[0] == "0"}
+    b.load_state_dict({"state": {0: loaded}, "param_groups": content["param_groups"]})
+    others[0].data.copy_(params[0].data)
+    for gradient in gradients[2:]:
+        params[0].grad = others[0].grad = gradient
+        a.step()
+        b.step()
+    assert_same_optimizers(a, b)
