@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from cases import (
     FULL,
     SHAPES,
     Case,
+    assert_same_bits,
     assert_same_optimizers,
     gradient,
     parameters,
@@ -206,3 +207,163 @@ def test_unscaling_and_skipping_in_the_kernel(kernels: Kernels, case: Case) -> N
     overflow = {0, 4, 5}
     assert train(a, mine, 10, overflow) == train(b, theirs, 10, overflow)
     assert_same_optimizers(a, b)
+
+
+# ---- what surrounds the rule: clipping, moving averages, zeros, skipping ----
+
+#: An optimizer's options, and those of three groups: one with a limit, one with another, one without.
+AROUND: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "norm": ({}, [{"max_grad_norm": 0.5}, {"max_grad_norm": 3.0}, {}]),
+    "value": ({}, [{"clip_grad_value": 0.3}, {"clip_grad_value": 1e-3}, {}]),
+    "average": ({}, [{"ema_decay": 0.75}, {"ema_decay": 0.3}, {}]),
+    "zeros": ({"zero_grad_in_step": True}, [{}, {}, {}]),
+    "skipping": ({"skip_nonfinite": True}, [{}, {}, {}]),
+    "all": (
+        {"zero_grad_in_step": True, "skip_nonfinite": True},
+        [
+            {"max_grad_norm": 0.5, "clip_grad_value": 0.01, "ema_decay": 0.75},
+            {"max_grad_norm": 1e4, "ema_decay": 0.0},
+            {"clip_grad_value": 0.2, "ema_decay": 0.999},
+        ],
+    ),
+}
+MEASURING = ("norm", "skipping", "all")
+MIXES = {"fp32": DTYPES[:1], "bf16": DTYPES[2:3], "fp64": DTYPES[1:2], "16 and 32 bits": DTYPES[::2], "mixed": DTYPES}
+
+
+class Both:
+    """An optimizer of the kernels under test and the CPU's, on equal parameters."""
+
+    def __init__(self, kernels: Kernels, case: Case, params: list[torch.Tensor], around: str) -> None:
+        options, groups = AROUND[around]
+        self.kernels, self.zeroes = kernels, "zero_grad_in_step" in options
+        self.params, self.optimizers = [], []
+        for backend in (kernels.backend, "cpu"):
+            own = [torch.nn.Parameter(p.detach().clone()) for p in params]
+            members = [{"params": own[i::3], **group} for i, group in enumerate(groups)]
+            self.params.append([p for member in members for p in member["params"]])
+            self.optimizers.append(case.make(members, backend=backend, **options))
+
+    def set_gradients(self, step: int) -> None:
+        """Their dtypes go round, of 64 bits only for parameters of as many; some are strided, one is missing."""
+        for params in self.params:
+            for i, p in enumerate(params):
+                narrow = DTYPES[2:] + DTYPES[:1]
+                dtype = p.dtype if (step + i) % 2 else narrow[(step + i) % 3]
+                p.grad = None
+                if i == step % len(params) and len(params) > 3:
+                    continue
+                x = gradient(p, step, i, dtype)
+                p.grad = torch.nn.Parameter(x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 1 else x)
+
+    def step(self, launches: int, scaling: tuple[float, float] | None = None) -> None:
+        """Makes a step, and compares everything."""
+        before = [[None if p.grad is None else p.grad.detach().clone() for p in params] for params in self.params]
+        a, b = self.optimizers
+        if scaling is not None:
+            for o in (a, b):
+                o.grad_scale, o.found_inf = (torch.tensor(x) for x in scaling)
+        assert self.kernels.launches(a) == launches
+        b.step()
+        if scaling is not None:
+            for o in (a, b):
+                del o.grad_scale, o.found_inf
+        assert_same_optimizers(a, b)
+        assert a.skipped_steps.item() == b.skipped_steps.item()
+        norms = [o.last_grad_norm for o in (a, b)]
+        assert (norms[0] is None) == (norms[1] is None) == (launches in (1, 2) and not a._measures_norm())
+        if norms[0] is not None:
+            assert_same_bits(*norms, "the norm")
+        for params, old in zip(self.params, before, strict=True):
+            for p, g in zip(params, old, strict=True):
+                if g is not None:
+                    assert_same_bits(p.grad.detach(), torch.zeros_like(g) if self.zeroes else g, "a gradient")
+
+    def values(self) -> list[torch.Tensor]:
+        """Of the kernels under test: all parameters and states."""
+        o = self.optimizers[0]
+        states = [v for p in self.params[0] for v in o.state.get(p, {}).values() if v is not None]
+        return [torch.as_tensor(v).detach().clone() for v in (*self.params[0], *states)]
+
+
+def assert_unchanged(now: list[torch.Tensor], before: list[torch.Tensor]) -> None:
+    for x, y in zip(now, before, strict=True):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_what_surrounds_the_rule(kernels: Kernels, case: Case, around: str, mix: str) -> None:
+    shapes = [(0,), (), (3,), (7, 11), (1025,)] if kernels.slow else [*SHAPES, (20_000,)]
+    if kernels.slow and len(MIXES[mix]) > 1:
+        shapes = [(3,), (40, 27)]
+    both = Both(kernels, case, [p for dtype in MIXES[mix] for p in parameters(shapes, dtype)], around)
+    grids = 2 if mix == "mixed" else 1
+    for step in range(2 if kernels.slow else 5):
+        both.set_gradients(step)
+        both.step(grids * (2 if around in MEASURING else 1))
+
+
+@pytest.mark.parametrize("around", ["zeros", "skipping", "all"])
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_step_that_is_skipped(kernels: Kernels, case: Case, around: str) -> None:
+    """The first one and a later one: states, counters and averages stay as they were, gradients are zeroed if asked."""
+    sizes = [(5,), (33, 40), (17_000 if case.optimizer == "NormAdaptive" else 2100,), (3,)]
+    both = Both(kernels, case, parameters(sizes), around)
+    launches, skipped = (2 if around in MEASURING else 1), 0
+    for step in range(5):
+        both.set_gradients(step)
+        before, skip = both.values(), step in (0, 2, 3)
+        scaling = None
+        if skip and (around == "zeros" or step == 3):  # GradScaler's finding
+            scaling = (1024.0, 1.0)
+        elif skip:
+            for params in both.params:
+                params[-1 if step else 1].grad.view(-1)[1] = float("nan" if step else "-inf")
+            skipped += 1
+        both.step(launches, scaling)
+        if skip:
+            assert_unchanged(both.values(), before)
+        else:
+            assert any(not torch.equal(x, y) for x, y in zip(both.values(), before, strict=False))
+        assert both.optimizers[0].skipped_steps.item() == skipped
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_what_surrounds_the_rule_under_a_scaler(kernels: Kernels, case: Case, around: str) -> None:
+    both = Both(kernels, case, parameters([(5,), (40,), (2100,)]), around)
+    a, b = both.optimizers
+    a._step_supports_amp_scaling = b._step_supports_amp_scaling = True
+    steps, overflow = (4, {0, 2}) if kernels.slow else (10, {0, 4, 5})
+    assert train(a, both.params[0], steps, overflow) == train(b, both.params[1], steps, overflow)
+    assert_same_optimizers(a, b)
+    assert a.skipped_steps.item() == b.skipped_steps.item() == (len(overflow) if around in ("skipping", "all") else 0)
+    both.set_gradients(0)
+    both.step(2 if around in MEASURING else 1, (48.0, 0.0))  # a scale that is no power of 2
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_the_norm_of_many_tensors(kernels: Kernels, case: Case) -> None:
+    """More than a warp has lanes, one of several parts, one of more parts than a node of the tree of sums."""
+    large = [(17_000,)] if kernels.slow and case.optimizer != "SGD" else [(17_000,), ((1 << 20) + 5,)]
+    both = Both(kernels, case, parameters([(5,)] * 40 + large + [(1 + i % 3,) for i in range(30)]), "norm")
+    for step in range(2):
+        both.set_gradients(step)
+        both.step(2)
+    squares = sum(p.grad.double().square().sum() for p in both.params[0] if p.grad is not None)
+    assert abs(both.optimizers[0].last_grad_norm.item() / squares.sqrt().item() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_options_that_change_between_steps(kernels: Kernels, case: Case) -> None:
+    both = Both(kernels, case, parameters([(5,), (17_000,), (33,), (3,)]), "value")
+    launches = [1, 2, 2, 1, 1]
+    for step, expected in enumerate(launches):
+        for o in both.optimizers:
+            o.param_groups[1]["max_grad_norm"] = {1: 0.5, 2: 0.25}.get(step)
+            o.param_groups[2]["ema_decay"] = 0.9 if step in (2, 4) else None
+            o.param_groups[0]["clip_grad_value"] = 0.1 if step % 2 else None
+        both.set_gradients(step)
+        both.step(expected)

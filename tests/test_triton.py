@@ -82,7 +82,7 @@ def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, d
     assert code.registers * 128 * 4 <= 65536  # four blocks to a multiprocessor
     ptx = compiled.asm["ptx"]
     assert not re.findall(r"\.ftz|\.approx|\bmad\.rn\.f|div\.full", ptx)
-    assert ("div.rn.f32" in ptx) == (name != "SGD")
+    assert (ptx.count("div.rn.f32") > 1) == (name != "SGD")  # one is for the scalar that clips by norm
     assert ("sqrt.rn.f32" in ptx) == (name != "SGD")
     # fp64 is for scalars: none of it is in the loop, whose 8 elements would show.
     assert len(re.findall(r"fma\.rn\.f64", ptx)) <= (12 if name == "Adam" else 0)
