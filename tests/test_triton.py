@@ -77,7 +77,7 @@ def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, d
     code = sass(compiled, tmp_path)
     per_operand = 2 if dtype == F32 else 1  # 8 elements per thread
     assert code.count(r"LDG\.E\S*\.128") >= per_operand * (states + 2)
-    assert code.count(r"STG\.E\S*\.128") >= per_operand * (states + 1)
+    assert code.count(r"STG\.E\S*\.128") >= per_operand * (states + 2)  # zeros in the gradient are stored as well
     assert code.local_bytes == 0
     assert code.registers * 128 * 4 <= 65536  # four blocks to a multiprocessor
     ptx = compiled.asm["ptx"]
