@@ -58,22 +58,27 @@ def norm_of(sum_of_squares, in_f64):
 
 @triton.jit
 def clip_coefficient(max_norm, norm, in_f64):
-    wide = 1.0 / (norm + double(1e-6)) * max_norm
-    one, tiny = tl.full((), 1.0, tl.float32), tl.full((), 1e-6, tl.float32)
-    narrow = tl.div_rn(one, norm.to(tl.float32) + tiny) * max_norm.to(tl.float32)
-    c = tl.where(in_f64, wide, narrow.to(tl.float64))
+    """In fp64, whose results round to those of fp32: a quotient or product of two fp32 numbers is never so close to the
+    middle of two others that it would matter."""
+    tiny = tl.full((), 1e-6, tl.float32)
+    over = tl.where(in_f64, norm + double(1e-6), (norm.to(tl.float32) + tiny).to(tl.float64))
+    reciprocal = 1.0 / over
+    reciprocal = tl.where(in_f64, reciprocal, reciprocal.to(tl.float32).to(tl.float64))
+    c = reciprocal * tl.where(in_f64, max_norm, max_norm.to(tl.float32).to(tl.float64))
+    c = tl.where(in_f64, c, c.to(tl.float32).to(tl.float64))
     return tl.where(c > 1.0, 1.0, c)
 
 
 @triton.jit
 def composition_of(header, entry):
-    """What surrounds the rule for a tensor of this entry's group."""
+    """What surrounds the rule for a tensor of this entry's group. All is read, whether needed or not: a branch would have
+    the loads after it wait for those before."""
     row = row_of(header, entry)
     unscale, coefficient, limit, _, _ = unscaled(header)
     max_norm, clip_value = fp64(row + 8 * at.MAX_GRAD_NORM), fp64(row + 8 * at.CLIP_GRAD_VALUE)
-    if max_norm >= 0.0:
-        norm = fp64(word(header + at.HEADER_NORM_STATS) + at.STATS_NORM)
-        coefficient = clip_coefficient(max_norm, norm, has_flag(header, at.NORM_IN_F64))
+    norm = fp64(word(header + at.HEADER_NORM_STATS) + at.STATS_NORM)
+    clip = clip_coefficient(max_norm, norm, has_flag(header, at.NORM_IN_F64))
+    coefficient = tl.where(max_norm >= 0.0, clip, coefficient)
     limit = tl.where(clip_value >= 0.0, clip_value, limit)
     return unscale, coefficient, limit, fp64(row + 8 * at.EMA_DECAY), has_flag(header, at.ZERO_GRAD)
 

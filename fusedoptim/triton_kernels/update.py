@@ -178,12 +178,13 @@ def update_range(
 
 @triton.jit
 def zero_gradient(header, entry, grad, begin, end, G: tl.constexpr, BLOCK: tl.constexpr):
-    """For a step that is skipped."""
+    """For a step that is skipped. In small pieces, for the same reason."""
+    SMALL: tl.constexpr = BLOCK // 4
     grad = grad & at.ADDRESS
     layout = word(entry + at.ENTRY_LAYOUT)
-    for start in range(begin, end, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+    for start in range(begin, end, SMALL):
+        i = start + tl.arange(0, SMALL)
         offsets = i
         if layout >= 0:
             offsets = strided_offsets(word(header + at.HEADER_LAYOUTS) + 8 * layout, i, 1)
-        store_where(grad, offsets, i < end, tl.zeros((BLOCK,), tl.float32), G)
+        store_where(grad, offsets, i < end, tl.zeros((SMALL,), tl.float32), G)
