@@ -25,8 +25,8 @@ def kind(param: int, grad: int, state: int, variant: int, states: int, average: 
 
 
 def generate(rule: str | None, kinds: tuple[int, ...], backend: str = "cuda", arch: int | str = 90) -> Any:
-    """Compiles the kernel of a rule for kinds of tensors, as Triton does at the first launch; without a rule, that of the
-    norm of all gradients, for (dtype of the parameter | dtype of the gradient << 8)."""
+    """Compiles the kernel of a rule for kinds of tensors, as Triton does at the first launch; without a rule, that of
+    the norm of all gradients, for (dtype of the parameter | dtype of the gradient << 8)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -33,8 +33,8 @@ class StepOptions(TypedDict, total=False):
     ema_decay: float | None
     #: A step whose norm of all gradients is not finite changes nothing, and is counted in ``optimizer.skipped_steps``.
     skip_nonfinite: bool
-    #: Leaves zeros in all gradients, also if the step is skipped, so that no zero_grad() is needed. A GradScaler then has
-    #: to leave skipping to the step: ``_step_supports_amp_scaling`` is on.
+    #: Leaves zeros in all gradients, also if the step is skipped, so that no zero_grad() is needed. A GradScaler then
+    #: has to leave skipping to the step: ``_step_supports_amp_scaling`` is on.
     zero_grad_in_step: bool
     #: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
     backend: str | None

@@ -129,8 +129,8 @@ def global_norm(grads: list[Tensor]) -> Tensor:
 
 
 def clipped(g: Tensor, norm: Tensor | None, h: Group) -> Tensor:
-    """The gradient that a rule gets, as torch.nn.utils.clip_grad_norm_ and then clip_grad_value_ leave it. norm: that of
-    all gradients; None if no group needs it."""
+    """The gradient that a rule gets, as torch.nn.utils.clip_grad_norm_ and then clip_grad_value_ leave it. norm: that
+    of all gradients; None if no group needs it."""
     if h["max_grad_norm"] is not None:
         assert norm is not None
         g = g * torch.clamp(h["max_grad_norm"] / (norm + 1e-6), max=1.0).to(g.device)

@@ -246,8 +246,8 @@ class Both:
             self.optimizers.append(case.make(members, backend=backend, **options))
 
     def set_gradients(self, step: int) -> None:
-        """Half of them in another dtype than their parameters, of 64 bits only for parameters of as many; those of several
-        dimensions in another order; one is missing."""
+        """Half of them in another dtype than their parameters, of 64 bits only for parameters of as many; those of
+        several dimensions in another order; one is missing."""
         for params in self.params:
             for i, p in enumerate(params):
                 dtypes = DTYPES if p.dtype == torch.float64 else DTYPES[2:] + DTYPES[:1]

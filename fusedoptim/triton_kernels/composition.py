@@ -71,8 +71,8 @@ def clip_coefficient(max_norm, norm, in_f64):
 
 @triton.jit
 def composition_of(header, entry):
-    """What surrounds the rule for a tensor of this entry's group. All is read, whether needed or not: a branch would have
-    the loads after it wait for those before."""
+    """What surrounds the rule for a tensor of this entry's group. All is read, whether needed or not: a branch would
+    have the loads after it wait for those before."""
     row = row_of(header, entry)
     unscale, coefficient, limit, _, _ = unscaled(header)
     max_norm, clip_value = fp64(row + 8 * at.MAX_GRAD_NORM), fp64(row + 8 * at.CLIP_GRAD_VALUE)

@@ -86,8 +86,8 @@ class TritonLauncher:
         return 32 << 20
 
     def prepare(self, rule: str | None, kinds: tuple[int, ...]) -> None:
-        """Compiles what a step will launch, so that no launch of it fails after another one has run. No rule: the norm of
-        all gradients."""
+        """Compiles what a step will launch, so that no launch of it fails after another one has run. No rule: the norm
+        of all gradients."""
         if rule is not None and rule not in self._plugs:
             self._plugs[rule] = plug(rule)
         if self.device.type != "cpu":

@@ -126,8 +126,8 @@ def wait_for_sum(control):
 
 @triton.jit
 def add_to_norm(header, index, total):
-    """With a tensor's sum of squares: the last program to come adds all sums, in the order of the parameters, and leaves
-    the norm for the launch that updates."""
+    """With a tensor's sum of squares: the last program to come adds all sums, in the order of the parameters, and
+    leaves the norm for the launch that updates."""
     sums = word(header + at.HEADER_SUMS).to(tl.pointer_type(tl.float64))
     summed = (word(header + at.HEADER_LAUNCH) + at.LAUNCH_SUMMED).to(tl.pointer_type(tl.int32))
     tl.store(sums + index, total)
