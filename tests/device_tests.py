@@ -385,3 +385,21 @@ def test_a_step_without_gradients(kernels: Kernels, case: Case) -> None:
     assert_unchanged(both.values(), before)
     both.set_gradients(1)
     both.make_step(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_clip_coefficient_rounds_as_the_cpus(kernels: Kernels, dtype: torch.dtype) -> None:
+    """For many limits: one by one its three roundings rarely show."""
+    both = []
+    for backend in (kernels.backend, "cpu"):
+        params = parameters([(3,)] * 40, dtype)
+        groups = [{"params": [p], "max_grad_norm": 1e-3 * 1.3**i} for i, p in enumerate(params)]
+        both.append((params, fusedoptim.SGD(groups, lr=1.0, backend=backend)))
+    (mine, a), (theirs, b) = both
+    for step in range(2):
+        set_gradients(mine, step)
+        set_gradients(theirs, step)
+        assert kernels.launches(a) == 2
+        b.step()
+        assert 1.0 < a.last_grad_norm.item() < 0.5 * 1e-3 * 1.3**39  # some are clipped, some are not
+    assert_same_optimizers(a, b)
