@@ -150,7 +150,7 @@ __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t be
       for (int k = 0; k < Rule::kSlots; ++k)
         if (Rule::uses(variant, k))
           s[u][k] = load_single<T, mixed>(e.state[k], e.state_dtype[k], at[u][kFirstState + k]);
-      if (averages) s[u][kEma] = load_single<T, mixed>(e.state[kEma], kCompute, at[u][kFirstState + kEma]);
+      s[u][kEma] = averages ? load_single<T, mixed>(e.state[kEma], kCompute, at[u][kFirstState + kEma]) : T(0);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {

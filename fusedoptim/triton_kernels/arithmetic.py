@@ -58,17 +58,18 @@ def power(x, n):
     return hi
 
 
-# ---- hyper-parameters: a group's row starts with lr and the dtype that lr has ----
+# ---- hyper-parameters: a group's row starts with lr, the dtype that lr has, and what every group can have ----
 
 
 @triton.jit
 def hyper(row, K: tl.constexpr):
-    return fp64(row + 8 * K)
+    """The rule's own, counted from 0."""
+    return fp64(row + 8 * (at.FIRST_RULE_HYPER + K))
 
 
 @triton.jit
 def flag(row, K: tl.constexpr):
-    return fp64(row + 8 * K) != 0.0
+    return hyper(row, K) != 0.0
 
 
 @triton.jit

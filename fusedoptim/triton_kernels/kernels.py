@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 from . import tables as at
-from .memory import fp32, half_word, word
-from .norm import climb, part_sums, sum_of, wait_for_sum
-from .update import update_range
+from .composition import composition_of, has_flag, is_skipped, unscaled
+from .memory import half_word, word
+from .norm import add_to_norm, climb, part_sums, publish_sum, sum_of, wait_for_sum
+from .update import update_range, zero_gradient
 
 
 @triton.jit
@@ -23,26 +24,6 @@ def find_segment(first_item, count, item):
         low += last * stride
         count = tl.minimum(count - last * stride, stride)
     return low
-
-
-@triton.jit
-def is_to_run(header):
-    """False if GradScaler found an infinity."""
-    found_inf = word(header + at.HEADER_FOUND_INF)
-    run = found_inf == 0
-    if found_inf != 0:
-        run = fp32(found_inf) == 0.0
-    return run
-
-
-@triton.jit
-def unscaling(header):
-    """What gradients are multiplied by."""
-    scale = word(header + at.HEADER_GRAD_SCALE)
-    unscale = tl.full((), 1.0, tl.float32)
-    if scale != 0:
-        unscale = (1.0 / fp32(scale).to(tl.float64)).to(tl.float32)
-    return unscale
 
 
 @triton.jit
@@ -68,7 +49,8 @@ def step_kernel(
     LAYOUT: tl.constexpr,
 ):
     """An elementwise rule. header: the address of a StepHeader; KINDS: of all entries; LAYOUT: tables.DIGEST."""
-    if is_to_run(header):
+    skip = is_skipped(header)
+    if (skip == 0) | has_flag(header, at.ZERO_GRAD):
         index, _, items, item, grad = item_of(header, tl.program_id(0))
         if grad != 0:
             entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
@@ -80,10 +62,13 @@ def step_kernel(
             none = tl.full((), 0.0, tl.float64)
             for k in tl.static_range(len(KINDS)):
                 if kind == KINDS[k]:
-                    update_range(
-                        header, entry, control, grad, begin, end, items, unscaling(header), none,
-                        KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
-                    )  # fmt: skip
+                    if skip:
+                        zero_gradient(header, entry, grad, begin, end, (KINDS[k] >> 8) & 255, BLOCK)
+                    else:
+                        update_range(
+                            header, entry, control, grad, begin, end, items, composition_of(header, entry), none,
+                            KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
+                        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["header"])
@@ -97,11 +82,15 @@ def norm_step_kernel(
     LAYOUT: tl.constexpr,
 ):
     """A rule that needs the gradient's norm first. Programs take tickets, so that what one waits for has begun."""
-    if is_to_run(header):
+    skip = is_skipped(header)
+    if (skip == 0) | has_flag(header, at.ZERO_GRAD):
         launch = word(header + at.HEADER_LAUNCH)
         tickets = (launch + at.LAUNCH_TICKETS).to(tl.pointer_type(tl.int32))
         finished = (launch + at.LAUNCH_FINISHED).to(tl.pointer_type(tl.int32))
-        index, work, items, item, grad = item_of(header, tl.atomic_add(tickets, 1))
+        ticket = tl.program_id(0)
+        if skip == 0:  # zeroing waits for nothing
+            ticket = tl.atomic_add(tickets, 1)
+        index, work, items, item, grad = item_of(header, ticket)
         if grad != 0:
             entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
             control = word(header + at.HEADER_CONTROL) + index * at.CONTROL_BYTES
@@ -111,28 +100,57 @@ def norm_step_kernel(
             item = tl.where(work == at.WORK_APPLY, items - 1 - item, item)
             begin = item.to(tl.int64) * at.PART
             end = tl.minimum(begin + at.PART, numel)
-            unscale = unscaling(header)
-            gradient = grad & at.ADDRESS
+            around = composition_of(header, entry)
             kind = word(entry + at.ENTRY_KIND)
             for k in tl.static_range(len(KINDS)):
                 if kind == KINDS[k]:
-                    if work == at.WORK_SUM:
-                        part_sums(
-                            header, entry, gradient, begin, end, unscale, partials + begin // at.TILE * 8, KINDS[k]
-                        )
-                        climb(header, entry, control, item, items)
+                    if skip:
+                        if work != at.WORK_SUM:
+                            zero_gradient(header, entry, grad, begin, end, (KINDS[k] >> 8) & 255, BLOCK)
+                    elif work == at.WORK_SUM:
+                        part_sums(header, entry, grad, begin, end, around, partials + begin // at.TILE * 8, KINDS[k])
+                        at_root, total = climb(header, entry, item, items)
+                        if at_root:
+                            publish_sum(control, total)
                     else:
                         if work == at.WORK_APPLY:
                             sum_of_squares = wait_for_sum(control)
                         else:
-                            part_sums(header, entry, gradient, begin, end, unscale, partials, KINDS[k])
+                            part_sums(header, entry, grad, begin, end, around, partials, KINDS[k])
                             tl.debug_barrier()
                             sum_of_squares = sum_of(partials, (numel + at.TILE - 1) // at.TILE)
                         update_range(
-                            header, entry, control, grad, begin, end, items, unscale, sum_of_squares,
+                            header, entry, control, grad, begin, end, items, around, sum_of_squares,
                             KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
                         )  # fmt: skip
         # The last program leaves the counters as it found them.
-        if tl.atomic_add(finished, 1) + 1 == tl.num_programs(0):
-            tl.store(tickets, 0)
-            tl.store(finished, 0)
+        if skip == 0:  # noqa: SIM102 - Triton's `and` works out both sides
+            if tl.atomic_add(finished, 1) + 1 == tl.num_programs(0):
+                tl.store(tickets, 0)
+                tl.store(finished, 0)
+
+
+@triton.jit(do_not_specialize=["header"])
+def norm_kernel(header, KINDS: tl.constexpr, LAYOUT: tl.constexpr):
+    """The norm of all gradients, unscaled but not clipped. KINDS: dtypes of parameters and gradients, a byte each."""
+    index, _, items, item, grad = item_of(header, tl.program_id(0))
+    if grad != 0:
+        entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
+        numel = word(entry + at.ENTRY_NUMEL)
+        partials = word(header + at.HEADER_PARTIALS) + 8 * word(entry + at.ENTRY_PARTIALS)
+        begin = item.to(tl.int64) * at.PART
+        end = tl.minimum(begin + at.PART, numel)
+        around = unscaled(header)
+        kind = word(entry + at.ENTRY_KIND) & 0xFFFF
+        for k in tl.static_range(len(KINDS)):
+            if kind == KINDS[k]:
+                part_sums(header, entry, grad, begin, end, around, partials + begin // at.TILE * 8, KINDS[k])
+        if items == 1:
+            tl.debug_barrier()
+            add_to_norm(header, index, sum_of(partials, (numel + at.TILE - 1) // at.TILE))
+        else:
+            at_root, total = climb(header, entry, item, items)
+            if at_root:
+                add_to_norm(header, index, total)
+    elif item == 0:  # of a tensor without a gradient one program tells so
+        add_to_norm(header, index, tl.full((), 0.0, tl.float64))

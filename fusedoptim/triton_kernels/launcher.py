@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import norm_step_kernel, step_kernel
+from .kernels import norm_kernel, norm_step_kernel, step_kernel
 from .tables import DIGEST
 
 WARPS = 4
@@ -85,19 +85,22 @@ class TritonLauncher:
             return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
         return 32 << 20
 
-    def prepare(self, rule: str, kinds: tuple[int, ...]) -> None:
-        """Compiles what a step will launch, so that no launch of it fails after another one has run."""
-        if rule not in self._plugs:
+    def prepare(self, rule: str | None, kinds: tuple[int, ...]) -> None:
+        """Compiles what a step will launch, so that no launch of it fails after another one has run. No rule: the norm
+        of all gradients."""
+        if rule is not None and rule not in self._plugs:
             self._plugs[rule] = plug(rule)
         if self.device.type != "cpu":
             kernel, constants = self._kernel(rule, kinds)
             kernel.warmup(ANY_ADDRESS, *constants, grid=(1,), **OPTIONS)
 
-    def step(self, rule: str, kinds: tuple[int, ...], header: int, blocks: int) -> None:
+    def step(self, rule: str | None, kinds: tuple[int, ...], header: int, blocks: int) -> None:
         kernel, constants = self._kernel(rule, kinds)
         kernel[(blocks,)](header, *constants, **OPTIONS)
 
-    def _kernel(self, rule: str, kinds: tuple[int, ...]) -> tuple[Any, tuple[Any, ...]]:
+    def _kernel(self, rule: str | None, kinds: tuple[int, ...]) -> tuple[Any, tuple[Any, ...]]:
+        if rule is None:
+            return norm_kernel, (kinds, DIGEST)
         functions = self._plugs[rule]
         kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
         return kernel, (*functions, kinds, self._block, DIGEST)

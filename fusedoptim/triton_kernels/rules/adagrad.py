@@ -10,9 +10,9 @@ from ..arithmetic import add_scaled_ratio, flag, hyper, lr_over, sqrt, transform
 
 @triton.jit
 def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
-    weight_decay = hyper(row, 3)
-    neg_clr = lr_over(row, 1.0 + (step - 1.0) * hyper(row, 2)) * -1.0
-    return weight_decay.to(T), weight_decay != 0.0, flag(row, 5), hyper(row, 4).to(T), neg_clr.to(T)
+    weight_decay = hyper(row, 1)
+    neg_clr = lr_over(row, 1.0 + (step - 1.0) * hyper(row, 0)) * -1.0
+    return weight_decay.to(T), weight_decay != 0.0, flag(row, 3), hyper(row, 2).to(T), neg_clr.to(T)
 
 
 @triton.jit

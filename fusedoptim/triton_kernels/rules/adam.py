@@ -25,8 +25,8 @@ from ..arithmetic import (
 
 @triton.jit
 def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
-    beta1, beta2, eps, weight_decay = hyper(row, 2), hyper(row, 3), hyper(row, 4), hyper(row, 5)
-    maximize, decoupled, corrects = flag(row, 7), flag(row, 8), flag(row, 9)
+    beta1, beta2, eps, weight_decay = hyper(row, 0), hyper(row, 1), hyper(row, 2), hyper(row, 3)
+    maximize, decoupled, corrects = flag(row, 5), flag(row, 6), flag(row, 7)
     decays = weight_decay != 0.0
     bias_correction1, bias_correction2 = double(1.0), double(1.0)
     if corrects:

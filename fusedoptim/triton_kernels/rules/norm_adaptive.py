@@ -10,18 +10,18 @@ from ..arithmetic import flag, hyper, lr_value, spread
 
 @triton.jit
 def next_scalar_state(row, sum_of_squares, scalar_state):
-    beta = hyper(row, 2)
+    beta = hyper(row, 0)
     norm = tl.sqrt(sum_of_squares).to(tl.float32)
     return (beta * scalar_state.to(tl.float64) + (1.0 - beta) * norm.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
-    lr, weight_decay = lr_value(row), hyper(row, 4)
+    lr, weight_decay = lr_value(row), hyper(row, 2)
     average = next_scalar_state(row, sum_of_squares, scalar_state).to(tl.float64)
-    step_size = (lr / (average + hyper(row, 3))).to(tl.float32)
+    step_size = (lr / (average + hyper(row, 1))).to(tl.float32)
     decay = tl.where(weight_decay != 0.0, (1.0 - lr * weight_decay).to(tl.float32), 1.0)
-    return decay.to(T), tl.where(flag(row, 5), step_size, step_size * -1.0).to(T)
+    return decay.to(T), tl.where(flag(row, 3), step_size, step_size * -1.0).to(T)
 
 
 @triton.jit

@@ -21,18 +21,18 @@ from ..arithmetic import (
 
 @triton.jit
 def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
-    alpha, weight_decay = hyper(row, 2), hyper(row, 4)
+    alpha, weight_decay = hyper(row, 0), hyper(row, 2)
     toward_grad, from_start = lerp_weight(1.0 - alpha, T)
     return (
         weight_decay.to(T),
         weight_decay != 0.0,
-        flag(row, 7),
+        flag(row, 5),
         toward_grad,
         from_start,
         alpha.to(T),
         (1.0 - alpha).to(T),
+        hyper(row, 1).to(T),
         hyper(row, 3).to(T),
-        hyper(row, 5).to(T),
         (lr_value(row) * -1.0).to(T),
     )
 

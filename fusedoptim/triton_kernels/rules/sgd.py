@@ -10,15 +10,15 @@ from ..arithmetic import flag, hyper, lr_value, spread, transformed
 
 @triton.jit
 def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
-    weight_decay = hyper(row, 4)
+    weight_decay = hyper(row, 2)
     return (
         weight_decay.to(T),
         weight_decay != 0.0,
-        flag(row, 6),
-        hyper(row, 2).to(T),
-        (1.0 - hyper(row, 3)).to(T),
+        flag(row, 4),
+        hyper(row, 0).to(T),
+        (1.0 - hyper(row, 1)).to(T),
         (lr_value(row) * -1.0).to(T),
-        flag(row, 5),
+        flag(row, 3),
         first,
     )
 
