@@ -56,7 +56,7 @@ def test_report_says_what_works_and_what_does_not() -> None:
     assert f"torch {torch.__version__}" in result.stdout
     for name in ("cuda", "triton", "cpu", "reference"):
         assert re.search(rf"^  {name} +(available|not available: .+)$", result.stdout, re.M)
-    assert "self-check: cpu, 6 optimizers in 4 dtypes: the reference's bits" in result.stdout
+    assert "self-check: cpu, 7 optimizers in 4 dtypes: the reference's bits" in result.stdout
 
 
 def test_report_fails_if_the_self_check_does(
