@@ -85,6 +85,7 @@ class FusedOptimizer(Optimizer):
             ValueError: if anything cannot be stepped; then no parameter and no state has changed.
         """
         loss = None
+        self._check_not_averaging()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -103,10 +104,11 @@ class FusedOptimizer(Optimizer):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self) -> None:
-        if self._averaging:
-            raise RuntimeError("step() within ema_weights(), whose end would undo it: step after it")
+        self._check_not_averaging()
         self._opt_called = True
         runners = self._runners
+        if runners and len(runners) > 1 and self._measures_norm():
+            runners = None  # to be refused
         if runners:
             for runner in runners:
                 if not runner.refresh(self.param_groups, self.state):
@@ -123,6 +125,10 @@ class FusedOptimizer(Optimizer):
         else:
             for runner in runners:
                 runner.run_scaled(*scaling)
+
+    def _check_not_averaging(self) -> None:
+        if self._averaging:
+            raise RuntimeError("step() within ema_weights(), whose end would undo it: step after it")
 
     def _step_afresh(self, scaling: Scaling) -> None:
         """Validates everything, creates missing states and runners, and steps; or raises, having changed nothing."""
@@ -179,15 +185,12 @@ class FusedOptimizer(Optimizer):
                 f"max_grad_norm and skip_nonfinite need all parameters on one device, but they are on "
                 f"{', '.join(sorted(map(str, members)))}: use torch.nn.utils.clip_grad_norm_ before the step"
             )
+        stats = self._norm_stats = self._stats_on(members)
         for device, of_device in members.items():
             backend = _backends.choose(self._options["backend"], device)
             if self.rule.has_step and _backends.BACKENDS[backend].steps_on_device:
                 self._move_steps([m.param for m in of_device], device, created)
-            if device not in self._norm_stats:
-                self._norm_stats[device] = torch.tensor([math.nan, 0.0], dtype=torch.float64).to(device)
-            around = Around(
-                self._norm_stats[device], self._options["skip_nonfinite"], self._options["zero_grad_in_step"]
-            )
+            around = Around(stats[device], self._options["skip_nonfinite"], self._options["zero_grad_in_step"])
             runner = make_runner(backend, self.rule, device, around)
             runner.build(self.param_groups, self.state, of_device)
             if not runner.refresh(self.param_groups, self.state):
@@ -210,7 +213,7 @@ class FusedOptimizer(Optimizer):
         names = self.rule.state_names()
         members: dict[torch.device, list[Member]] = {}
         steps: list[tuple[Group, Tensor]] = []
-        tensors: list[tuple[str | None, Group, int, int, Tensor]] = []
+        tensors: list[tuple[str, Group, int, int, Tensor]] = []
         _checks.check_lists(self.param_groups)
         for index, group in enumerate(self.param_groups):
             _checks.check_step_values(group, self.rule, index)
@@ -221,12 +224,17 @@ class FusedOptimizer(Optimizer):
                     _checks.check_grad(p, who, name)
                     if p.grad.is_neg():  # the kernels read memory, which does not show a negation still owed
                         p.grad = p.grad.resolve_neg()
+                    if self._options["zero_grad_in_step"]:
+                        _checks.check_written_grad(p.grad, who)
+                        tensors.append(("the gradient of ", group, index, i, p.grad))
                 state = self.state.get(p, {})
                 if not isinstance(state, dict):
                     raise ValueError(f"the state of {who} must be a dict, but is {state!r}")
+                self._convert_average(p, state, created)
                 _checks.check_states(p, state, self.rule, who)
-                tensors.append((None, group, index, i, p))
-                tensors += [(n, group, index, i, s) for n in names if isinstance(s := state.get(n), Tensor)]
+                tensors.append(("", group, index, i, p))
+                states = [(n, s) for n in names if isinstance(s := state.get(n), Tensor)]
+                tensors += [(f"state {n!r} of ", group, index, i, s) for n, s in states]
                 if p.grad is not None:
                     _checks.check_names(state, self.rule, who, name)
                     steps.append((group, p))
@@ -241,6 +249,13 @@ class FusedOptimizer(Optimizer):
         return members
 
     # ---- states ----
+
+    def _convert_average(self, p: Tensor, state: dict[str, Any], created: Created) -> None:
+        """To the compute dtype, which another than the one before may be after ``model.double()``."""
+        average, dtype = state.get(EMA), _checks.compute_dtype(p)
+        if isinstance(average, Tensor) and average.is_floating_point() and average.dtype != dtype:
+            created.append((p, EMA, average))
+            state[EMA] = average.to(dtype)
 
     def _create_missing_states(self, group: Group, p: Tensor, created: Created | None = None) -> bool:
         """Adds the states that the group needs and the parameter lacks. True if one of them counts as absent."""
@@ -285,14 +300,32 @@ class FusedOptimizer(Optimizer):
 
     # ---- what a step measured ----
 
+    def _stats_on(self, members: dict[torch.device, list[Member]]) -> dict[torch.device, Tensor]:
+        """For each device the norm of all gradients, and how many steps were skipped for it: so far, if parameters were
+        moved."""
+        before = next(iter(self._norm_stats.values()), None)
+        found = {}
+        for device, of_device in members.items():
+            stats = self._norm_stats.get(device)
+            if stats is None:
+                stats = torch.tensor([math.nan, 0.0], dtype=torch.float64).to(device)
+                if before is not None:
+                    stats[1].copy_(before[1])
+            if self._measures_norm() and all(m.param.grad is None for m in of_device):
+                stats[0] = 0.0  # nothing may be launched
+            found[device] = stats
+        return found
+
     def _measures_norm(self) -> bool:
-        return bool(self._options["skip_nonfinite"]) or any(g["max_grad_norm"] is not None for g in self.param_groups)
+        return bool(self._options["skip_nonfinite"]) or any(
+            g["max_grad_norm"] is not None and g["params"] for g in self.param_groups
+        )
 
     @property
     def last_grad_norm(self) -> Tensor | None:
         """The norm of all gradients in the last step, unscaled and not clipped: a 0-dim tensor on their device, fp32,
-        or fp64 if a parameter has fp64. Reading it waits for nothing. None if no step has measured it; steps do with
-        ``max_grad_norm`` or ``skip_nonfinite``."""
+        or fp64 if a parameter has fp64. Reading it waits for nothing. Steps measure it with ``max_grad_norm`` or
+        ``skip_nonfinite``: None without, and NaN until the first such step."""
         if not self._measures_norm() or not self._norm_stats:
             return None
         (stats,) = self._norm_stats.values()
@@ -301,7 +334,8 @@ class FusedOptimizer(Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps ``skip_nonfinite`` skipped, since this optimizer was made: a 0-dim int64 tensor."""
+        """How many steps ``skip_nonfinite`` skipped, since this optimizer was made: a 0-dim int64 tensor. A step that a
+        GradScaler did not even call is not among them; one whose skipping it left to the step is."""
         for stats in self._norm_stats.values():
             return stats[1].to(torch.int64)
         return torch.zeros((), dtype=torch.int64)
@@ -311,7 +345,7 @@ class FusedOptimizer(Optimizer):
         """Within it the parameters have the values of their moving averages, rounded to their dtype.
 
         Parameters of groups without ``ema_decay`` stay as they are. Memory addresses stay; it takes memory for a copy
-        of the parameters.
+        of the parameters. A replayed CUDA graph of a step within it is undone at its end.
 
         Raises:
             RuntimeError: if there are no averages yet, for a step within, and if used within itself.
@@ -322,7 +356,7 @@ class FusedOptimizer(Optimizer):
             (p, self.state[p][EMA])
             for group in self.param_groups
             for p in group["params"]
-            if self.state.get(p, {}).get(EMA) is not None
+            if group["ema_decay"] is not None and self.state.get(p, {}).get(EMA) is not None
         ]
         if not pairs:
             raise RuntimeError("there are no moving averages: pass ema_decay= to the optimizer, and take a step first")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._rule import Rule
+from ._rule import EMA, Rule
 
 
 class Kept:
@@ -47,6 +47,8 @@ def restored(name: str, value: Any, p: Tensor) -> Any:
     saved = value.value.detach()
     if name == "step":
         return saved.to("cpu", copy=True)
+    if name == EMA:  # which torch.optim keeps in the parameter's dtype
+        saved = saved.to(_checks.compute_dtype(p))
     if saved.shape != p.shape or not saved.is_floating_point():
         return saved.to(p.device, copy=True)
     return torch.empty_like(p, dtype=saved.dtype, requires_grad=False).copy_(saved)

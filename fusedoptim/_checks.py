@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._memory import overlaps_itself, sharing
-from ._options import GROUP_OPTIONS, check_group_options
+from ._options import DEFAULTS, GROUP_OPTIONS, check_group_options
 from ._rule import EMA, Group, Rule
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -48,6 +48,9 @@ def check_common(group: Group, optimizer: str) -> None:
         raise ValueError(f"Invalid learning rate: {lr}")
     as_float(lr, "the learning rate is")
     check_group_options(group)
+    for name in DEFAULTS:
+        if name in group:
+            raise ValueError(f"a group cannot have its own {name}: pass it to {optimizer}(), for all groups")
     if group.get("foreach"):
         raise ValueError(f"foreach=True: the step is fused already; leave it out, or use torch.optim.{optimizer}")
     if group.get("differentiable"):
@@ -165,6 +168,15 @@ def check_grad(p: Tensor, who: str, optimizer: str) -> None:
         )
 
 
+def check_written_grad(g: Tensor, who: str) -> None:
+    """A gradient that the step leaves zeros in."""
+    if overlaps_itself(g):
+        raise ValueError(
+            f"{who} has a gradient with elements that share memory, as an expanded tensor has, and zero_grad_in_step "
+            "would write to it: use gradient.contiguous(), or leave out that option"
+        )
+
+
 def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devices: bool = True) -> None:
     """States that fit their parameter, whoever put them there."""
     remedy = "load a matching checkpoint, or delete optimizer.state[parameter] to start afresh"
@@ -178,7 +190,7 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
         if (value.numel() != 1) if scalar else (value.shape != p.shape):
             raise ValueError(f"state {name!r} of {who} has shape {tuple(value.shape)}: {remedy}")
         allowed = DTYPES if not scalar else (torch.float32,) if name == rule.scalar_state else DTYPES[:2]
-        if name == EMA:
+        if name == EMA and devices:  # while loading it is converted
             allowed = (compute_dtype(p),)
         if value.dtype not in allowed:
             raise ValueError(f"state {name!r} of {who} has unsupported dtype {value.dtype}: {remedy}")
@@ -191,8 +203,8 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
 
 def check_names(state: Mapping[str, Any], rule: Rule, who: str, optimizer: str) -> None:
     """The states that a checkpoint brings must be those of this optimizer."""
-    names = {name for name, value in state.items() if value is not None}
-    known = set(rule.state_names())
+    names = {name for name, value in state.items() if value is not None} - {EMA}  # which any optimizer may have
+    known = set(rule.state_names()) - {EMA}
     required = {"step"} if rule.has_step else set()
     required |= {s.name for s in rule.slots if s.needed is None}
     required |= {rule.scalar_state} if rule.scalar_state else set()
@@ -203,15 +215,16 @@ def check_names(state: Mapping[str, Any], rule: Rule, who: str, optimizer: str) 
         )
 
 
-def check_memory(tensors: list[tuple[str | None, Group, int, int, Tensor]]) -> None:
-    """No two tensors may share memory. Given as (state's name or None, group, its index, the parameter's, tensor)."""
+def check_memory(tensors: list[tuple[str, Group, int, int, Tensor]]) -> None:
+    """No two tensors may share memory. Given as (what it is of the parameter, group, its index, the parameter's,
+    tensor)."""
     found = sharing(t for *_, t in tensors)
     if found is None:
         return
     texts = []
     for k in sorted(found):
-        name, group, index, i, _ = tensors[k]
-        texts.append(f"state {name!r} of {describe(group, index, i)}" if name else describe(group, index, i))
+        what, group, index, i, _ = tensors[k]
+        texts.append(what + describe(group, index, i))
     raise ValueError(
         f"{texts[1]} shares memory with {texts[0]}, and all are updated side by side: pass one parameter for both, or "
         "give it memory of its own with .clone()"

@@ -11,6 +11,7 @@ from torch.nn import utils
 
 from . import _backends, _native, reference
 from ._checks import DTYPES, compute_dtype
+from ._memory import overlaps_itself, sharing
 from ._runners import current_stream, device_guard, make_launcher
 
 Parameters = Tensor | Iterable[Tensor]
@@ -45,13 +46,14 @@ def clip_grad_norm_(
     Returns:
         The norm: 0-dim, fp32, or fp64 if a gradient has it.
 
-    Sparse and complex gradients, subclasses of tensors and gradients on several devices go to torch's function.
+    Sparse and complex gradients, subclasses of tensors, gradients that share memory or lie on several devices go to
+    torch's function, and all do within torch.compile or the capture of a CUDA graph.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.tensor(0.0)
-    if float(norm_type) != 2.0 or not _ours(grads):
+    if float(norm_type) != 2.0 or not float(max_norm) >= 0 or not _ours(grads):
         return utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach)
     max_norm = float(max_norm)
     if error_if_nonfinite:
@@ -86,11 +88,15 @@ def clip_grad_value_(
 
 
 def _ours(grads: list[Tensor]) -> bool:
-    """Whether the kernels can take them: plain tensors on one device, none of them twice."""
+    """Whether the kernels can take them: plain tensors on one device, no two elements at one place. Their tables are
+    made anew at every call, which no CUDA graph could hold."""
     device = grads[0].device
-    return len(set(map(id, grads))) == len(grads) and all(
-        type(g) is Tensor and g.dtype in DTYPES and g.layout == torch.strided and g.device == device and not g.is_neg()
-        for g in grads
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return False
+    return (
+        all(type(g) is Tensor and g.dtype in DTYPES and g.layout == torch.strided and g.device == device for g in grads)
+        and not any(g.is_neg() or overlaps_itself(g) for g in grads)
+        and sharing(grads) is None
     )
 
 

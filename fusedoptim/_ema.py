@@ -20,5 +20,12 @@ def in_place_of(params: list[Tensor], averages: list[Tensor]) -> Iterator[None]:
             torch._foreach_copy_(params, averages)
         yield
     finally:
+        errors = []
         with torch.no_grad():
-            torch._foreach_copy_(params, own)
+            for p, value in zip(params, own, strict=True):
+                try:
+                    p.copy_(value)
+                except RuntimeError as error:  # of one that was resized meanwhile: the others are to be restored
+                    errors.append(error)
+        if errors:
+            raise errors[0]

@@ -15,7 +15,8 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 class StepOptions(TypedDict, total=False):
-    """Keyword arguments of every optimizer. The first three are values of groups, too.
+    """Keyword arguments of every optimizer. The first three are values of groups, too: a loaded checkpoint brings its
+    own, as it does for lr.
 
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
     updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
@@ -29,7 +30,7 @@ class StepOptions(TypedDict, total=False):
     #: Holds every element of a group's gradients within ``[-clip_grad_value, clip_grad_value]``, after the above.
     clip_grad_value: float | None
     #: Keeps a state ``ema``, in fp32 (fp64 for fp64 parameters): it starts as the parameter before the first step and
-    #: becomes ``lerp(ema, parameter, 1 - ema_decay)`` after each. In [0, 1).
+    #: becomes ``lerp(ema, parameter, 1 - ema_decay)`` after each in which it has a gradient. In [0, 1).
     ema_decay: float | None
     #: A step whose norm of all gradients is not finite changes nothing, and is counted in ``optimizer.skipped_steps``.
     skip_nonfinite: bool

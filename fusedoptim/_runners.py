@@ -227,7 +227,7 @@ class ReferenceRunner:
                 self.state[m.param][name].copy_(value)
             decay = self.groups[m.group]["ema_decay"]
             if decay is not None:
-                self.state[m.param][EMA].lerp_(m.param.detach().to(compute_dtype(m.param)), 1 - decay)
+                self.state[m.param][EMA].lerp_(m.param.detach().to(compute_dtype(m.param)), 1 - float(decay))
         if self.around.zero_grad:
             for m in self._active():
                 assert m.param.grad is not None

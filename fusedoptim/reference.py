@@ -133,9 +133,10 @@ def clipped(g: Tensor, norm: Tensor | None, h: Group) -> Tensor:
     of all gradients; None if no group needs it."""
     if h["max_grad_norm"] not in (None, torch.inf):
         assert norm is not None
-        g = g * torch.clamp(h["max_grad_norm"] / (norm + 1e-6), max=1.0).to(g.device)
+        g = g * torch.clamp(float(h["max_grad_norm"]) / (norm + 1e-6), max=1.0).to(g.device)
     if h["clip_grad_value"] is not None:
-        g = g.clamp(-h["clip_grad_value"], h["clip_grad_value"])
+        limit = float(h["clip_grad_value"])
+        g = g.clamp(-limit, limit)
     return g
 
 

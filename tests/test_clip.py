@@ -119,6 +119,34 @@ def test_what_parameters_may_be() -> None:
     assert fusedoptim.clip_grad_norm_(twice, math.inf).item() == pytest.approx(0.1 * math.sqrt(2), rel=1e-4)
 
 
+def test_gradients_that_share_memory_are_torchs() -> None:
+    p, q = parameters([(2000,), (2000,)])
+    p.grad = torch.ones(1).expand(2000)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        fusedoptim.clip_grad_norm_([p], 1.0)
+    memory = torch.ones(3000)
+    p.grad, q.grad = memory[:2000], memory[1000:]
+    fusedoptim.clip_grad_value_([p, q], 0.5)
+    assert torch.equal(memory, torch.full((3000,), 0.5))
+
+
+@pytest.mark.parametrize("max_norm", [math.nan, -1.0])
+def test_odd_limits_are_torchs(max_norm: float) -> None:
+    p, q = parameters([(5,), (5,)])
+    p.grad, q.grad = torch.ones(5), torch.ones(5)
+    assert_same_bits(fusedoptim.clip_grad_norm_(p, max_norm), torch.nn.utils.clip_grad_norm_(q, max_norm))
+    assert_same_bits(p.grad, q.grad)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_within_a_compiled_function() -> None:
+    p = parameters([(5,)])[0]
+    p.grad = torch.full((5,), 3.0)
+    norm = torch.compile(lambda: fusedoptim.clip_grad_norm_([p], 1.0), fullgraph=True, backend="eager")()
+    torch.testing.assert_close(norm.item(), 45.0**0.5)
+    torch.testing.assert_close(p.grad.norm().item(), 1.0)
+
+
 def test_sparse_and_complex_gradients_are_torchs() -> None:
     p, q = torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.complex64)
     p.grad = torch.tensor([3 + 4j, 0, 0], dtype=torch.complex64)

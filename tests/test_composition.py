@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -320,7 +321,7 @@ def test_averages_in_the_parameters_place(dtype: torch.dtype) -> None:
         assert not torch.equal(params[0].detach(), own[0])
         assert_same_bits(params[1].detach(), own[1])
         with pytest.raises(RuntimeError, match="step after it"):
-            optimizer.step()
+            optimizer.step(lambda: pytest.fail("the closure ran"))
         with pytest.raises(RuntimeError, match="active already"), optimizer.ema_weights():
             pass
         raise KeyError
@@ -328,6 +329,9 @@ def test_averages_in_the_parameters_place(dtype: torch.dtype) -> None:
     for p, q in zip(params, own, strict=True):
         assert_same_bits(p.detach(), q)
     optimizer.step()
+    optimizer.param_groups[0]["ema_decay"] = None
+    with pytest.raises(RuntimeError, match="no moving averages"), optimizer.ema_weights():
+        pass
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
@@ -396,17 +400,122 @@ def test_unknown_options_are_refused() -> None:
         fusedoptim.AdamW(parameters([(3,)]), max_norm=1.0)
 
 
-def test_averages_of_another_dtype_are_refused() -> None:
-    params = parameters([(3,)], torch.bfloat16)
-    optimizer = fusedoptim.Adam(params, ema_decay=0.9)
+def test_averages_follow_their_parameters_dtype() -> None:
+    """torch.optim keeps a loaded average in the parameter's dtype; model.double() leaves states as they were."""
+    params, others = parameters([(30,)], torch.bfloat16), parameters([(30,)], torch.bfloat16)
+    a = fusedoptim.Adam(params, ema_decay=0.9)
     set_gradients(params, 0)
+    a.step()
+    stock = torch.optim.Adam(others)
+    stock.load_state_dict(a.state_dict())
+    assert stock.state[others[0]]["ema"].dtype == torch.bfloat16
+    a.load_state_dict(stock.state_dict())
+    assert a.state[params[0]]["ema"].dtype == torch.float32
+    set_gradients(params, 1)
+    a.step()
+    params[0].data = params[0].data.double()
+    params[0].grad = None
+    set_gradients(params, 2)
+    before = a.state[params[0]]["ema"].double()
+    a.step()
+    assert_same_bits(a.state[params[0]]["ema"], before.lerp_(params[0].detach(), 1 - 0.9))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gradients_that_share_memory_are_not_zeroed(backend: str | None) -> None:
+    """Who reads second would read zeros. Also if they come to share it later."""
+    a, b = parameters([(4,), (4,)])
+    optimizer = fusedoptim.SGD([a, b], lr=1.0, zero_grad_in_step=True, **({"backend": backend} if backend else {}))
+
+    def refused(match: str) -> None:
+        before = a.detach().clone(), b.detach().clone(), a.grad.clone()
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        for now, then in zip((a.detach(), b.detach(), a.grad), before, strict=True):
+            assert_same_bits(now, then)
+
+    for _ in range(2):
+        a.grad = b.grad = torch.ones(4)
+        refused("the gradient of parameter 1 .* shares memory with the gradient of parameter 0")
+        a.grad, b.grad = torch.ones(1).expand(4), torch.ones(4)
+        refused("gradient with elements that share memory")
+        a.grad = a.detach()
+        refused("shares memory with")
+        a.grad, b.grad = torch.ones(4), torch.ones(4)
+        for _ in range(3):
+            optimizer.step()
+            assert not a.grad.any() and not b.grad.any()
+
+
+def test_autograd_notices_zeroed_gradients() -> None:
+    a, b = parameters([(4,), (4,)])
+    a.grad = torch.ones(4)
+    optimizer = fusedoptim.SGD([a], zero_grad_in_step=True)
+    loss = (b * a.grad).sum()
     optimizer.step()
-    optimizer.state[params[0]]["ema"] = optimizer.state[params[0]]["ema"].bfloat16()
-    with pytest.raises(ValueError, match=r"state 'ema'.*unsupported dtype"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_are_let_go_of_after_a_step() -> None:
+    a = parameters([(4,)])[0]
+    optimizer = fusedoptim.SGD([a], zero_grad_in_step=True)
+    for _ in range(3):
+        a.grad = torch.ones(4)
         optimizer.step()
+    gone = weakref.ref(a.grad)
+    a.grad = None
+    assert gone() is None
+
+
+def test_options_of_all_groups_are_refused_in_one() -> None:
+    for name in ("zero_grad_in_step", "skip_nonfinite", "backend", "state_dtype"):
+        with pytest.raises(ValueError, match=f"a group cannot have its own {name}"):
+            fusedoptim.SGD([{"params": parameters([(3,)]), name: None}])
+
+
+def test_a_checkpoint_with_averages_is_still_told_from_anothers() -> None:
+    params = parameters([(4,)])
+    adam = fusedoptim.Adam(params, ema_decay=0.9)
+    set_gradients(params, 0)
+    adam.step()
+    with pytest.raises(ValueError, match="not one of SGD"):
+        fusedoptim.SGD(params, momentum=0.9).load_state_dict(adam.state_dict())
+
+
+def test_numbers_may_be_tensors() -> None:
+    mine, theirs = parameters(SHAPES), parameters(SHAPES)
+    options = {
+        "max_grad_norm": torch.tensor(0.3),
+        "clip_grad_value": torch.tensor(0.01),
+        "ema_decay": torch.tensor(0.7),
+    }
+    a, b = fusedoptim.AdamW(mine, **options), fusedoptim.AdamW(theirs, backend="reference", **options)
+    for step in range(4):
+        set_gradients(mine, step)
+        set_gradients(theirs, step)
+        a.step()
+        b.step()
+    assert_same_optimizers(a, b)
+
+
+def test_parameters_that_were_moved_take_the_count_along() -> None:
+    """As if they had been on another device before."""
+    params = parameters([(3,)])
+    optimizer = fusedoptim.Adam(params, skip_nonfinite=True)
+    optimizer._norm_stats = {torch.device("meta"): torch.tensor([math.nan, 3.0], dtype=torch.float64)}
+    set_gradients(params, 0)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.skipped_steps.item() == 3 and optimizer.last_grad_norm.isfinite()
+    assert optimizer.state[params[0]]["step"].item() == 2
 
 
 def test_no_gradients_at_all() -> None:
     optimizer = fusedoptim.Adam(parameters([(3,)]), **ALL)
+    assert optimizer.last_grad_norm is None
     optimizer.step()
     assert optimizer.last_grad_norm.item() == 0.0 and not optimizer.state
+    optimizer = fusedoptim.Adam([{"params": [], "max_grad_norm": 1.0}, {"params": parameters([(3,)])}])
+    optimizer.step()
+    assert optimizer.last_grad_norm is None

@@ -13,6 +13,7 @@ Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int
     : rule_(find_rule(rule.c_str())),
       info_(rule_ >= 0 ? rule_info(rule_) : throw py::value_error("no compiled rule is called '" + rule + "'")),
       device_{device.first, device.second},
+      zero_grad_(std::get<2>(settings)),
       executor_(make_executor(
           rule_, launcher,
           {reinterpret_cast<NormStats*>(std::get<0>(settings)), std::get<1>(settings), std::get<2>(settings)})),
@@ -120,7 +121,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
     for (const py::object& x : objects) Py_VISIT(x.ptr());
     return 0;
   };
-  for (const py::object* x : {&groups_, &state_, &increment_version_, &active_params_}) Py_VISIT(x->ptr());
+  for (const py::object* x : {&groups_, &state_, &increment_version_, &written_}) Py_VISIT(x->ptr());
   for (const Group& g : group_) {
     Py_VISIT(g.dict.ptr());
     Py_VISIT(g.params.ptr());
@@ -138,7 +139,7 @@ void Plan::retire() {
 
 void Plan::clear() {
   bound_ = false;
-  groups_ = state_ = increment_version_ = active_params_ = py::object();
+  groups_ = state_ = increment_version_ = written_ = py::object();
   group_.clear();
   member_.clear();
   params_.clear();

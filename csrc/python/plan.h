@@ -98,6 +98,7 @@ class Plan {
   const int rule_;
   const RuleInfo& info_;
   const dlpack::Device device_;
+  const bool zero_grad_;
   const std::unique_ptr<Executor> executor_;
   std::vector<std::pair<py::object, int>> hyper_;
   py::object increment_version_, params_key_, lr_key_;
@@ -116,9 +117,10 @@ class Plan {
   std::vector<Entry> entries_;
   std::vector<HyperRow> rows_;
   std::vector<py::object> params_, grads_;  // grads are held from refresh() to the end of run()
-  py::object active_params_;
+  py::object written_;
   bool plain_ = true;  // no parameter or state is of a subclass, whose sizes may be Python code
   bool activity_changed_ = true, refreshed_ = false, running_ = false;
+  bool grads_checked_ = true;  // until the first refresh(): by who made the plan
   std::string reason_;
 };
 

@@ -139,13 +139,16 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   const bool plain = linear && m.logical;
   std::unique_ptr<Layout>& layout = strides_[i].layout;
   bool changed = !m.prepared || e.grad_dtype != g.dtype || linear != (e.layout == nullptr);
-  if (!plain && (changed || !std::equal(g.strides, g.strides + g.ndim, layout->grad.begin()))) {
+  changed = changed || (!plain && !std::equal(g.strides, g.strides + g.ndim, layout->grad.begin()));
+  // What is written to may share no memory, which is looked into when a plan is made.
+  if (zero_grad_ && !grads_checked_ && e.numel > 0 && (changed || e.grad != g.data))
+    return no("a gradient that is written to has new memory");
+  if (!plain && changed) {
     layout = std::make_unique<Layout>();
     layout->sizes.assign(m.shape, m.shape + m.ndim);
     layout->param.assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
     layout->grad.assign(g.strides, g.strides + g.ndim);
     for (int k = 0; k < kStates; ++k) layout->state[k] = strides_[i].state[k];
-    changed = true;
   }
   e.grad = g.data;
   if (changed) {
@@ -255,6 +258,7 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   if (!addresses_checked) unchanged = addresses_.unchanged();
   if (!unchanged) return no("a parameter or a state has new memory, strides or dtype");
   refreshed_ = true;
+  grads_checked_ = false;
   return true;
 }
 
@@ -267,26 +271,30 @@ void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
     ~Running() {
       plan.running_ = false;
       for (py::object& g : plan.grads_) g = py::object();
+      if (plan.zero_grad_) plan.written_ = py::object();
     }
   } running(*this);
-  if (activity_changed_) {
-    executor_->activity_changed();
+  if (activity_changed_) executor_->activity_changed();
+  if (activity_changed_ || zero_grad_) {  // gradients may be other objects in the same memory
     py::list active;
-    for (size_t i = 0; i < entries_.size(); ++i)
-      if (entries_[i].active) active.append(member_[i].param);
-    active_params_ = active;
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (!entries_[i].active) continue;
+      active.append(member_[i].param);
+      if (zero_grad_) active.append(grads_[i]);
+    }
+    written_ = active;
     activity_changed_ = false;
   }
-  // Autograd's version counters, so that a backward pass through overwritten parameters is noticed. It needs the
+  // Autograd's version counters, so that a backward pass through overwritten tensors is noticed. It needs the
   // interpreter: short steps do it beside the kernels, long ones before, so that other Python threads can run.
   if (!executor_->takes_long(entries_, rows_)) {
     py::object result = py::none();
     executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [&] {
-      result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), active_params_.ptr()));
+      result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), written_.ptr()));
     });
     if (!result) throw py::error_already_set();
   } else {
-    increment_version_(active_params_);
+    increment_version_(written_);
     py::gil_scoped_release release;
     executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [] {});
   }
