@@ -326,6 +326,8 @@ def assert_unchanged(now: list[torch.Tensor], before: list[torch.Tensor]) -> Non
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_what_surrounds_the_rule(kernels: Kernels, case: Case, around: str, mix: str) -> None:
+    if kernels.slow and (mix not in ("fp32", "mixed") or (around != "all" and case.optimizer != "AdamW")):
+        pytest.skip("takes too long where programs take milliseconds")
     shapes = [(0,), (), (3,), (7, 11), (1025,)] if kernels.slow else [*SHAPES, (20_000,)]
     if kernels.slow and len(MIXES[mix]) > 1:
         shapes = [(3,), (40, 27)]

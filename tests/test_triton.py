@@ -34,7 +34,7 @@ def test_every_case_in_the_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 400
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 250
 
 
 # ---- generated code ----
