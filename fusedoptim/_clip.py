@@ -91,8 +91,11 @@ def _ours(grads: list[Tensor]) -> bool:
     """Whether the kernels can take them: plain tensors on one device, no two elements at one place. Their tables are
     made anew at every call, which no CUDA graph could hold."""
     device = grads[0].device
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling():
         return False
+    with device_guard(device):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
     return (
         all(type(g) is Tensor and g.dtype in DTYPES and g.layout == torch.strided and g.device == device for g in grads)
         and not any(g.is_neg() or overlaps_itself(g) for g in grads)

@@ -20,12 +20,11 @@ def in_place_of(params: list[Tensor], averages: list[Tensor]) -> Iterator[None]:
             torch._foreach_copy_(params, averages)
         yield
     finally:
-        errors = []
         with torch.no_grad():
-            for p, value in zip(params, own, strict=True):
-                try:
-                    p.copy_(value)
-                except RuntimeError as error:  # of one that was resized meanwhile: the others are to be restored
-                    errors.append(error)
-        if errors:
-            raise errors[0]
+            try:
+                torch._foreach_copy_(params, own)
+            except RuntimeError:  # of one that was resized meanwhile: the others are to be restored
+                for p, value in zip(params, own, strict=True):
+                    if p.shape == value.shape:
+                        p.copy_(value)
+                raise

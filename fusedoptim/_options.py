@@ -20,12 +20,12 @@ class StepOptions(TypedDict, total=False):
 
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
     updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
-    separate calls in this order.
+    separate calls in this order, but that 16-bit gradients are not rounded in between.
     """
 
     #: Scales a group's gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, where norm is that of the gradients of
-    #: *all* groups, then in ``optimizer.last_grad_norm``. Above 0; infinity measures only. In memory they stay as they
-    #: are. Bits: :func:`fusedoptim.clip_grad_norm_`.
+    #: *all* groups of this optimizer in this process, then in ``optimizer.last_grad_norm``. Above 0; infinity measures
+    #: only. In memory they stay as they are. Bits: :func:`fusedoptim.clip_grad_norm_`.
     max_grad_norm: float | None
     #: Holds every element of a group's gradients within ``[-clip_grad_value, clip_grad_value]``, after the above.
     clip_grad_value: float | None

@@ -202,7 +202,7 @@ class ReferenceRunner:
         fresh, self.fresh = self.fresh, False
         if fresh:
             for m in self._active():  # a number that overflows should say so before anything is written
-                self._update(m, self._gradient(m, 1.0), lambda t: t.new_empty(0))
+                self._update(m, _copy(m.param.new_empty(0), m.param), lambda t: t.new_empty(0))
         return fresh
 
     def run(self) -> None:

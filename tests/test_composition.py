@@ -27,6 +27,7 @@ from cases import (
 
 import fusedoptim
 from benchmarks.witness import ieee_sqrt
+from fusedoptim._runners import CompiledRunner
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ALL: dict[str, Any] = {
@@ -184,7 +185,7 @@ def test_clipping_in_the_step_is_clipping_before_it(case: Case) -> None:
 
 @pytest.mark.parametrize("case", IN_TORCH, ids=str)
 def test_clipping_differs_from_torchs_by_the_error_of_its_norm(case: Case) -> None:
-    """torch's norm of 4,000 numbers in fp32 is within 1e-6 of the exact one; steps follow by as much."""
+    """In fp64 its norm of 4,000 numbers is within 1e-14; steps follow by as much, and what Adam makes of it."""
     mine, theirs = parameters([(64, 65)], torch.float64), parameters([(64, 65)], torch.float64)
     a, b = case.make(mine, max_grad_norm=0.1), case.make_torch(theirs, foreach=False)
     for step in range(5):
@@ -198,7 +199,7 @@ def test_clipping_differs_from_torchs_by_the_error_of_its_norm(case: Case) -> No
     torch.testing.assert_close(mine[0].detach(), theirs[0].detach(), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [2, 5])
 def test_threads_do_not_matter(threads: int) -> None:
     shapes = [(3_000_001,), (70_000,), *[(100 + i,) for i in range(300)]]
     results = []
@@ -519,3 +520,25 @@ def test_no_gradients_at_all() -> None:
     optimizer = fusedoptim.Adam([{"params": [], "max_grad_norm": 1.0}, {"params": parameters([(3,)])}])
     optimizer.step()
     assert optimizer.last_grad_norm is None
+
+
+def test_new_gradients_make_no_new_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is compared with all other; only where ranges meet is every element looked at."""
+    params = parameters([(5,), (40, 3), (7, 2, 3, 1)])
+    optimizer = fusedoptim.Adam(params, zero_grad_in_step=True)
+    built: list[object] = []
+    build = CompiledRunner.build
+    monkeypatch.setattr(CompiledRunner, "build", lambda *args: (built.append(args), build(*args)))
+    for step in range(5):
+        set_gradients(params, step)
+        if step == 3:  # a dimension of size 1 may have any stride
+            params[2].grad = params[2].grad.as_strided((7, 2, 3, 1), (6, 3, 1, 99))
+        optimizer.step()
+    assert len(built) == 1
+    memory = torch.ones(10)
+    params[0].grad, params[1].grad = memory[::2], torch.ones(40, 3)
+    optimizer.step()
+    assert memory.sum() == 5 and len(built) == 2
+    params[0].grad = params[1].grad.view(-1)[3:8]
+    with pytest.raises(ValueError, match="shares memory"):
+        optimizer.step()

@@ -1,4 +1,5 @@
-// Copies between strided tensors and contiguous buffers, in logical order.
+// Copies between strided tensors and contiguous buffers, in logical order. (No lambdas: each function here has to be
+// inlined into code for one instruction set.)
 #pragma once
 
 #include <cstdint>
@@ -8,42 +9,102 @@
 
 namespace fusedoptim {
 
-// Calls f(k, offset) for k in [0, n): offset is where logical element start+k lies.
-template <class F>
-FUSEDOPTIM_HD void for_each_offset(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                                   int64_t start, int64_t n, F f) {
-  const int dims = static_cast<int>(sizes.size());
-  if (dims == 0) {
-    if (n > 0) f(int64_t{0}, int64_t{0});
-    return;
-  }
-  int64_t index[64], offset = 0, rest = start;
-  for (int d = dims - 1; d >= 0; --d) {
-    index[d] = rest % sizes[d];
-    rest /= sizes[d];
-    offset += index[d] * strides[d];
-  }
-  for (int64_t k = 0; k < n; ++k) {
-    f(k, offset);
-    for (int d = dims - 1; d >= 0; --d) {
-      offset += strides[d];
-      if (++index[d] < sizes[d]) break;
-      offset -= index[d] * strides[d];
-      index[d] = 0;
+// Goes through the logical elements of a tensor from `start` on, in runs along its last dimension.
+class Runs {
+ public:
+  FUSEDOPTIM_HD Runs(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t start)
+      : sizes_(sizes.data()), strides_(strides.data()), last_(static_cast<int>(sizes.size()) - 1) {
+    for (int d = last_; d >= 0; --d) {
+      index_[d] = start % sizes_[d];
+      start /= sizes_[d];
+      offset_ += index_[d] * strides_[d];
     }
+  }
+  FUSEDOPTIM_HD int64_t offset() const { return offset_; }
+  FUSEDOPTIM_HD int64_t stride() const { return strides_[last_]; }
+  // How many elements the run has from here on, at most `most`.
+  FUSEDOPTIM_HD int64_t length(int64_t most) const {
+    const int64_t left = sizes_[last_] - index_[last_];
+    return left < most ? left : most;
+  }
+  FUSEDOPTIM_HD void advance(int64_t count) {
+    index_[last_] += count;
+    offset_ += count * strides_[last_];
+    for (int d = last_; d > 0 && index_[d] == sizes_[d]; --d) {
+      offset_ += strides_[d - 1] - index_[d] * strides_[d];
+      index_[d] = 0;
+      ++index_[d - 1];
+    }
+  }
+
+ private:
+  const int64_t *sizes_, *strides_;
+  const int last_;
+  int64_t index_[64], offset_ = 0;
+};
+
+template <DType d, class T>
+FUSEDOPTIM_HD void gather_from(T* out, const void* base, Runs runs, int64_t n) {
+  for (int64_t k = 0; k < n;) {
+    const int64_t length = runs.length(n - k), offset = runs.offset(), stride = runs.stride();
+    for (int64_t j = 0; j < length; ++j) out[k + j] = load_element<T>(base, d, offset + j * stride);
+    runs.advance(length);
+    k += length;
   }
 }
 
+// Elements start to start + n of a tensor to a buffer of the compute type.
 template <class T>
 FUSEDOPTIM_HD void gather(T* out, const void* base, DType dtype, const std::vector<int64_t>& sizes,
                           const std::vector<int64_t>& strides, int64_t start, int64_t n) {
-  for_each_offset(sizes, strides, start, n, [&](int64_t k, int64_t at) { out[k] = load_element<T>(base, dtype, at); });
+  const Runs runs(sizes, strides, start);
+  switch (dtype) {
+    case DType::f32:
+      return gather_from<DType::f32>(out, base, runs, n);
+    case DType::f64:
+      return gather_from<DType::f64>(out, base, runs, n);
+    case DType::bf16:
+      return gather_from<DType::bf16>(out, base, runs, n);
+    default:
+      return gather_from<DType::f16>(out, base, runs, n);
+  }
+}
+
+template <DType d, class T>
+FUSEDOPTIM_HD void scatter_to(const T* in, void* base, Runs runs, int64_t n) {
+  for (int64_t k = 0; k < n;) {
+    const int64_t length = runs.length(n - k), offset = runs.offset(), stride = runs.stride();
+    for (int64_t j = 0; j < length; ++j) store_element<T>(base, d, offset + j * stride, in[k + j]);
+    runs.advance(length);
+    k += length;
+  }
 }
 
 template <class T>
 FUSEDOPTIM_HD void scatter(const T* in, void* base, DType dtype, const std::vector<int64_t>& sizes,
                            const std::vector<int64_t>& strides, int64_t start, int64_t n) {
-  for_each_offset(sizes, strides, start, n, [&](int64_t k, int64_t at) { store_element<T>(base, dtype, at, in[k]); });
+  const Runs runs(sizes, strides, start);
+  switch (dtype) {
+    case DType::f32:
+      return scatter_to<DType::f32>(in, base, runs, n);
+    case DType::f64:
+      return scatter_to<DType::f64>(in, base, runs, n);
+    case DType::bf16:
+      return scatter_to<DType::bf16>(in, base, runs, n);
+    default:
+      return scatter_to<DType::f16>(in, base, runs, n);
+  }
+}
+
+FUSEDOPTIM_HD void fill_with_zeros(void* base, DType dtype, const std::vector<int64_t>& sizes,
+                                   const std::vector<int64_t>& strides, int64_t start, int64_t n) {
+  Runs runs(sizes, strides, start);
+  for (int64_t k = 0; k < n;) {
+    const int64_t length = runs.length(n - k);
+    for (int64_t j = 0; j < length; ++j) store_element<float>(base, dtype, runs.offset() + j * runs.stride(), 0.0f);
+    runs.advance(length);
+    k += length;
+  }
 }
 
 }  // namespace fusedoptim

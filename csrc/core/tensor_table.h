@@ -14,7 +14,29 @@ namespace fusedoptim {
 // Elements are then visited in logical, row-major order.
 struct Layout {
   std::vector<int64_t> sizes, param, grad, state[kStates];
+
+  // Leaves out dimensions of size 1 and merges neighbours that every operand runs through as if they were one. Operands
+  // that are not used have no strides.
+  void simplify();
 };
+
+inline void Layout::simplify() {
+  std::vector<int64_t>* operands[2 + kStates] = {&param, &grad};
+  for (int k = 0; k < kStates; ++k) operands[2 + k] = &state[k];
+  size_t kept = 0;  // dimensions [0, kept) are those of the result so far
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 1) continue;
+    bool merges = kept > 0;
+    for (const auto* x : operands) merges = merges && (x->empty() || (*x)[kept - 1] == (*x)[d] * sizes[d]);
+    if (!merges) ++kept;
+    sizes[kept - 1] = merges ? sizes[kept - 1] * sizes[d] : sizes[d];
+    for (auto* x : operands)
+      if (!x->empty()) (*x)[kept - 1] = (*x)[d];
+  }
+  sizes.resize(kept);
+  for (auto* x : operands)
+    if (!x->empty()) x->resize(kept);
+}
 
 struct Entry;
 // Updates elements [begin, end) of a tensor. scalars points at the rule's Scalars<T>.

@@ -168,9 +168,7 @@ void update_strided(const Entry& e, int64_t begin, int64_t end, const void* scal
       for (int64_t k = 0; k < n; ++k) g[k] = lerp<portable::Lane<T>>(g[k], p[k], toward_param);
       scatter(g, e.state[kEma], kDType, l.sizes, l.state[kEma], i, n);
     }
-    if (around.zero_grad)
-      for_each_offset(l.sizes, l.grad, i, n,
-                      [&](int64_t, int64_t at) { store_element<T>(e.grad, e.grad_dtype, at, T(0)); });
+    if (around.zero_grad) fill_with_zeros(e.grad, e.grad_dtype, l.sizes, l.grad, i, n);
   }
 }
 

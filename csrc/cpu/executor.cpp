@@ -182,6 +182,7 @@ void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
     compose(rows, unscaled, norm, any_f64(entries));
     update(entries, rows, on_caller);
   } else if (settings_.zero_grad) {
+    on_caller();
     zero_gradients(entries);
   }
 }
@@ -220,8 +221,7 @@ void CpuExecutor::zero_gradients(const std::vector<Entry>& entries) const {
         if (!e.layout)
           std::memset(static_cast<char*>(e.grad) + begin * size, 0, (end - begin) * size);
         else
-          for_each_offset(e.layout->sizes, e.layout->grad, begin, end - begin,
-                          [&](int64_t, int64_t at) { std::memset(static_cast<char*>(e.grad) + at * size, 0, size); });
+          fill_with_zeros(e.grad, e.grad_dtype, e.layout->sizes, e.layout->grad, begin, end - begin);
       });
     });
 }

@@ -64,29 +64,13 @@ bool GpuExecutor::mixed(const Entry& e, int variant) const {
   return any;
 }
 
-// Dimensions of size 1 are left out, and neighbours merged that every operand runs through as if they were one.
+// The innermost dimension first; strides of operands that are not used are zeros.
 int64_t GpuExecutor::add_layout(const Layout& l, int variant) {
-  struct Dim {
-    int64_t size, stride[kOperands];
-  };
-  std::vector<Dim> dims;  // the innermost first
-  for (size_t d = l.sizes.size(); d-- > 0;) {
-    if (l.sizes[d] == 1) continue;
-    Dim dim{l.sizes[d], {l.param[d], l.grad[d]}};
-    for (int k = 0; k < kStates; ++k)
-      if (info_.uses(variant, k)) dim.stride[kFirstState + k] = l.state[k][d];
-    bool merges = !dims.empty();
-    for (int k = 0; merges && k < kOperands; ++k) merges = dim.stride[k] == dims.back().stride[k] * dims.back().size;
-    if (merges)
-      dims.back().size *= dim.size;
-    else
-      dims.push_back(dim);
-  }
   const int64_t start = static_cast<int64_t>(layouts_.size());
-  layouts_.push_back(static_cast<int64_t>(dims.size()));
-  for (const Dim& dim : dims) {
-    layouts_.push_back(dim.size);
-    layouts_.insert(layouts_.end(), dim.stride, dim.stride + kOperands);
+  layouts_.push_back(static_cast<int64_t>(l.sizes.size()));
+  for (size_t d = l.sizes.size(); d-- > 0;) {
+    layouts_.insert(layouts_.end(), {l.sizes[d], l.param[d], l.grad[d]});
+    for (int k = 0; k < kStates; ++k) layouts_.push_back(info_.uses(variant, k) ? l.state[k][d] : 0);
   }
   return start;
 }
@@ -159,7 +143,7 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
   first_partial_.assign(entries.size(), 0);
   first_node_.assign(entries.size(), 0);
   int64_t partials = 0, nodes = 0;
-  for (size_t i = 0; (info_.needs_norm || clips_) && i < entries.size(); ++i) {
+  for (size_t i = 0; (info_.needs_norm || sums_all_) && i < entries.size(); ++i) {
     first_partial_[i] = partials;
     first_node_[i] = static_cast<int32_t>(nodes);
     int64_t count = tiles(entries[i].numel);
@@ -174,12 +158,14 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
   Packer packer;
   const int64_t at_launch = packer.add(std::vector<LaunchControl>(1)), at_control = packer.add(control);
   const int64_t at_nodes = packer.add(std::vector<uint32_t>(nodes));
-  const int64_t at_sums = packer.add(std::vector<double>(clips_ ? entries.size() : 0));  // of tensors never summed: 0
+  const int64_t at_sums =
+      packer.add(std::vector<double>(sums_all_ ? entries.size() : 0));  // of tensors never summed: 0
   const int64_t at_partials = static_cast<int64_t>(packer.bytes.size());
+  const Memory memory = launcher_->allocate(at_partials + partials * 8);
+  launcher_->upload(memory, 0, packer.bytes.data(), packer.bytes.size(), stream);
   if (captured_any_) captured_.push_back(std::move(control_memory_));
-  control_memory_ = launcher_->allocate(at_partials + partials * 8);
-  control_clips_ = clips_;
-  launcher_->upload(control_memory_, 0, packer.bytes.data(), packer.bytes.size(), stream);
+  control_memory_ = memory;
+  control_sums_all_ = sums_all_;
   tables_.launch = reinterpret_cast<LaunchControl*>(control_memory_.at(at_launch));
   tables_.control = reinterpret_cast<EntryControl*>(control_memory_.at(at_control));
   tables_.nodes = reinterpret_cast<uint32_t*>(control_memory_.at(at_nodes));
@@ -206,7 +192,7 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
         "this step cannot be captured in a CUDA graph, because it sets up tables: take a step before the capture, and "
         "none that changes dtypes or memory layouts in between");
   finish_on_other_streams();
-  if (!tables_.control || (clips_ && !control_clips_)) make_control(entries, stream);
+  if (!tables_.control || (sums_all_ && !control_sums_all_)) make_control(entries, stream);
   if (captured_any_) captured_.push_back(std::move(table_memory_));
   layouts_.clear();
   variant_.assign(entries.size(), -1);
@@ -249,7 +235,7 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     make_norm_grids(entries);
   else
     make_elementwise_grids(entries);
-  if (clips_) make_global_norm_grids(entries);
+  if (sums_all_) make_global_norm_grids(entries);
   for (const Grid& grid : grid_)
     if (grid.items > 0) launcher_->prepare(grid.norms ? kNormOfAll : rule_, grid.kinds);
   Packer packer;
@@ -354,6 +340,24 @@ void GpuExecutor::choose_grid(size_t g) {
   args_.segments = static_cast<int32_t>(grid_[g].segments.size());
 }
 
+// A launch that fails may leave counters of the one before as no other step may find them.
+void GpuExecutor::launch_all(const StepHeader* headers, void* stream) {
+  try {
+    for (size_t g = 0; g < kGrids; ++g) {
+      const Grid& grid = grid_[g];
+      if (grid.items == 0 || !(grid.norms || settings_.update)) continue;
+      choose_grid(g);
+      const Launch launch{grid.norms ? kNormOfAll : rule_, grid.mixed, static_cast<uint32_t>(grid.items), grid.kinds,
+                          stream};
+      launcher_->step(launch, args_, headers ? headers + g : nullptr);
+    }
+  } catch (...) {
+    tables_valid_ = false;
+    tables_.control = nullptr;
+    throw;
+  }
+}
+
 void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
                       const std::function<void()>& on_caller) {
   void* stream = reinterpret_cast<void*>(on_device.stream);
@@ -363,9 +367,9 @@ void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   args_.norm_stats = settings_.norm_stats;
   args_.flags = (settings_.skip_nonfinite ? kSkipNonfinite : 0) | (settings_.zero_grad ? kZeroGrad : 0) |
                 (any_f64(entries) ? kNormInF64 : 0);
-  const bool clips = needs_global_norm(rows, settings_);
-  tables_valid_ = tables_valid_ && clips == clips_;
-  clips_ = clips;
+  const bool sums_all = needs_global_norm(rows, settings_);
+  tables_valid_ = tables_valid_ && sums_all == sums_all_;
+  sums_all_ = sums_all;
   if (!tables_valid_) make_tables(entries, rows, stream);
   on_other_streams_ = on_other_streams_ || stream != made_on_;
   captured_any_ = captured_any_ || capturing_;
@@ -377,14 +381,7 @@ void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   else
     headers = pack_in_memory(n, stream);
   on_caller();
-  for (size_t g = 0; g < kGrids; ++g) {
-    const Grid& grid = grid_[g];
-    if (grid.items == 0 || !(grid.norms || settings_.update)) continue;
-    choose_grid(g);
-    const Launch launch{grid.norms ? kNormOfAll : rule_, grid.mixed, static_cast<uint32_t>(grid.items), grid.kinds,
-                        stream};
-    launcher_->step(launch, args_, headers ? headers + g : nullptr);
-  }
+  launch_all(headers, stream);
   for (Entry& e : entries)
     if (e.active) e.first = false;
 }

@@ -51,6 +51,7 @@ class GpuExecutor : public Executor {
   void pack_by_value(int64_t entries, void* stream);
   const StepHeader* pack_in_memory(int64_t entries, void* stream);
   void choose_grid(size_t g);
+  void launch_all(const StepHeader* headers, void* stream);
   const uint64_t* table_of_words(std::vector<uint64_t>& last, const uint64_t* words, int64_t count, int64_t offset,
                                  void* stream);
 
@@ -60,8 +61,8 @@ class GpuExecutor : public Executor {
   const Settings settings_;
 
   bool tables_valid_ = false;
-  bool clips_ = false;          // the tables serve the norm of all gradients as well
-  bool control_clips_ = false;  // and so do the counters
+  bool sums_all_ = false;          // the tables serve the norm of all gradients as well
+  bool control_sums_all_ = false;  // and so do the counters
   Tables tables_{};
   Memory table_memory_, control_memory_, words_memory_;
   bool capturing_ = false, captured_any_ = false, on_other_streams_ = false;

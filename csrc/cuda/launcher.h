@@ -20,8 +20,8 @@ struct Launch {
   int rule;
   bool mixed;  // the table may hold operands of 64 bits
   uint32_t blocks;
-  const std::vector<uint64_t>&
-      kinds;  // of the entries, see DeviceEntry; for norms the dtypes of parameter and gradient
+  // Of the entries, see DeviceEntry; for norms the dtypes of parameter and gradient.
+  const std::vector<uint64_t>& kinds;
   void* stream;
 };
 

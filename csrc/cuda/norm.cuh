@@ -91,8 +91,8 @@ __device__ inline double warp_sum(const double* x, int64_t count) {
 }
 
 // One warp's part in the tree of sums above the tiles, after its block wrote a part's tile sums: of the blocks below a
-// node the last to arrive sums the node and goes on to the next; at the root it calls publish(sum), with the sum in lane 0. Who
-// does it varies, the order of summation never does.
+// node the last to arrive sums the node and goes on to the next; at the root it calls publish(sum), with the sum in
+// lane 0. Who does it varies, the order of summation never does.
 template <class Publish>
 __device__ __forceinline__ void climb(const BlockWork& work, const Tables& tables, const Publish& publish) {
   const DeviceEntry& e = work.entry;

@@ -34,6 +34,7 @@ void Clipper::run(int64_t stream, bool measure, double max_norm, double limit) {
     e.active = true;
     if (e.numel > 1 && !row_major(sizes, strides)) {
       layouts[i] = std::make_unique<Layout>(Layout{sizes, strides, strides, {}});
+      layouts[i]->simplify();
       e.sum_layout = layouts[i].get();
       if (!dense(sizes, strides)) e.layout = layouts[i].get();
     }

@@ -17,6 +17,7 @@
 #include "../core/executor.h"
 #include "../rules/registry.h"
 #include "address_book.h"
+#include "memory_ranges.h"
 #include "prefetch.h"
 #include "pybind.h"
 #include "state_snapshot.h"
@@ -74,7 +75,7 @@ class Plan {
     bool prepared = false;  // by the executor, for the gradient's dtype and layout
   };
   struct Strides {  // of a member whose operands may differ in memory order
-    std::vector<int64_t> state[kStates];
+    std::vector<int64_t> grad, state[kStates];
     std::unique_ptr<Layout> layout;
   };
   struct Group {
@@ -89,6 +90,7 @@ class Plan {
   bool refresh_python(py::handle groups, py::handle state);
   bool refresh_group(Group&, HyperRow&);
   bool refresh_gradient(int64_t i, const TensorView&);
+  bool written_apart();
   bool read_hyper(PyObject* value, double& out, double* lr_dtype);
   bool read_option(PyObject* dict, const py::object& key, double& out);
   void bind_member(int64_t i, const std::vector<torch::stable::Tensor>& tensors, const std::vector<int>& binding);
@@ -120,7 +122,9 @@ class Plan {
   py::object written_;
   bool plain_ = true;  // no parameter or state is of a subclass, whose sizes may be Python code
   bool activity_changed_ = true, refreshed_ = false, running_ = false;
-  bool grads_checked_ = true;  // until the first refresh(): by who made the plan
+  // For gradients that are written to. Who makes a plan has looked at those of its first step.
+  bool grads_checked_ = true, grads_moved_ = false;
+  MemoryRanges kept_, written_ranges_;  // parameters and states; gradients
   std::string reason_;
 };
 

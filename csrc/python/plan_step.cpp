@@ -139,16 +139,17 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   const bool plain = linear && m.logical;
   std::unique_ptr<Layout>& layout = strides_[i].layout;
   bool changed = !m.prepared || e.grad_dtype != g.dtype || linear != (e.layout == nullptr);
-  changed = changed || (!plain && !std::equal(g.strides, g.strides + g.ndim, layout->grad.begin()));
-  // What is written to may share no memory, which is looked into when a plan is made.
-  if (zero_grad_ && !grads_checked_ && e.numel > 0 && (changed || e.grad != g.data))
-    return no("a gradient that is written to has new memory");
+  std::vector<int64_t>& strides = strides_[i].grad;
+  changed = changed || (!plain && !same_strides(g.ndim, g.sizes, g.strides, strides.data()));
+  grads_moved_ = grads_moved_ || changed || e.grad != g.data;
   if (!plain && changed) {
     layout = std::make_unique<Layout>();
     layout->sizes.assign(m.shape, m.shape + m.ndim);
     layout->param.assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
     layout->grad.assign(g.strides, g.strides + g.ndim);
     for (int k = 0; k < kStates; ++k) layout->state[k] = strides_[i].state[k];
+    layout->simplify();
+    strides.assign(g.strides, g.strides + g.ndim);
   }
   e.grad = g.data;
   if (changed) {
@@ -159,6 +160,19 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
     m.prepared = true;
   }
   return true;
+}
+
+// What is written to may share no memory with anything else.
+bool Plan::written_apart() {
+  written_ranges_.clear();
+  for (size_t i = 0; i < member_.size(); ++i) {
+    if (!entries_[i].active) continue;
+    TensorView g;
+    if (!TensorReader::get().view(grads_[i].ptr(), g)) return false;
+    written_ranges_.add(g.data, g.dtype, {g.sizes, g.sizes + g.ndim}, {g.strides, g.strides + g.ndim});
+  }
+  written_ranges_.sort();
+  return written_ranges_.apart_from(kept_);
 }
 
 // Gradients are usually where they were at the last step. See prefetch.h.
@@ -257,8 +271,10 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   if (!fits) return false;
   if (!addresses_checked) unchanged = addresses_.unchanged();
   if (!unchanged) return no("a parameter or a state has new memory, strides or dtype");
+  if (zero_grad_ && grads_moved_ && !grads_checked_ && !written_apart())
+    return no("gradients that are written to may share memory");
   refreshed_ = true;
-  grads_checked_ = false;
+  grads_checked_ = grads_moved_ = false;
   return true;
 }
 
