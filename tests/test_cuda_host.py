@@ -108,7 +108,7 @@ def test_a_captured_step_has_tables_of_its_own(model: Model) -> None:
             launches = model.launches(optimizer)
         finally:
             model.set_capturing(0)
-        assert launches == (1 if step != 1 else 1 + 2 + 2)  # 33 KB of gradients and 37 KB of rows
+        assert launches == (1 if step != 1 else 1 + 2 + 2)  # 33 KB of gradients and 48 KB of rows
         expected.step()
     assert optimizer._runners is not None and optimizer._runners[0].captured
     for p, q in zip(params, others, strict=True):
@@ -178,6 +178,8 @@ def test_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) ->
         "FUSEDOPTIM_TEST_BACKEND": "cuda",
     }
     tests = ["tests/test_layout.py", "tests/test_staleness.py", "tests/test_norm.py"]
+    around = ("test_memory_layouts_do_not_matter", "test_kernels_have_the_references_bits_in_every_dtype")
+    tests += [f"tests/test_composition.py::{name}" for name in around]
     chosen = "not ten_thousand and not allocates and not threads and not capabilit and not contiguous-contiguous"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=env)
