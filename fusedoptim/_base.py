@@ -85,8 +85,8 @@ class FusedOptimizer(Optimizer):
             ValueError: if anything cannot be stepped; then no parameter and no state has changed.
         """
         loss = None
-        self._check_not_averaging()
         if closure is not None:
+            self._check_not_averaging()
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
