@@ -23,7 +23,15 @@ needs_cuda_library = pytest.mark.skipif(
 )
 #: Threads of a multiprocessor's 65,536 registers that must fit: see kBlocksPerSM in csrc/cuda/table.h.
 THREADS_PER_SM = 4 * 128
-RULES = ("Adam", "SGD", "RMSprop", "Adagrad", "NormAdaptive", "Clip")
+#: The name of a rule in C++, and as the library lists it.
+RULES = {
+    "Adam": "adam",
+    "SGD": "sgd",
+    "RMSprop": "rmsprop",
+    "Adagrad": "adagrad",
+    "NormAdaptive": "norm_adaptive",
+    "Clip": "clip",
+}
 #: How many states of the parameter's shape each variant of a rule has.
 STATES = {"Adam": (2, 3), "SGD": (0, 1), "RMSprop": (1, 2, 2, 3), "Adagrad": (1,), "NormAdaptive": (0,), "Clip": (0,)}
 
@@ -136,7 +144,7 @@ def test_a_gpu_that_the_kernels_do_not_fit_is_explained(monkeypatch: pytest.Monk
 
 def test_every_rule_has_both_kernels(kernels: dict[tuple[str, bool], Kernel]) -> None:
     assert kernels.keys() == {(rule, mixed) for rule in RULES for mixed in (False, True)}
-    assert STATES.keys() == set(RULES)
+    assert STATES.keys() == RULES.keys()
     for name in RULES:
         optimizer = getattr(fusedoptim, name, None)
         assert max(STATES[name]) == (0 if optimizer is None else len(optimizer.rule.slots))

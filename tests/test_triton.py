@@ -73,17 +73,18 @@ VARIANTS = [
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "variant", "states"), VARIANTS)
 def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, dtype: int, tmp_path: Path) -> None:
-    compiled = generate(RULES[name].name, (kind(dtype, dtype, dtype, variant, states),))
+    compiled = generate(RULES[name], (kind(dtype, dtype, dtype, variant, states),))
     code = sass(compiled, tmp_path)
     per_operand = 2 if dtype == F32 else 1  # 8 elements per thread
-    assert code.count(r"LDG\.E\S*\.128") >= per_operand * (states + 2)
+    read = states + (1 if name == "Clip" else 2)  # which does not look at the parameter
+    assert code.count(r"LDG\.E\S*\.128") >= per_operand * read
     assert code.count(r"STG\.E\S*\.128") >= per_operand * (states + 2)  # zeros in the gradient are stored as well
     assert code.local_bytes == 0
     assert code.registers * 128 * 4 <= 65536  # four blocks to a multiprocessor
     ptx = compiled.asm["ptx"]
     assert not re.findall(r"\.ftz|\.approx|\bmad\.rn\.f|div\.full", ptx)
-    assert ("div.rn.f32" in ptx) == (name != "SGD")
-    assert ("sqrt.rn.f32" in ptx) == (name != "SGD")
+    assert ("div.rn.f32" in ptx) == (name not in ("SGD", "Clip"))
+    assert ("sqrt.rn.f32" in ptx) == (name not in ("SGD", "Clip"))
     # fp64 is for scalars: none of it is in the loop, whose 8 elements would show.
     assert len(re.findall(r"fma\.rn\.f64", ptx)) <= (12 if name == "Adam" else 0)
 
@@ -94,10 +95,11 @@ def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, d
 def test_the_moving_average_goes_through_the_same_loop(
     name: str, variant: int, states: int, dtype: int, tmp_path: Path
 ) -> None:
-    code = sass(generate(RULES[name].name, (kind(dtype, dtype, dtype, variant, states, True),)), tmp_path)
-    of_all = (2 if dtype == F32 else 1) * (states + 2) + 2  # the average has fp32
-    assert code.count(r"LDG\.E\S*\.128") >= of_all
-    assert code.count(r"STG\.E\S*\.128") >= of_all
+    code = sass(generate(RULES[name], (kind(dtype, dtype, dtype, variant, states, True),)), tmp_path)
+    per_operand, average = 2 if dtype == F32 else 1, 2  # which has fp32
+    read = states + (1 if name == "Clip" else 2)
+    assert code.count(r"LDG\.E\S*\.128") >= per_operand * read + average
+    assert code.count(r"STG\.E\S*\.128") >= per_operand * (states + 2) + average
     assert code.local_bytes == 0
     assert code.registers * 128 * 3 <= 65536
 
@@ -125,7 +127,7 @@ def test_the_norm_is_summed_without_spills(dtype: int, tmp_path: Path) -> None:
     assert code.count(r"SHFL") >= 2 * 5
     ptx = compiled.asm["ptx"]
     assert not re.findall(r"\.ftz|\.approx|\bmad\.rn\.f|div\.full", ptx)
-    assert re.findall(r"atom\.(?:global\.)?gpu\.(?:global\.)?acq_rel", ptx.replace(".global", ".global"))
+    assert re.findall(r"atom\.(?:global\.)?gpu\.(?:global\.)?acq_rel", ptx)
 
 
 @needs_triton
@@ -135,9 +137,9 @@ def test_every_rule_compiles_with_mixed_dtypes(name: str, arch: int, tmp_path: P
     variant = len(STATES[name]) - 1
     states = STATES[name][variant]
     narrow = (kind(F32, F32, F32, variant, states), kind(BF16, F32, BF16, variant, states))
-    assert sass(generate(RULES[name].name, (*narrow, kind(F16, F16, F32, variant, states)), arch=arch), tmp_path)
+    assert sass(generate(RULES[name], (*narrow, kind(F16, F16, F32, variant, states)), arch=arch), tmp_path)
     wide = (kind(F64, F64, F64, variant, states), kind(F64, BF16, F32, variant, states))
-    assert sass(generate(RULES[name].name, wide, arch=arch), tmp_path)
+    assert sass(generate(RULES[name], wide, arch=arch), tmp_path)
 
 
 @needs_triton
@@ -146,7 +148,7 @@ def test_every_rule_compiles_with_mixed_dtypes(name: str, arch: int, tmp_path: P
 def test_code_for_an_amd_gpu(name: str, dtype: int) -> None:
     variant = len(STATES[name]) - 1
     states = STATES[name][variant]
-    asm = generate(RULES[name].name, (kind(dtype, dtype, dtype, variant, states),), "hip", "gfx942").asm
+    asm = generate(RULES[name], (kind(dtype, dtype, dtype, variant, states),), "hip", "gfx942").asm
     code = asm["amdgcn"]
     assert len(re.findall(r"(?:global|buffer)_load_dwordx4", code)) >= states + 2
     assert len(re.findall(r"(?:global|buffer)_store_dwordx4", code)) >= states + 1
