@@ -116,6 +116,23 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monkey
         same_checkpoints(straight / name, there / name)
 
 
+def test_averaged_weights(tmp_path: Path) -> None:
+    """They change nothing for the weights themselves, and are in the checkpoints."""
+    plain, averaged, resumed = (tmp_path / name for name in ("plain", "averaged", "resumed"))
+    options = ("--steps", 10, "--warmup", 2)
+    assert train(plain, *options).returncode == 0
+    result = train(averaged, *options, "--ema", 0.8, "--compare")
+    assert result.returncode == 0 and "losses identical: yes" in result.stdout, result.stdout + result.stderr
+    assert "validation loss of the averaged weights" in result.stdout
+    one, two = (json.loads((path / "history.json").read_text())["validation"] for path in (plain, averaged))
+    assert [v["loss"] for v in one] == [v["loss"] for v in two]
+    assert two[-1]["loss_of_averages"] != two[-1]["loss"]
+    assert train(resumed, *options, "--resume", averaged / "latest.pt").returncode == 2  # without averages: another run
+    content = torch.load(averaged / "latest.pt", weights_only=True)
+    assert all("ema" in state for state in content["optimizer"]["state"].values())
+    assert content["optimizer"]["param_groups"][0]["max_grad_norm"] == 1.0
+
+
 def test_in_bfloat16(tmp_path: Path) -> None:
     """Other losses than in fp32, the same with torch's optimizer, and no checkpoint for a run without."""
     assert main([*TINY, "--steps", "6", "--out", str(tmp_path / "fp32")]) == 0
