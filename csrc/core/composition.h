@@ -32,6 +32,9 @@ struct Composition {
   double ema_decay;    // of the moving average; below 0: none
   bool zero_grad;
 
+  FUSEDOPTIM_HD bool is_plain() const {
+    return unscale == 1 && coefficient == 1 && limit == static_cast<double>(INFINITY) && ema_decay < 0 && !zero_grad;
+  }
   FUSEDOPTIM_HD static Composition unscaled(float unscale) { return {unscale, 1.0, INFINITY, -1.0, false}; }
 };
 

@@ -1,5 +1,6 @@
-// Copies between strided tensors and contiguous buffers, in logical order. (No lambdas: each function here has to be
-// inlined into code for one instruction set.)
+// Copies between strided tensors and contiguous buffers, in logical order. M, the lanes of an instruction set (see
+// rules/common.h), makes the functions of each distinct: they are called, because 30 inlined copies of each would
+// triple the library, and no linker may take one that was compiled for another set. (Hence no lambdas.)
 #pragma once
 
 #include <cstdint>
@@ -54,9 +55,9 @@ FUSEDOPTIM_HD void gather_from(T* out, const void* base, Runs runs, int64_t n) {
 }
 
 // Elements start to start + n of a tensor to a buffer of the compute type.
-template <class T>
-FUSEDOPTIM_HD void gather(T* out, const void* base, DType dtype, const std::vector<int64_t>& sizes,
-                          const std::vector<int64_t>& strides, int64_t start, int64_t n) {
+template <class M, class T = typename M::T>
+__attribute__((noinline)) void gather(T* out, const void* base, DType dtype, const std::vector<int64_t>& sizes,
+                                      const std::vector<int64_t>& strides, int64_t start, int64_t n) {
   const Runs runs(sizes, strides, start);
   switch (dtype) {
     case DType::f32:
@@ -80,9 +81,9 @@ FUSEDOPTIM_HD void scatter_to(const T* in, void* base, Runs runs, int64_t n) {
   }
 }
 
-template <class T>
-FUSEDOPTIM_HD void scatter(const T* in, void* base, DType dtype, const std::vector<int64_t>& sizes,
-                           const std::vector<int64_t>& strides, int64_t start, int64_t n) {
+template <class M, class T = typename M::T>
+__attribute__((noinline)) void scatter(const T* in, void* base, DType dtype, const std::vector<int64_t>& sizes,
+                                       const std::vector<int64_t>& strides, int64_t start, int64_t n) {
   const Runs runs(sizes, strides, start);
   switch (dtype) {
     case DType::f32:
@@ -96,8 +97,9 @@ FUSEDOPTIM_HD void scatter(const T* in, void* base, DType dtype, const std::vect
   }
 }
 
-FUSEDOPTIM_HD void fill_with_zeros(void* base, DType dtype, const std::vector<int64_t>& sizes,
-                                   const std::vector<int64_t>& strides, int64_t start, int64_t n) {
+template <class M>
+__attribute__((noinline)) void fill_with_zeros(void* base, DType dtype, const std::vector<int64_t>& sizes,
+                                               const std::vector<int64_t>& strides, int64_t start, int64_t n) {
   Runs runs(sizes, strides, start);
   for (int64_t k = 0; k < n;) {
     const int64_t length = runs.length(n - k);

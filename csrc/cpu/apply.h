@@ -64,12 +64,10 @@ FUSEDOPTIM_HD void store_tail(void* base, DType d, int64_t i, int n, typename M:
 // All operands bf16: 2*width elements at once. Returns where it stopped.
 template <class Rule, int variant, class M>
 FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t end,
-                                        const typename Rule::template Scalars<float>& c, const Intake<float>& intake,
-                                        bool zero_grad) {
+                                        const typename Rule::template Scalars<float>& c) {
   using V = typename M::V;
   const auto at = [](const void* base, int64_t i) { return static_cast<const uint16_t*>(base) + i; };
   const auto out = [](void* base, int64_t i) { return static_cast<uint16_t*>(base) + i; };
-  const V zero = M::set(0);
   int64_t i = begin;
   for (; i + 2 * M::width <= end; i += 2 * M::width) {
     V p[2], g[2], s[2][kMaxSlots];
@@ -77,37 +75,39 @@ FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t e
     M::load_bf16_pair(at(e.grad, i), g[0], g[1]);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::load_bf16_pair(at(e.state[k], i), s[0][k], s[1][k]);
-    Rule::template update<variant, M>(p[0], taken<M>(g[0], intake), s[0], c);
-    Rule::template update<variant, M>(p[1], taken<M>(g[1], intake), s[1], c);
+    Rule::template update<variant, M>(p[0], g[0], s[0], c);
+    Rule::template update<variant, M>(p[1], g[1], s[1], c);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::store_bf16_pair(out(e.state[k], i), s[0][k], s[1][k]);
     M::store_bf16_pair(out(e.param, i), p[0], p[1]);
-    if (zero_grad) M::store_bf16_pair(out(e.grad, i), zero, zero);
   }
   return i;
 }
 
-template <class Rule, int variant, class M, int fixed>
-void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* scalars, const Composition& around) {
+// fixed: the dtype of parameter and gradient, fixed_state: of all states, where they are known. plain: nothing
+// surrounds the rule. What does costs a bf16 step, which has few cycles to spare, a tenth of its speed.
+template <class Rule, int variant, class M, int fixed, int fixed_state, bool plain>
+FUSEDOPTIM_HD void update_elements(const Entry& e, int64_t begin, int64_t end,
+                                   const typename Rule::template Scalars<typename M::T>& c, const Composition& around) {
   using T = typename M::T;
   using V = typename M::V;
   constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
-  const Entry e = entry;  // a copy whose fields no store can alias
-  const auto c = *static_cast<const typename Rule::template Scalars<T>*>(scalars);
+  constexpr int bf16 = static_cast<int>(DType::bf16);
   const auto intake = Intake<T>::of(around);
   const auto toward_param = LerpWeight<T>::of(1.0 - around.ema_decay);
-  const bool averages = e.state[kEma] && around.ema_decay >= 0, zero_grad = around.zero_grad;
+  const bool averages = !plain && e.state[kEma] && around.ema_decay >= 0, zero_grad = !plain && around.zero_grad;
   int64_t i = begin;
-  if constexpr (fixed == static_cast<int>(DType::bf16) && M::has_pairs)
-    if (!averages) i = update_bf16_pairs<Rule, variant, M>(e, begin, end, c, intake, zero_grad);
+  if constexpr (plain && fixed == bf16 && fixed_state == bf16 && M::has_pairs)
+    i = update_bf16_pairs<Rule, variant, M>(e, begin, end, c);
   for (; i + M::width <= end; i += M::width) {
     V p = load<M, fixed>(e.param, e.param_dtype, i), s[kMaxSlots];
-    const V g = taken<M>(load<M, fixed>(e.grad, e.grad_dtype, i), intake);
+    V g = load<M, fixed>(e.grad, e.grad_dtype, i);
+    if constexpr (!plain) g = taken<M>(g, intake);
     for (int k = 0; k < Rule::kSlots; ++k)
-      if (Rule::uses(variant, k)) s[k] = load<M, fixed>(e.state[k], e.state_dtype[k], i);
+      if (Rule::uses(variant, k)) s[k] = load<M, fixed_state>(e.state[k], e.state_dtype[k], i);
     Rule::template update<variant, M>(p, g, s, c);
     for (int k = 0; k < Rule::kSlots; ++k)
-      if (Rule::uses(variant, k)) store<M, fixed>(e.state[k], e.state_dtype[k], i, s[k]);
+      if (Rule::uses(variant, k)) store<M, fixed_state>(e.state[k], e.state_dtype[k], i, s[k]);
     store<M, fixed>(e.param, e.param_dtype, i, p);
     if (averages) {
       if (e.param_dtype != kCompute) p = load<M, fixed>(e.param, e.param_dtype, i);  // as it was rounded
@@ -119,7 +119,8 @@ void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* s
   if (i < end) {
     const int n = static_cast<int>(end - i);
     V p = load_tail<M>(e.param, e.param_dtype, i, n), s[kMaxSlots];
-    const V g = taken<M>(load_tail<M>(e.grad, e.grad_dtype, i, n), intake);
+    V g = load_tail<M>(e.grad, e.grad_dtype, i, n);
+    if constexpr (!plain) g = taken<M>(g, intake);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) s[k] = load_tail<M>(e.state[k], e.state_dtype[k], i, n);
     Rule::template update<variant, M>(p, g, s, c);
@@ -133,6 +134,26 @@ void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* s
     }
     if (zero_grad) store_tail<M>(e.grad, e.grad_dtype, i, n, M::set(0));
   }
+}
+
+template <class Rule, int variant, class M, int fixed, int fixed_state = fixed>
+void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* scalars, const Composition& around) {
+  // fp32 and 16 bits have a loop without anything around the rule, which 16 bits, with few cycles to spare, would feel.
+  // With something around it 16 bits take the loop of any dtypes; fp64 has one loop for both.
+  constexpr bool in_f32 = fixed == static_cast<int>(DType::f32);
+  constexpr bool in_16 = fixed == static_cast<int>(DType::bf16) || fixed == static_cast<int>(DType::f16);
+  const Entry e = entry;  // a copy whose fields no store can alias
+  const auto c = *static_cast<const typename Rule::template Scalars<typename M::T>*>(scalars);
+  if constexpr (in_f32 || in_16) {
+    if (around.is_plain()) {
+      update_elements<Rule, variant, M, fixed, fixed_state, true>(e, begin, end, c, around);
+      return;
+    }
+  }
+  if constexpr (in_16)
+    update_linear<Rule, variant, M, kAnyDType>(entry, begin, end, scalars, around);
+  else
+    update_elements<Rule, variant, M, fixed, fixed_state, false>(e, begin, end, c, around);
 }
 
 // Operands of different memory order: tile by tile through contiguous buffers that stay in the L1 cache.
@@ -154,21 +175,21 @@ void update_strided(const Entry& e, int64_t begin, int64_t end, const void* scal
   const auto toward_param = LerpWeight<T>::of(1.0 - around.ema_decay);
   for (int64_t i = begin; i < end; i += kTileElements) {
     const int64_t n = end - i < kTileElements ? end - i : kTileElements;
-    gather(p, e.param, e.param_dtype, l.sizes, l.param, i, n);
-    gather(g, e.grad, e.grad_dtype, l.sizes, l.grad, i, n);
+    gather<M>(p, e.param, e.param_dtype, l.sizes, l.param, i, n);
+    gather<M>(g, e.grad, e.grad_dtype, l.sizes, l.grad, i, n);
     for (int k = 0; k < Rule::kSlots; ++k)
-      if (Rule::uses(variant, k)) gather(s[k], e.state[k], e.state_dtype[k], l.sizes, l.state[k], i, n);
+      if (Rule::uses(variant, k)) gather<M>(s[k], e.state[k], e.state_dtype[k], l.sizes, l.state[k], i, n);
     update_linear<Rule, variant, M, static_cast<int>(kDType)>(tile, 0, n, scalars, around);
     for (int k = 0; k < Rule::kSlots; ++k)
-      if (Rule::uses(variant, k)) scatter(s[k], e.state[k], e.state_dtype[k], l.sizes, l.state[k], i, n);
-    scatter(p, e.param, e.param_dtype, l.sizes, l.param, i, n);
+      if (Rule::uses(variant, k)) scatter<M>(s[k], e.state[k], e.state_dtype[k], l.sizes, l.state[k], i, n);
+    scatter<M>(p, e.param, e.param_dtype, l.sizes, l.param, i, n);
     if (e.state[kEma] && around.ema_decay >= 0) {
-      gather(p, e.param, e.param_dtype, l.sizes, l.param, i, n);  // as it was rounded
-      gather(g, e.state[kEma], kDType, l.sizes, l.state[kEma], i, n);
+      gather<M>(p, e.param, e.param_dtype, l.sizes, l.param, i, n);  // as it was rounded
+      gather<M>(g, e.state[kEma], kDType, l.sizes, l.state[kEma], i, n);
       for (int64_t k = 0; k < n; ++k) g[k] = lerp<portable::Lane<T>>(g[k], p[k], toward_param);
-      scatter(g, e.state[kEma], kDType, l.sizes, l.state[kEma], i, n);
+      scatter<M>(g, e.state[kEma], kDType, l.sizes, l.state[kEma], i, n);
     }
-    if (around.zero_grad) fill_with_zeros(e.grad, e.grad_dtype, l.sizes, l.grad, i, n);
+    if (around.zero_grad) fill_with_zeros<M>(e.grad, e.grad_dtype, l.sizes, l.grad, i, n);
   }
 }
 
@@ -183,7 +204,7 @@ double tile_sum(const Entry& e, int64_t tile, const Composition& around) {
     return tile_sum_of_squares(static_cast<const T*>(e.grad) + start);
   alignas(64) T x[kTile] = {};
   if (e.sum_layout) {
-    gather(x, e.grad, e.grad_dtype, e.sum_layout->sizes, e.sum_layout->grad, start, n);
+    gather<M>(x, e.grad, e.grad_dtype, e.sum_layout->sizes, e.sum_layout->grad, start, n);
   } else {
     int64_t i = 0;
     for (; i + M::width <= n; i += M::width) M::store(x + i, load<M, kAnyDType>(e.grad, e.grad_dtype, start + i));
@@ -197,27 +218,28 @@ double tile_sum(const Entry& e, int64_t tile, const Composition& around) {
 // ---- lookup ----
 
 template <class Rule>
-FUSEDOPTIM_HD bool all_operands_are(const Entry& e, int variant, DType d) {
+FUSEDOPTIM_HD bool dtypes_are(const Entry& e, int variant, DType d, DType state) {
   bool same = e.param_dtype == d && e.grad_dtype == d;
   for (int k = 0; k < Rule::kSlots; ++k)
-    if (Rule::uses(variant, k)) same = same && e.state_dtype[k] == d;
+    if (Rule::uses(variant, k)) same = same && e.state_dtype[k] == state;
   return same;
 }
 
 template <class Rule, int variant, class F32, class F64>
 UpdateFn update_for(const Entry& e) {
-  constexpr int f32 = static_cast<int>(DType::f32), bf16 = static_cast<int>(DType::bf16),
-                f16 = static_cast<int>(DType::f16);
-  if (e.compute_dtype() == DType::f64) {
+  constexpr DType F = DType::f32, D = DType::f64, B = DType::bf16, H = DType::f16;
+  constexpr int f32 = static_cast<int>(F), f64 = static_cast<int>(D), bf16 = static_cast<int>(B);
+  constexpr int f16 = static_cast<int>(H);
+  if (e.compute_dtype() == D) {
     if (e.layout) return update_strided<Rule, variant, F64>;
-    if (all_operands_are<Rule>(e, variant, DType::f64))
-      return update_linear<Rule, variant, F64, static_cast<int>(DType::f64)>;
+    if (dtypes_are<Rule>(e, variant, D, D)) return update_linear<Rule, variant, F64, f64>;
     return update_linear<Rule, variant, F64, kAnyDType>;
   }
   if (e.layout) return update_strided<Rule, variant, F32>;
-  if (all_operands_are<Rule>(e, variant, DType::f32)) return update_linear<Rule, variant, F32, f32>;
-  if (all_operands_are<Rule>(e, variant, DType::bf16)) return update_linear<Rule, variant, F32, bf16>;
-  if (all_operands_are<Rule>(e, variant, DType::f16)) return update_linear<Rule, variant, F32, f16>;
+  if (dtypes_are<Rule>(e, variant, F, F)) return update_linear<Rule, variant, F32, f32>;
+  if (dtypes_are<Rule>(e, variant, B, B)) return update_linear<Rule, variant, F32, bf16>;
+  if (dtypes_are<Rule>(e, variant, H, H)) return update_linear<Rule, variant, F32, f16>;
+  if (dtypes_are<Rule>(e, variant, B, F)) return update_linear<Rule, variant, F32, bf16, f32>;
   return update_linear<Rule, variant, F32, kAnyDType>;
 }
 

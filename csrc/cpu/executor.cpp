@@ -8,6 +8,7 @@
 
 #include "../core/strided.h"
 #include "capability.h"
+#include "lanes_portable.h"
 
 namespace fusedoptim {
 namespace {
@@ -221,7 +222,7 @@ void CpuExecutor::zero_gradients(const std::vector<Entry>& entries) const {
         if (!e.layout)
           std::memset(static_cast<char*>(e.grad) + begin * size, 0, (end - begin) * size);
         else
-          fill_with_zeros(e.grad, e.grad_dtype, e.layout->sizes, e.layout->grad, begin, end - begin);
+          fill_with_zeros<portable::F32>(e.grad, e.grad_dtype, e.layout->sizes, e.layout->grad, begin, end - begin);
       });
     });
 }
