@@ -62,9 +62,10 @@ FUSEDOPTIM_HD void store_tail(void* base, DType d, int64_t i, int n, typename M:
 }
 
 // All operands bf16: 2*width elements at once. Returns where it stopped.
-template <class Rule, int variant, class M>
+template <class Rule, int variant, class M, bool plain>
 FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t end,
-                                        const typename Rule::template Scalars<float>& c) {
+                                        const typename Rule::template Scalars<float>& c, const Intake<float>& intake,
+                                        bool zero_grad) {
   using V = typename M::V;
   const auto at = [](const void* base, int64_t i) { return static_cast<const uint16_t*>(base) + i; };
   const auto out = [](void* base, int64_t i) { return static_cast<uint16_t*>(base) + i; };
@@ -73,6 +74,7 @@ FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t e
     V p[2], g[2], s[2][kMaxSlots];
     M::load_bf16_pair(at(e.param, i), p[0], p[1]);
     M::load_bf16_pair(at(e.grad, i), g[0], g[1]);
+    if constexpr (!plain) g[0] = taken<M>(g[0], intake), g[1] = taken<M>(g[1], intake);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::load_bf16_pair(at(e.state[k], i), s[0][k], s[1][k]);
     Rule::template update<variant, M>(p[0], g[0], s[0], c);
@@ -80,6 +82,7 @@ FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t e
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::store_bf16_pair(out(e.state[k], i), s[0][k], s[1][k]);
     M::store_bf16_pair(out(e.param, i), p[0], p[1]);
+    if (!plain && zero_grad) M::store_bf16_pair(out(e.grad, i), M::set(0), M::set(0));
   }
   return i;
 }
@@ -97,8 +100,8 @@ FUSEDOPTIM_HD void update_elements(const Entry& e, int64_t begin, int64_t end,
   const auto toward_param = LerpWeight<T>::of(1.0 - around.ema_decay);
   const bool averages = !plain && e.state[kEma] && around.ema_decay >= 0, zero_grad = !plain && around.zero_grad;
   int64_t i = begin;
-  if constexpr (plain && fixed == bf16 && fixed_state == bf16 && M::has_pairs)
-    i = update_bf16_pairs<Rule, variant, M>(e, begin, end, c);
+  if constexpr (fixed == bf16 && fixed_state == bf16 && M::has_pairs)
+    if (!averages) i = update_bf16_pairs<Rule, variant, M, plain>(e, begin, end, c, intake, zero_grad);
   for (; i + M::width <= end; i += M::width) {
     V p = load<M, fixed>(e.param, e.param_dtype, i), s[kMaxSlots];
     V g = load<M, fixed>(e.grad, e.grad_dtype, i);
@@ -138,8 +141,7 @@ FUSEDOPTIM_HD void update_elements(const Entry& e, int64_t begin, int64_t end,
 
 template <class Rule, int variant, class M, int fixed, int fixed_state = fixed>
 void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* scalars, const Composition& around) {
-  // fp32 and 16 bits have a loop without anything around the rule, which 16 bits, with few cycles to spare, would feel.
-  // With something around it 16 bits take the loop of any dtypes; fp64 has one loop for both.
+  // fp32 and 16 bits have a loop without anything around the rule: 16 bits have few cycles to spare.
   constexpr bool in_f32 = fixed == static_cast<int>(DType::f32);
   constexpr bool in_16 = fixed == static_cast<int>(DType::bf16) || fixed == static_cast<int>(DType::f16);
   const Entry e = entry;  // a copy whose fields no store can alias
@@ -150,10 +152,7 @@ void update_linear(const Entry& entry, int64_t begin, int64_t end, const void* s
       return;
     }
   }
-  if constexpr (in_16)
-    update_linear<Rule, variant, M, kAnyDType>(entry, begin, end, scalars, around);
-  else
-    update_elements<Rule, variant, M, fixed, fixed_state, false>(e, begin, end, c, around);
+  update_elements<Rule, variant, M, fixed, fixed_state, false>(e, begin, end, c, around);
 }
 
 // Operands of different memory order: tile by tile through contiguous buffers that stay in the L1 cache.
