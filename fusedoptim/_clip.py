@@ -12,7 +12,7 @@ from torch.nn import utils
 from . import _backends, _native, reference
 from ._checks import DTYPES, compute_dtype
 from ._memory import overlaps_itself, sharing
-from ._runners import current_stream, device_guard, make_launcher
+from ._runners import device_guard, make_launcher, stream_of
 
 Parameters = Tensor | Iterable[Tensor]
 
@@ -117,7 +117,7 @@ def _clip(grads: list[Tensor], backend: str | None, max_norm: float | None, limi
         torch.ops.fusedoptim._bind_clipper(grads, clipper.address)
         scales = max_norm is not None and max_norm != math.inf
         clipper.run(
-            current_stream(device),
+            stream_of(device)(),
             max_norm is not None,
             max_norm if scales and max_norm is not None else -1.0,
             -1.0 if limit is None else limit,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +85,7 @@ class CompiledRunner:
         bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
         settings = (around.norm_stats.data_ptr(), around.skip_nonfinite, around.zero_grad)
         self.plan = _native._C.Plan(rule.name, rule.hyper, bump, device, launcher, settings)
+        self.stream = stream_of(self.device)
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
         self.run: Callable[[], None] = self.plan.run
@@ -105,7 +107,7 @@ class CompiledRunner:
             None if t is None else t.to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
             for t in (grad_scale, found_inf)
         ]
-        self.plan.run(current_stream(self.device), *(0 if t is None else t.data_ptr() for t in scalars))
+        self.plan.run(self.stream(), *(0 if t is None else t.data_ptr() for t in scalars))
 
     def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
         ours = {m.param: m.first for m in members}
@@ -143,9 +145,11 @@ def make_launcher(backend: str, device: torch.device) -> Any:
     return device.index or 0
 
 
-def current_stream(device: torch.device) -> int:
-    """The address of torch's current stream, where kernels are launched by address."""
-    return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
+def stream_of(device: torch.device) -> Callable[[], int]:
+    """Gives the address of torch's current stream, 0 where kernels are not launched by address."""
+    if device.type == "cuda":
+        return partial(torch._C._cuda_getCurrentRawStream, device.index)
+    return int
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
@@ -164,14 +168,14 @@ class GpuRunner(CompiledRunner):
         super().__init__(rule, around, torch.empty(0, device=device).__dlpack_device__(), launcher)
         if device.type == "cpu":
             return
-        current_device, run = torch.get_device_module(device).current_device, self.plan.run
+        current_device, run, stream = torch.get_device_module(device).current_device, self.plan.run, self.stream
 
         def run_on_device() -> None:
             if current_device() == device.index:
-                run(current_stream(device))
+                run(stream())
                 return
             with device_guard(device):
-                run(current_stream(device))
+                run(stream())
 
         self.run = run_on_device
 

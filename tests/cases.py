@@ -82,6 +82,15 @@ FULL = [
     )
 ]
 
+#: Everything that a step can do around its rule, at once.
+ALL: dict[str, Any] = {
+    "max_grad_norm": 0.5,
+    "clip_grad_value": 0.01,
+    "ema_decay": 0.9,
+    "zero_grad_in_step": True,
+    "skip_nonfinite": True,
+}
+
 #: Every vector width's body and tail, tiles and their remainders, no elements and one, several dimensions.
 SHAPES = [
     (0,),

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fusedoptim
-from benchmarks import arguments, devices, limits, rows, run, scaling, tables
+from benchmarks import arguments, compiled, devices, limits, rows, run, scaling, tables
 from benchmarks.cases import CASES, Case, evenly, shard
 from benchmarks.data import Data
 from benchmarks.devices import Cpu, Cuda, Sample, device_events
@@ -689,3 +689,12 @@ def test_a_curve_is_measured_and_saved(monkeypatch: pytest.MonkeyPatch, measured
     assert [r["elements"] for r in content["scaling"]] == [64, 64, 64, 32, 64, 128]
     found = scaling.slopes(content["scaling"])
     assert {(curve, name) for curve, name, _, _ in found} == {(c, n) for c in cases for n in (OURS, "torch fused")}
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_steps_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["compiled", "--tensors", "2", "--elements", "3", "--rounds", "2"])
+    assert compiled.main() == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[0] for row in rows] == ["| fusedoptim", "| fusedoptim compiled", "| torch foreach compiled"]
+    assert all(float(cell.rstrip(" |")) >= 0 for row in rows for cell in row[1:])

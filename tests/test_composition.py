@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import (
+    ALL,
     BY_NAME,
     CAPABILITIES,
     FULL,
@@ -27,16 +26,8 @@ from cases import (
 
 import fusedoptim
 from benchmarks.witness import ieee_sqrt
-from fusedoptim._runners import CompiledRunner
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ALL: dict[str, Any] = {
-    "max_grad_norm": 0.5,
-    "clip_grad_value": 0.01,
-    "ema_decay": 0.9,
-    "zero_grad_in_step": True,
-    "skip_nonfinite": True,
-}
 
 
 class Separately:
@@ -291,254 +282,3 @@ def test_options_switched_on_in_mid_training() -> None:
         b.step()
         assert (a.last_grad_norm is None) == (step not in (2, 3, 5))
     assert_same_optimizers(a, b)
-
-
-def test_the_average_starts_as_the_parameter_before_the_first_step() -> None:
-    """Not as it was when the optimizer was made."""
-    for case in FULL:
-        params = parameters([(7,)])
-        optimizer = case.make(params, ema_decay=0.75)
-        with torch.no_grad():
-            params[0].fill_(2.0)
-        set_gradients(params, 0)
-        optimizer.step()
-        expected = torch.full((7,), 2.0).lerp_(params[0].detach(), 0.25)
-        assert_same_bits(optimizer.state[params[0]]["ema"], expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_averages_in_the_parameters_place(dtype: torch.dtype) -> None:
-    params = parameters([(7,), (3, 5)], dtype)
-    groups = [{"params": params[:1]}, {"params": params[1:], "ema_decay": None}]
-    optimizer = fusedoptim.SGD(groups, lr=1.0, ema_decay=0.5)
-    with pytest.raises(RuntimeError, match="take a step first"), optimizer.ema_weights():
-        pass
-    set_gradients(params, 0)
-    optimizer.step()
-    own = [p.detach().clone() for p in params]
-    where = [p.data_ptr() for p in params]
-    with pytest.raises(KeyError), optimizer.ema_weights():
-        assert_same_bits(params[0].detach(), optimizer.state[params[0]]["ema"].to(dtype))
-        assert not torch.equal(params[0].detach(), own[0])
-        assert_same_bits(params[1].detach(), own[1])
-        with pytest.raises(RuntimeError, match="step after it"):
-            optimizer.step(lambda: pytest.fail("the closure ran"))
-        with pytest.raises(RuntimeError, match="active already"), optimizer.ema_weights():
-            pass
-        raise KeyError
-    assert where == [p.data_ptr() for p in params]
-    for p, q in zip(params, own, strict=True):
-        assert_same_bits(p.detach(), q)
-    optimizer.step()
-    optimizer.param_groups[0]["ema_decay"] = None
-    with pytest.raises(RuntimeError, match="no moving averages"), optimizer.ema_weights():
-        pass
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_checkpoints_and_copies(case: Case) -> None:
-    """With averages and options; also through torch.optim, which has neither."""
-    mine, theirs = parameters([(5,), (40,)]), parameters([(5,), (40,)])
-    a = case.make(mine, **ALL)
-    for step in range(3):
-        set_gradients(mine, step)
-        a.step()
-    for p, q in zip(theirs, mine, strict=True):
-        p.data.copy_(q)
-    b = case.make(theirs)
-    b.load_state_dict(copy.deepcopy(a.state_dict()))
-    b._options.update(a._options)
-    assert b.param_groups[0]["max_grad_norm"] == 0.5
-    for step in range(3, 6):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        a.step()
-        b.step()
-    assert_same_optimizers(a, b)
-    c = copy.deepcopy(a)
-    assert c._options == a._options and c._step_supports_amp_scaling
-    if case.in_torch:
-        stock = case.make_torch(parameters([(5,), (40,)]))
-        stock.load_state_dict(a.state_dict())
-        a.load_state_dict(stock.state_dict())
-        set_gradients(mine, 6)
-        a.step()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_grad_norm": 0.0}, "Invalid max_grad_norm: 0.0"),
-        ({"max_grad_norm": math.nan}, "Invalid max_grad_norm: nan"),
-        ({"clip_grad_value": -1.0}, "Invalid clip_grad_value: -1.0"),
-        ({"ema_decay": 1.0}, "Invalid ema_decay: 1.0"),
-        ({"ema_decay": -0.1}, "Invalid ema_decay: -0.1"),
-        ({"state_dtype": torch.int8}, "Invalid state_dtype"),
-    ],
-    ids=str,
-)
-def test_invalid_options(options: dict[str, Any], message: str) -> None:
-    for case in FULL:
-        with pytest.raises(ValueError, match=message):
-            case.make(parameters([(3,)]), **options)
-        if "state_dtype" in options:
-            continue
-        params = parameters([(3,)])
-        optimizer = case.make(params)
-        set_gradients(params, 0)
-        optimizer.step()
-        optimizer.param_groups[0].update(options)
-        before = params[0].detach().clone()
-        with pytest.raises(ValueError, match="NaN" if "nan" in message else message):
-            optimizer.step()
-        assert_same_bits(params[0].detach(), before)
-        with pytest.raises(ValueError, match=message):
-            case.make([{"params": parameters([(3,)]), **options}])
-
-
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"AdamW\(\) got an unexpected keyword argument 'max_norm'.*max_grad_norm"):
-        fusedoptim.AdamW(parameters([(3,)]), max_norm=1.0)
-
-
-def test_averages_follow_their_parameters_dtype() -> None:
-    """torch.optim keeps a loaded average in the parameter's dtype; model.double() leaves states as they were."""
-    params, others = parameters([(30,)], torch.bfloat16), parameters([(30,)], torch.bfloat16)
-    a = fusedoptim.Adam(params, ema_decay=0.9)
-    set_gradients(params, 0)
-    a.step()
-    stock = torch.optim.Adam(others)
-    stock.load_state_dict(a.state_dict())
-    assert stock.state[others[0]]["ema"].dtype == torch.bfloat16
-    a.load_state_dict(stock.state_dict())
-    assert a.state[params[0]]["ema"].dtype == torch.float32
-    set_gradients(params, 1)
-    a.step()
-    params[0].data = params[0].data.double()
-    params[0].grad = None
-    set_gradients(params, 2)
-    before = a.state[params[0]]["ema"].double()
-    a.step()
-    assert_same_bits(a.state[params[0]]["ema"], before.lerp_(params[0].detach(), 1 - 0.9))
-
-
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_gradients_that_share_memory_are_not_zeroed(backend: str | None) -> None:
-    """Who reads second would read zeros. Also if they come to share it later."""
-    a, b = parameters([(4,), (4,)])
-    optimizer = fusedoptim.SGD([a, b], lr=1.0, zero_grad_in_step=True, **({"backend": backend} if backend else {}))
-
-    def refused(match: str) -> None:
-        before = a.detach().clone(), b.detach().clone(), a.grad.clone()
-        with pytest.raises(ValueError, match=match):
-            optimizer.step()
-        for now, then in zip((a.detach(), b.detach(), a.grad), before, strict=True):
-            assert_same_bits(now, then)
-
-    for _ in range(2):
-        a.grad = b.grad = torch.ones(4)
-        refused("the gradient of parameter 1 .* shares memory with the gradient of parameter 0")
-        a.grad, b.grad = torch.ones(1).expand(4), torch.ones(4)
-        refused("gradient with elements that share memory")
-        a.grad = a.detach()
-        refused("shares memory with")
-        a.grad, b.grad = torch.ones(4), torch.ones(4)
-        for _ in range(3):
-            optimizer.step()
-            assert not a.grad.any() and not b.grad.any()
-
-
-def test_autograd_notices_zeroed_gradients() -> None:
-    a, b = parameters([(4,), (4,)])
-    a.grad = torch.ones(4)
-    optimizer = fusedoptim.SGD([a], zero_grad_in_step=True)
-    loss = (b * a.grad).sum()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_gradients_are_let_go_of_after_a_step() -> None:
-    a = parameters([(4,)])[0]
-    optimizer = fusedoptim.SGD([a], zero_grad_in_step=True)
-    for _ in range(3):
-        a.grad = torch.ones(4)
-        optimizer.step()
-    gone = weakref.ref(a.grad)
-    a.grad = None
-    assert gone() is None
-
-
-def test_options_of_all_groups_are_refused_in_one() -> None:
-    for name in ("zero_grad_in_step", "skip_nonfinite", "backend", "state_dtype"):
-        with pytest.raises(ValueError, match=f"a group cannot have its own {name}"):
-            fusedoptim.SGD([{"params": parameters([(3,)]), name: None}])
-
-
-def test_a_checkpoint_with_averages_is_still_told_from_anothers() -> None:
-    params = parameters([(4,)])
-    adam = fusedoptim.Adam(params, ema_decay=0.9)
-    set_gradients(params, 0)
-    adam.step()
-    with pytest.raises(ValueError, match="not one of SGD"):
-        fusedoptim.SGD(params, momentum=0.9).load_state_dict(adam.state_dict())
-
-
-def test_numbers_may_be_tensors() -> None:
-    mine, theirs = parameters(SHAPES), parameters(SHAPES)
-    options = {
-        "max_grad_norm": torch.tensor(0.3),
-        "clip_grad_value": torch.tensor(0.01),
-        "ema_decay": torch.tensor(0.7),
-    }
-    a, b = fusedoptim.AdamW(mine, **options), fusedoptim.AdamW(theirs, backend="reference", **options)
-    for step in range(4):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        a.step()
-        b.step()
-    assert_same_optimizers(a, b)
-
-
-def test_parameters_that_were_moved_take_the_count_along() -> None:
-    """As if they had been on another device before."""
-    params = parameters([(3,)])
-    optimizer = fusedoptim.Adam(params, skip_nonfinite=True)
-    optimizer._norm_stats = {torch.device("meta"): torch.tensor([math.nan, 3.0], dtype=torch.float64)}
-    set_gradients(params, 0)
-    for _ in range(2):
-        optimizer.step()
-    assert optimizer.skipped_steps.item() == 3 and optimizer.last_grad_norm.isfinite()
-    assert optimizer.state[params[0]]["step"].item() == 2
-
-
-def test_no_gradients_at_all() -> None:
-    optimizer = fusedoptim.Adam(parameters([(3,)]), **ALL)
-    assert optimizer.last_grad_norm is None
-    optimizer.step()
-    assert optimizer.last_grad_norm.item() == 0.0 and not optimizer.state
-    optimizer = fusedoptim.Adam([{"params": [], "max_grad_norm": 1.0}, {"params": parameters([(3,)])}])
-    optimizer.step()
-    assert optimizer.last_grad_norm is None
-
-
-def test_new_gradients_make_no_new_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their memory is compared with all other; only where ranges meet is every element looked at."""
-    params = parameters([(5,), (40, 3), (7, 2, 3, 1)])
-    optimizer = fusedoptim.Adam(params, zero_grad_in_step=True)
-    built: list[object] = []
-    build = CompiledRunner.build
-    monkeypatch.setattr(CompiledRunner, "build", lambda *args: (built.append(args), build(*args)))
-    for step in range(5):
-        set_gradients(params, step)
-        if step == 3:  # a dimension of size 1 may have any stride
-            params[2].grad = params[2].grad.as_strided((7, 2, 3, 1), (6, 3, 1, 99))
-        optimizer.step()
-    assert len(built) == 1
-    memory = torch.ones(10)
-    params[0].grad, params[1].grad = memory[::2], torch.ones(40, 3)
-    optimizer.step()
-    assert memory.sum() == 5 and len(built) == 2
-    params[0].grad = params[1].grad.view(-1)[3:8]
-    with pytest.raises(ValueError, match="shares memory"):
-        optimizer.step()

@@ -57,6 +57,14 @@ def released(params: Params, step: int) -> None:
     assert all(p.grad is None for p in params)
 
 
+def both_ways(one: Params, a: fusedoptim.FusedOptimizer, two: Params, b: fusedoptim.FusedOptimizer, steps: int) -> None:
+    """Steps the first in the backward pass, the second after it."""
+    step_in_backward(a)
+    for step in range(steps):
+        released(one, step)
+        ordinary(b, two, step)
+
+
 def assert_same_state_dicts(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
     one, two = a.state_dict(), b.state_dict()
     assert one["param_groups"] == two["param_groups"] and one["state"].keys() == two["state"].keys()
@@ -88,20 +96,14 @@ def test_the_bits_of_ordinary_steps(case: Case) -> None:
 def test_other_dtypes_and_states_in_fp32(case: Case, dtype: torch.dtype) -> None:
     one, two = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
     a, b = (case.make(in_groups(ps), state_dtype=torch.float32) for ps in (one, two))
-    step_in_backward(a)
-    for step in range(3):
-        released(one, step)
-        ordinary(b, two, step)
+    both_ways(one, a, two, b, 3)
     assert_same_optimizers(a, b)
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_with_clipped_values_and_averages(case: Case) -> None:
     (one, a), (two, b) = (make(case, clip_grad_value=0.1, ema_decay=0.8) for _ in range(2))
-    step_in_backward(a)
-    for step in range(4):
-        released(one, step)
-        ordinary(b, two, step)
+    both_ways(one, a, two, b, 4)
     assert_same_state_dicts(a, b)
     assert "ema" in a.state[one[0]]
     with a.ema_weights(), pytest.raises(RuntimeError, match=r"step\(\) within ema_weights"):
@@ -111,10 +113,7 @@ def test_with_clipped_values_and_averages(case: Case) -> None:
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_the_reference_does_it_too(case: Case) -> None:
     (one, a), (two, b) = make(case, backend="reference"), make(case)
-    step_in_backward(a)
-    for step in range(3):
-        released(one, step)
-        ordinary(b, two, step)
+    both_ways(one, a, two, b, 3)
     assert_same_optimizers(a, b)
 
 

@@ -88,7 +88,7 @@ FUSEDOPTIM_HD int64_t update_bf16_pairs(const Entry& e, int64_t begin, int64_t e
 }
 
 // fixed: the dtype of parameter and gradient, fixed_state: of all states, where they are known. plain: nothing
-// surrounds the rule. What does costs a bf16 step, which has few cycles to spare, a tenth of its speed.
+// surrounds the rule. A bf16 step, which has few cycles to spare, would feel the rest.
 template <class Rule, int variant, class M, int fixed, int fixed_state, bool plain>
 FUSEDOPTIM_HD void update_elements(const Entry& e, int64_t begin, int64_t end,
                                    const typename Rule::template Scalars<typename M::T>& c, const Composition& around) {

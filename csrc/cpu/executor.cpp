@@ -67,7 +67,8 @@ void CpuExecutor::reschedule(const std::vector<Entry>& entries) {
 }
 
 bool CpuExecutor::takes_long(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows) {
-  const bool sums = info_.needs_norm || needs_global_norm(rows, settings_);
+  measures_ = needs_global_norm(rows, settings_);
+  const bool sums = info_.needs_norm || measures_;
   scheduled_ = scheduled_ && sums == sums_;
   sums_ = sums;
   if (!scheduled_) reschedule(entries);
@@ -171,7 +172,7 @@ void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   bool skip = found_inf && *found_inf != 0;
   const auto unscaled = Composition::unscaled(unscale_by(reinterpret_cast<const float*>(on_device.grad_scale)));
   double norm = 0;
-  if (needs_global_norm(rows, settings_)) {
+  if (measures_) {
     norm = settings_.norm_stats->norm = global_norm(entries, unscaled);
     if (settings_.skip_nonfinite && !is_finite(norm)) {
       settings_.norm_stats->skipped += 1;

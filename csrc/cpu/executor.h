@@ -52,8 +52,10 @@ class CpuExecutor : public Executor {
   const Settings settings_;
   const Kernels* kernels_ = nullptr;
   int threads_ = 0;
-  bool scheduled_ = false, sums_ = false;  // whether partial_ has places for all tile sums
-  std::vector<Composition> around_;        // of each group
+  bool scheduled_ = false;
+  bool sums_ = false;                // partial_ has places for all tile sums
+  bool measures_ = false;            // the step needs the norm of all gradients
+  std::vector<Composition> around_;  // of each group
   Schedule schedule_;
   std::vector<double> partial_;         // tile sums of all gradients
   std::vector<int64_t> first_partial_;  // of each entry

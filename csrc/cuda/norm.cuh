@@ -45,14 +45,14 @@ __device__ __noinline__ double square_at(const BlockWork& work, int64_t i, const
   int64_t at[kOperands];
   at[kGrad] = i;
   if (e.sum_layout >= 0) strided_offsets(layouts + e.sum_layout, i, at);
-  return square(load_single<T, mixed>(work.grad, e.grad_dtype, at[kGrad]), work.intake<T>());
+  return square(load_single<T, mixed>(work.grad, e.grad_dtype, at[kGrad]), work.around<T>().intake);
 }
 
 // The sum of squares of a tile of the gradient that the rule gets.
 template <class T, bool mixed>
 __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
-  const auto intake = work.intake<T>();
+  const auto intake = work.around<T>().intake;
   const int64_t start = tile * kTile;
   if constexpr (!mixed) {
     const int64_t bytes = size_of(e.grad_dtype);

@@ -6,6 +6,15 @@
 
 namespace fusedoptim::cuda {
 
+// What surrounds the rule, in a compute type: worked out once, not by every thread.
+template <class T>
+struct Around {
+  Intake<T> intake;
+  LerpWeight<T> toward_param;
+
+  static __device__ Around of(const Composition& c) { return {Intake<T>::of(c), LerpWeight<T>::of(1.0 - c.ema_decay)}; }
+};
+
 // One block's work, as its first warp found it, in shared memory.
 struct BlockWork {
   DeviceEntry entry;
@@ -16,32 +25,20 @@ struct BlockWork {
   Work work;
   bool first;  // its states count as absent
   bool zero_grad;
-  // What surrounds the rule, in either compute type: converted once, not by every thread.
-  Intake<float> intake32;
-  Intake<double> intake64;
-  LerpWeight<float> toward_param32;
-  LerpWeight<double> toward_param64;
+  Around<float> around32;
+  Around<double> around64;
 
   __device__ void surround(const Composition& c) {
     zero_grad = c.zero_grad;
-    intake32 = Intake<float>::of(c);
-    intake64 = Intake<double>::of(c);
-    toward_param32 = LerpWeight<float>::of(1.0 - c.ema_decay);
-    toward_param64 = LerpWeight<double>::of(1.0 - c.ema_decay);
+    around32 = Around<float>::of(c);
+    around64 = Around<double>::of(c);
   }
   template <class T>
-  __device__ const Intake<T>& intake() const {
+  __device__ const Around<T>& around() const {
     if constexpr (sizeof(T) == 8)
-      return intake64;
+      return around64;
     else
-      return intake32;
-  }
-  template <class T>
-  __device__ const LerpWeight<T>& toward_param() const {
-    if constexpr (sizeof(T) == 8)
-      return toward_param64;
-    else
-      return toward_param32;
+      return around32;
   }
 };
 
@@ -60,8 +57,7 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
   constexpr int U = 2;
   constexpr bool kEarly = G == 4;  // there are registers for it, which in fp64 there are not
   const DeviceEntry& e = work.entry;
-  const auto intake = work.intake<T>();
-  const auto toward_param = work.toward_param<T>();
+  const auto [intake, toward_param] = work.around<T>();
   const bool averages = (e.uses >> kEma & 1) != 0, zero_grad = work.zero_grad;
   constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
 #pragma unroll 1
@@ -127,8 +123,7 @@ __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t be
                                                const int64_t* layouts) {
   constexpr int U = mixed ? 1 : 2;
   const DeviceEntry& e = work.entry;
-  const auto intake = work.intake<T>();
-  const auto toward_param = work.toward_param<T>();
+  const auto [intake, toward_param] = work.around<T>();
   const bool averages = (e.uses >> kEma & 1) != 0, zero_grad = work.zero_grad;
   constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
 #pragma unroll 1
@@ -220,18 +215,6 @@ __device__ __forceinline__ void update_range(const BlockWork& work, const typena
   update_singles<Rule, variant, T, mixed>(work, 0, gap, done, gap + end - done, c, layouts);
 }
 
-// For a step that is skipped.
-template <bool mixed>
-__device__ __noinline__ void zero_gradient(const BlockWork& work, const int64_t* layouts) {
-  const DeviceEntry& e = work.entry;
-  for (int64_t i = work.begin + threadIdx.x; i < work.end; i += kThreads) {
-    int64_t at[kOperands];
-    at[kGrad] = i;
-    if (e.layout >= 0) strided_offsets(layouts + e.layout, i, at);
-    store_single<mixed>(work.grad, e.grad_dtype, at[kGrad], 0.0f);
-  }
-}
-
 // The same, for the entry's own variant.
 template <class Rule, class T, bool mixed, int variant = 0>
 __device__ __forceinline__ void update_variant(const BlockWork& work, const typename Rule::template Scalars<T>& scalars,
@@ -241,6 +224,18 @@ __device__ __forceinline__ void update_variant(const BlockWork& work, const type
       update_range<Rule, variant, T, mixed>(work, scalars, layouts);
     else
       update_variant<Rule, T, mixed, variant + 1>(work, scalars, layouts);
+  }
+}
+
+// For a step that is skipped.
+template <bool mixed>
+__device__ __noinline__ void zero_gradient(const BlockWork& work, const int64_t* layouts) {
+  const DeviceEntry& e = work.entry;
+  for (int64_t i = work.begin + threadIdx.x; i < work.end; i += kThreads) {
+    int64_t at[kOperands];
+    at[kGrad] = i;
+    if (e.layout >= 0) strided_offsets(layouts + e.layout, i, at);
+    store_single<mixed>(work.grad, e.grad_dtype, at[kGrad], 0.0f);
   }
 }
 
