@@ -57,8 +57,9 @@ __device__ inline const uint64_t* row_of(const StepArgs& args, int32_t group) {
 }
 
 __device__ inline double hyper_of(const uint64_t* row, int k) {
+  const uint64_t word = row[k];  // copied from the row itself, it would be read byte by byte
   double x;
-  memcpy(&x, row + k, 8);
+  memcpy(&x, &word, 8);
   return x;
 }
 
