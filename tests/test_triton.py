@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda_build import RULES, STATES, cuobjdump
+from test_cuda_build import RULES, STATES
 
 import fusedoptim
+from benchmarks.machine_code import cuobjdump
 from benchmarks.triton_compile import generate, kind
 from fusedoptim import _backends, _native
 

@@ -179,7 +179,8 @@ __device__ inline double sum_of_part(const BlockWork& work, const double* sums) 
 
 // An elementwise rule. mixed: some operands may have 64 bits.
 template <class Rule, bool mixed>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM) step_kernel(const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kThreads, mixed ? kWideBlocksPerSM : kBlocksPerSM)
+    step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   const bool skip = is_skipped(args);
   if (skip && !(args.flags & kZeroGrad)) return;
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) step_kernel(const __gr
 
 // A rule that needs the gradient's norm first. Blocks take tickets, so that what a block waits for has begun already.
 template <class Rule, bool mixed>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
   __shared__ double sum_of_squares;
@@ -282,7 +283,7 @@ __device__ inline void add_to_norm(const StepArgs& args, int32_t index, double s
 
 // The norm of all gradients, unscaled but not clipped.
 template <bool mixed>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_kernel(const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
   if (threadIdx.x < kWarp) {

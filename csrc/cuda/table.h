@@ -13,8 +13,10 @@
 
 namespace fusedoptim::cuda {
 
-// 128 threads of up to 128 registers, 4 blocks to a multiprocessor: 64 KB of loads under way, twice what an H200 needs.
-inline constexpr int kThreads = 128, kBlocksPerSM = 4, kWarp = 32, kWarps = kThreads / kWarp;
+// Blocks of 128 threads, so many to a multiprocessor: five have up to 96 registers, and 80 KB of loads under way where
+// a thread has two groups of four operands; an H200 needs about 30. Sums of squares and fp64 get 128 registers.
+inline constexpr int kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
+inline constexpr int kBlocksPerSM = 5, kWideBlocksPerSM = 4;
 
 // A rule that needs a norm works in parts of this many elements, both when it sums and when it updates; a tensor of one
 // part is done by one block, without waiting.
