@@ -269,7 +269,7 @@ def table(kernels: dict[str, Kernel]) -> list[str]:
                 str(kernel.registers),
                 str(kernel.blocks),
             )
-            rows.append((rule[0], f"{number}, {stores} stores", loop.dtypes, *numbers, f"{kernel.blocks}"))
+            rows.append((rule[0], f"{number}, {stores} stores", loop.dtypes, *numbers))
     return columns(rows)
 
 

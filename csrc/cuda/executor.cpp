@@ -36,6 +36,7 @@ void Grid::add(int32_t entry, Work work, int64_t count) {
   items += count;
   if (items > INT32_MAX) throw std::runtime_error("the parameters have too many elements for one launch");
   first_item.push_back(static_cast<uint32_t>(items));
+  segment_of.resize(items, static_cast<uint32_t>(segments.size() - 1));
 }
 
 void Grid::add_kind(uint64_t kind) {
@@ -240,10 +241,11 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     if (grid.items > 0) launcher_->prepare(grid.norms ? kNormOfAll : rule_, grid.kinds);
   Packer packer;
   const int64_t at_entries = packer.add(table), at_layouts = packer.add(layouts_);
-  int64_t at_first[kGrids], at_segments[kGrids];
+  int64_t at_first[kGrids], at_segments[kGrids], at_segment_of[kGrids];
   for (size_t g = 0; g < kGrids; ++g) {
     at_first[g] = packer.add(grid_[g].first_item);
     at_segments[g] = packer.add(grid_[g].segments);
+    at_segment_of[g] = packer.add(grid_[g].segment_of);
   }
   table_memory_ = launcher_->allocate(static_cast<int64_t>(packer.bytes.size()));
   launcher_->upload(table_memory_, 0, packer.bytes.data(), packer.bytes.size(), stream);
@@ -252,6 +254,7 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
   for (size_t g = 0; g < kGrids; ++g) {
     first_item_[g] = reinterpret_cast<uint32_t*>(table_memory_.at(at_first[g]));
     segments_[g] = reinterpret_cast<Segment*>(table_memory_.at(at_segments[g]));
+    segment_of_[g] = reinterpret_cast<uint32_t*>(table_memory_.at(at_segment_of[g]));
   }
   const int64_t words = static_cast<int64_t>(entries.size() + rows.size() * info_.hypers);
   if (!launcher_->by_value())
@@ -337,7 +340,8 @@ const StepHeader* GpuExecutor::pack_in_memory(int64_t entries, void* stream) {
 void GpuExecutor::choose_grid(size_t g) {
   args_.tables.first_item = first_item_[g];
   args_.tables.segments = segments_[g];
-  args_.segments = static_cast<int32_t>(grid_[g].segments.size());
+  args_.tables.segment_of = segment_of_[g];
+  args_.items = static_cast<uint32_t>(grid_[g].items);
 }
 
 // A launch that fails may leave counters of the one before as no other step may find them.

@@ -18,7 +18,7 @@ struct Grid {
 
   std::vector<Segment> segments;
   std::vector<uint64_t> kinds;  // of the entries, each once, in order
-  std::vector<uint32_t> first_item{0};
+  std::vector<uint32_t> first_item{0}, segment_of;
   int64_t items = 0;
 
   void add(int32_t entry, Work work, int64_t count);
@@ -75,7 +75,7 @@ class GpuExecutor : public Executor {
   // In the order of their launches: those of norms first, tensors of up to 32 bits before those with operands of 64.
   static constexpr size_t kGrids = 4;
   Grid grid_[kGrids];
-  const uint32_t* first_item_[kGrids] = {};
+  const uint32_t *first_item_[kGrids] = {}, *segment_of_[kGrids] = {};
   const Segment* segments_[kGrids] = {};
 
   std::vector<uint64_t> words_;                           // a step's gradients, then its hyper-parameters

@@ -65,7 +65,7 @@ struct LaunchControl {
   uint32_t summed;  // tensors whose sum of squares for the norm of all gradients is in
 };
 
-// Items of work follow each other in segments: a block's item number gives, by search, a segment and an item in it.
+// Items of work follow each other in segments; a table has the segment of each item.
 enum class Work : int32_t {
   update,     // a chunk of an elementwise update
   sum,        // a part's tile sums
@@ -80,6 +80,7 @@ struct Segment {
 // All pointers are to device memory.
 struct Tables {
   const DeviceEntry* entries;
+  const uint32_t* segment_of;  // of each item
   const uint32_t* first_item;  // of each segment, and the total
   const Segment* segments;
   const int64_t* layouts;
@@ -111,8 +112,9 @@ struct StepHeader {
   const float* grad_scale;  // gradients are divided by it. May be null
   NormStats* norm_stats;    // of all gradients: written by the kernel of norms, read by that of updates
   int64_t chunk;            // elements per item of Work::update
-  int32_t segments, row_words, inline_grads, inline_rows;  // the last two: where they start in `words`
-  int32_t flags, entries, tensors;                         // tensors: how many entries have sums
+  uint32_t items;
+  int32_t row_words, inline_grads, inline_rows;  // the last two: where they start in `words`
+  int32_t flags, entries, tensors;               // tensors: how many entries have sums
 };
 inline constexpr int64_t kInlineWords = (kArgumentBytes - static_cast<int64_t>(sizeof(StepHeader))) / 8;
 

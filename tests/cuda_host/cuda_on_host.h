@@ -266,6 +266,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host
 // ---- device functions ----
 
 inline void __syncthreads() { cuda_on_host::Block::current().sync(); }
+inline void __syncwarp() { cuda_on_host::Block::current().exchange(0, [](const auto& of) { return of(0); }); }
 inline void __threadfence() {}
 inline void __trap() { cuda_on_host::Block::fail("a block has no work"); }
 inline void __nanosleep(unsigned) { cuda_on_host::Block::fail("a block waits for one that has not begun"); }
