@@ -61,6 +61,13 @@ __device__ inline Composition composition_of(const StepArgs& args, int32_t group
   return c;
 }
 
+// The launch before is through, and what it wrote can be seen.
+__device__ inline void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Whether nothing is to be updated in this step.
 __device__ inline bool is_skipped(const StepArgs& args) {
   if (args.found_inf && *args.found_inf != 0) return true;
@@ -179,6 +186,7 @@ template <class Rule, bool mixed>
 __global__ void __launch_bounds__(kThreads, mixed ? kWideBlocksPerSM : kBlocksPerSM)
     step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
+  if (args.flags & kOverlap) wait_for_launch_before();
   const bool skip = is_skipped(args);
   if (skip && !(args.flags & kZeroGrad)) return;
   if (threadIdx.x < kWarp) {
@@ -202,6 +210,7 @@ __global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(c
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
   __shared__ double sum_of_squares;
+  if (args.flags & kOverlap) wait_for_launch_before();
   const bool skip = is_skipped(args);
   if (skip && !(args.flags & kZeroGrad)) return;
   if (threadIdx.x < kWarp) {

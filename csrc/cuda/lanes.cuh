@@ -63,6 +63,12 @@ struct FastLane : Lane<float> {
   static __device__ __forceinline__ float sqrt(float x) { return raised_sqrt(x) * kRootDown; }
 };
 
+#if defined(FUSEDOPTIM_BRANCHING_QUOTIENTS)  // for measurements
+using LaneOfGroups = Lane<float>;
+#else
+using LaneOfGroups = FastLane;
+#endif
+
 }  // namespace fusedoptim::cuda
 
 namespace fusedoptim {

@@ -16,7 +16,10 @@ namespace fusedoptim::cuda {
 // Blocks of 128 threads, so many to a multiprocessor: five have up to 96 registers, and 80 KB of loads under way where
 // a thread has two groups of four operands; an H200 needs about 30. Sums of squares and fp64 get 128 registers.
 inline constexpr int kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
-inline constexpr int kBlocksPerSM = 5, kWideBlocksPerSM = 4;
+#if !defined(FUSEDOPTIM_BLOCKS)  // for measurements
+#define FUSEDOPTIM_BLOCKS 5
+#endif
+inline constexpr int kBlocksPerSM = FUSEDOPTIM_BLOCKS, kWideBlocksPerSM = 4;
 
 // A rule that needs a norm works in parts of this many elements, both when it sums and when it updates; a tensor of one
 // part is done by one block, without waiting.
@@ -100,6 +103,8 @@ inline constexpr int kNormOfAll = -1;
 
 // Flags of a step.
 inline constexpr int32_t kSkipNonfinite = 1, kZeroGrad = 2, kNormInF64 = 4;
+// The launch may begin while the one before, of norms, still runs: its blocks wait for that themselves.
+inline constexpr int32_t kOverlap = 8;
 
 // Kernel arguments may have 32,764 bytes from CUDA 12.1 on.
 inline constexpr int64_t kArgumentBytes = 32760;

@@ -174,7 +174,7 @@ struct Group {
 template <class Rule, int variant, class T, int G, class Dtypes>
 __device__ __forceinline__ bool update_group(Group& x, const BlockWork& work, bool plain_gradient,
                                              const Intake<T>& intake, const typename Rule::template Scalars<T>& c) {
-  using M = std::conditional_t<sizeof(T) == 4, FastLane, Lane<T>>;
+  using M = std::conditional_t<sizeof(T) == 4, LaneOfGroups, Lane<T>>;
   const DeviceEntry& e = work.entry;
   T param[G], gradient[G], state[kMaxSlots][G];
   decode<G>(param, x.param, Dtypes::param(e));

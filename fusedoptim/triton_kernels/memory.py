@@ -66,8 +66,8 @@ def bf16_bits(x):
 
 @triton.jit
 def encode(x, D: tl.constexpr):
-    """fp64 goes to 16 bits through fp32, as torch converts it. The device's conversion to bf16 is one instruction for two
-    elements, where rounding in integers takes a dozen."""
+    """fp64 goes to 16 bits through fp32, as torch converts it. The device's conversion to bf16 is one instruction for
+    two elements, where rounding in integers takes a dozen."""
     if D == at.F64:
         return x.to(tl.float64)
     elif D == at.F32:

@@ -340,7 +340,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host
 }
 
 template <class Args>
-cudaError_t launch(void (*kernel)(Args), unsigned blocks, int threads, cudaStream_t, const Args& args) {
+cudaError_t launch(void (*kernel)(Args), unsigned blocks, int threads, cudaStream_t, const Args& args, bool = false) {
   cuda_on_host::launch(blocks, threads, [&] { kernel(args); });
   return cudaSuccess;
 }
