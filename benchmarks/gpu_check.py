@@ -94,14 +94,14 @@ def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
     ncu = ["ncu", "--clock-control", "none", "-k", "regex:step_kernel", "--print-details", "all"]
     ncu += [word for section in SECTIONS for word in ("--section", section)]
     sanitizer = ["compute-sanitizer", "--kernel-name", "kns=fusedoptim", "--error-exitcode", "86"]
-    right, huge = r"(?s) 0 wrong.*SUMMARY: 0 ", "two_to_the_32"
+    right, huge, launched = r"(?s) 0 wrong.*SUMMARY: 0 ", "two_to_the_32", device.replace("cpu", "none")
     return {
         "first": [
             *begin,
             tests("GPU tests", 60, device, f"not triton and not {huge}", 6),
             tests("beyond 2^32", 25, device, f"not triton and {huge}", 0),
             benchmark("benchmarks", 70, device, out / "first.json", *peers),
-            Step("host", BENCH, 20, python("benchmarks.host", "--device", device, "--out", out / "host.json")),
+            Step("host", BENCH, 20, python("benchmarks.host", "--device", launched, "--out", out / "host.json")),
             watched("ncu", 30, device, "DRAM Throughput", ncu, "--large"),
             watched("memcheck", 25, device, right, sanitizer),
             watched("racecheck", 20, device, right, [*sanitizer, "--tool", "racecheck"]),

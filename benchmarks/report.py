@@ -90,14 +90,21 @@ def merge(into: Results, new: Results) -> None:
     into.environment = {**new.environment, "command": command}
 
 
+def _flattened(row: Result) -> Result:
+    """Without what is None; ``us: {median: 3.0}`` becomes ``us median: 3.0``."""
+    flat_row: Result = {}
+    for name, value in row.items():
+        flat_row |= {f"{name} {n}": v for n, v in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat_row.items() if value is not None}
+
+
 def take(folders: list[Path]) -> list[Path]:
     """Merges what is in the folders of a GPU check, in the order of time. The files that it has written."""
     found, host = [], {}
     for folder in folders:
         for path in folder.glob("*.json"):
             if path.name == "host.json":
-                content = json.loads(path.read_text())
-                host[folder] = content["rows"] if isinstance(content, dict) else content
+                host[folder] = [_flattened(row) for row in json.loads(path.read_text())["rows"]]
             elif path.name != "ab.json":
                 found.append(load(path))
     targets: dict[Path, Results] = {}

@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_where(args.out)}", file=sys.stderr)
     print(everything(results))
+    print(f"{sum('contenders' in r for r in results.rows)} of {len(rows)} rows measured")
     if not results.finished:
         return 130
     return 1 if any("failed" in r or "failed" in r.get("contenders", {}).get(OURS, {}) for r in results.rows) else 0

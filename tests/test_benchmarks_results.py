@@ -231,7 +231,9 @@ def test_a_gpu_checks_results_become_a_file_and_tables(tmp_path: Path, monkeypat
     old = results(a_row(2.0, key=fp32), a_row(3.0, key=bf16), a_row(4.0, key=sgd), **gpu, command=command)
     old.finished, old.planned = False, 9
     saved(first / "first.json", old)
-    (first / "host.json").write_text('{"rows": [{"case": "300x1024", "threads": 16, "us": 41.26}]}')
+    (first / "host.json").write_text(
+        '{"rows": [{"case": "300x1024", "threads": 16, "us": {"min": 41.26, "median": 43.0}, "goal": null}]}'
+    )
     later = {**gpu, "commit": "fedcba987654", "date": "2031-02-04T04:05:06+00:00"}
     failed = {k: v for k, v in a_row(key=sgd).items() if k != "contenders"} | {"failed": "RuntimeError: no"}
     saved(second / "second.json", results(a_row(2.5, {"Triton backend": 2.6}, key=bf16), failed, **later))
@@ -246,7 +248,8 @@ def test_a_gpu_checks_results_become_a_file_and_tables(tmp_path: Path, monkeypat
     assert "**NVIDIA H100 80GB HBM3**" in text and "| AdamW bf16 | gpt2-xl | 2.5 | 40 |" in text
     assert "NVIDIA H100 80GB HBM3, driver 580.1, 16 cores; torch 2.12.3" in text
     assert "Measured at commit 0123456789ab: AdamW fp32 gpt2-xl; SGD fp32 gpt2-xl." in text
-    assert "| 300x1024 | 16 | 41.3 |" in text and "commit fedcba987654, 2031-02-04" in text
+    assert "| case | threads | us min | us median |" in text and "| 300x1024 | 16 | 41.3 | 43 |" in text
+    assert "commit fedcba987654, 2031-02-04" in text
     assert (
         text.count("| not measured |") == goals - 3
         and "| AdamW fp32 | gpt2-xl | torch fused 1x | not measured |" in text
