@@ -121,8 +121,7 @@ def main(argv: list[str] | None = None) -> int:
                 results.append({"switch": switch.name, "row": " ".join(key[:3]), "failed": explain(error)})
             print(says(results[-1]), flush=True)
             if args.out is not None:
-                text = json.dumps(results, indent=1).encode()
-                write_atomically(args.out, lambda f, text=text: f.write(text))
+                write_atomically(args.out, lambda f: f.write(json.dumps(results, indent=1).encode()))
     return 1 if any("failed" in r or not r["same_bits"] for r in results) else 0
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from . import arguments
 from .commit import commit
@@ -61,9 +62,9 @@ def tool(name: str) -> str:
 
 def tests(name: str, limit: float, device: str, chosen: str, processes: int, files: Sequence[str] = GPU_TESTS) -> Step:
     """Without a GPU all are collected, counted and skipped; with one, some have to run. Plugins are named, since those
-    of other packages cost seconds to load. A line per test, for when it is cut."""
+    of other packages take seconds to load; a line per test, for when it is cut; warnings of another torch are shown."""
     options = ["-p", "xdist", "-n", processes, "-p", "no:cacheprovider", "--continue-on-collection-errors", "-vv"]
-    command = python("pytest", *options, "--tb=short", "--durations=8", "-m", "gpu", "-k", chosen, *files)
+    command = python("pytest", *options, "-W", "default", "--tb=short", "-m", "gpu", "-k", chosen, *files)
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     return Step(name, TESTS, limit, command, environment, rf"\b[1-9]\d* {'passed' if device == 'cuda' else 'skipped'}")
 
@@ -135,7 +136,7 @@ def run(step: Step, out: Path, limit: float) -> tuple[str, str]:
         f.write(f"==== {step.name}: {shlex.join(step.command)}\n".encode())
         f.flush()
         start = f.tell()
-        how = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": f, "stderr": subprocess.STDOUT}
+        how: Any = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": f, "stderr": subprocess.STDOUT}
         try:
             process = subprocess.Popen(step.command, env=environment, start_new_session=True, **how)
         except OSError as error:
