@@ -89,7 +89,7 @@ def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
     begin = [
         Step("device", CHECKS, 15, smi),
         Step("libraries", CHECKS, 150, python("benchmarks.prebuild", "--install", prebuilt), says="libraries "),
-        Step("self-check", CHECKS, 25, python("fusedoptim"), says=f"self-check: {device}, .* bits"),
+        Step("self-check", CHECKS, 40, python("fusedoptim"), says=f"self-check: {device}, .* bits"),
     ]
     # The clocks stay as they are, as everywhere; and our kernels alone, by name: those of torch would take the time.
     ncu = ["ncu", "--clock-control", "none", "-k", "regex:step_kernel", "--print-details", "all"]
@@ -104,8 +104,8 @@ def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
             benchmark("benchmarks", 70, device, out / "first.json", *peers),
             Step("host", BENCH, 20, python("benchmarks.host", "--device", launched, "--out", out / "host.json")),
             watched("ncu", 30, device, "DRAM Throughput", ncu, "--large"),
-            watched("memcheck", 25, device, right, sanitizer),
-            watched("racecheck", 20, device, right, [*sanitizer, "--tool", "racecheck"]),
+            watched("memcheck", 35, device, right, sanitizer),
+            watched("racecheck", 30, device, right, [*sanitizer, "--tool", "racecheck"]),
             tests("Triton tests", 90, device, f"triton and not {huge} and not torch.float16 and not torch.float64", 8),
         ],
         "second": [
