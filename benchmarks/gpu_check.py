@@ -77,7 +77,7 @@ def watched(name: str, limit: float, device: str, says: str, command: Sequence[s
 
 def benchmark(name: str, limit: float, device: str, out: Path, *options: str) -> Step:
     goals = ["--device", device, "--quick", "--goals", *options, "--out", str(out)]
-    goals += [] if device == "cuda" else ["--case", "2000x64", "--case", "465-groups"]
+    goals += [] if device == "cuda" else ["--case", "465-groups"]
     return Step(name, BENCH, limit, python("benchmarks.run", *goals), says=r"\b[1-9]\d* of \d+ rows", partly=True)
 
 
