@@ -82,15 +82,23 @@ def find_nvcc() -> str | None:
     return next((found for c in (*candidates, f"{homes[2]}/bin/nvcc") if c and (found := shutil.which(c))), None)
 
 
-def architectures() -> list[str]:
-    """nvcc's options for the GPUs to build for: those of TORCH_CUDA_ARCH_LIST, else those here, else a choice that runs
-    on everything from the A100 on, through the driver's compiler where need be."""
+#: Machine code for GPUs from the A100 on, as far as the compiler knows them; what lies between them and comes after them
+#: gets its code from PTX, by the driver's compiler.
+EVERYWHERE = "8.0;9.0+PTX;10.0;12.0"
+
+
+def architectures(nvcc: str) -> list[str]:
+    """nvcc's options for the GPUs to build for: those of TORCH_CUDA_ARCH_LIST, else those here, else EVERYWHERE."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not wanted and torch.cuda.is_available():
         seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         wanted = ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+    if not wanted:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        known = [item for item in EVERYWHERE.split(";") if f"compute_{item.split('+')[0].replace('.', '')}" in listed]
+        wanted = ";".join(known) or "8.0+PTX"
     options = []
-    for item in re.split(r"[;, ]+", (wanted or "8.0;9.0+PTX").strip()):
+    for item in re.split(r"[;, ]+", wanted.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
         if match is None:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST has {item!r}; items look like 8.0 or 9.0+PTX")
@@ -111,7 +119,7 @@ def build_cuda(target: Path, memory: Path) -> str | None:
     if nvcc is None:
         return "no nvcc was found: install the CUDA toolkit or set CUDA_HOME, then install fusedoptim again"
     library = target / "_C_cuda.so"
-    command = [nvcc, *NVCC_FLAGS, *architectures(), str(CUDA_SOURCE), "-o", str(library)]
+    command = [nvcc, *NVCC_FLAGS, *architectures(nvcc), str(CUDA_SOURCE), "-o", str(library)]
     newest = max(p.stat().st_mtime for p in (HERE / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu"))
     line = " ".join(command)
     unchanged = memory.exists() and memory.read_text() == line

@@ -1,13 +1,13 @@
 """``python -m benchmarks.ab --device cuda --out FILE.json``: variants of the kernels against what is built in, two
 optimizers in one process that take turns. Whether their parameters have the same bits in the end is said as well.
+A variant is a choice of csrc/cuda/tuning.h, or a library that benchmarks.prebuild compiled in another way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,51 +28,62 @@ from .run import device_named
 BUDGET = Budget(2.0, at_least=9, at_most=41)
 
 
+Values = dict[str, int]
+
+
 @dataclass(frozen=True)
 class Switch:
-    """A variant: tunables of the CUDA library with other values, and what it may make faster or slower."""
+    """A variant, and what it may make faster or slower."""
 
     name: str
-    values: dict[str, int]
     cases: tuple[plan.Key, ...]
+    values: dict[str, int] = field(default_factory=dict)
+    library: str = ""
 
 
-BF16, FP32 = (("AdamW", dtype, "gpt2-xl", "kept") for dtype in ("bf16", "fp32"))
+BF16, FP32 = ((("AdamW", dtype, "gpt2-xl", "kept"),) for dtype in ("bf16", "fp32"))
 NORMS = (("NormAdaptive", "fp32", "1G", "kept"), ("NormAdaptive", "fp32", "gpt2-xl", "kept"))
-#: A line per variant, most telling first. The names of tunables are those of the CUDA library.
-SWITCHES: tuple[Switch, ...] = ()
+CLIPPED = (("AdamW+clip", "fp32", "300x1024", "kept"), ("AdamW+clip", "fp32", "gpt2-small", "kept"))
+#: A line per variant, most telling first.
+SWITCHES = (
+    Switch("branching", (*BF16, *FP32), library="branching"),
+    Switch("four-blocks", (*BF16, *FP32), library="four-blocks"),
+    Switch("windows of an eighth", NORMS, {"norm_windows": 8}),
+    Switch("windows of a half", NORMS, {"norm_windows": 2}),
+    Switch("overlap", CLIPPED, {"overlap": 1}),
+)
 
 
-def tune() -> Callable[[str, int], int] | None:
-    """Sets a tunable and returns its value before; None if the library has no switches."""
-    found: Callable[[str, int], int] | None = getattr(_native, "tune", None)
-    return found
-
-
-def apply(values: dict[str, int]) -> dict[str, int]:
-    """Returns the values before."""
-    setter = tune()
-    assert setter is not None
-    return {name: setter(name, value) for name, value in values.items()}
+def apply(values: dict[str, int], library: str) -> dict[str, int]:
+    """Returns the values before. No library: the ordinary one."""
+    path = _native.cuda_library()
+    if path.exists():  # steps on the CPU need none
+        _native.load_cuda(path.with_suffix(f".{library}.so") if library else path)
+    return {name: _native.tune(name, value) for name, value in values.items()}
 
 
 def measure(switch: Switch, key: plan.Key, device: Device) -> Result:
     """How many times as long the variant took as what is built in."""
     row = plan.row(key)
-    result = {"switch": switch.name, "values": switch.values, "row": " ".join(key[:3]), "commit": commit()}
-    built_in = apply(switch.values)
+    result = {
+        "switch": switch.name,
+        "values": switch.values or switch.library,
+        "row": " ".join(key[:3]),
+        "commit": commit(),
+    }
+    built_in = apply(switch.values, "")
     try:
         device.release()
         data = Data(row.case, row.work.dtypes.param, device.torch_device, 1)
         entrants: dict[str, Entrant] = {}
         contenders: dict[str, Contender] = {}
-        for name, values in (("A", built_in), ("B", switch.values)):
+        for name, values, library in (("A", built_in, ""), ("B", switch.values, switch.library)):
 
-            def prepare(number: int, name: str = name, values: dict[str, int] = values) -> None:
-                apply(values)
+            def prepare(number: int, name: str = name, values: Values = values, library: str = library) -> None:
+                apply(values, library)
                 entrants[name].prepare(number)
 
-            apply(values)  # tables are made in the first step
+            apply(values, library)  # tables are made in the first step
             entrants[name] = Entrant(row, data, ours)
             contenders[name] = Contender(entrants[name].step, prepare, throughout=True)
         times = interleaved(contenders, device, BUDGET)
@@ -83,7 +94,7 @@ def measure(switch: Switch, key: plan.Key, device: Device) -> Result:
         milliseconds = {name: quantiles(t.seconds)["median"] * 1e3 for name, t in times.items()}
         return {**result, "ms": milliseconds, "ratio": quantiles(ratios(times["B"], times["A"])), "same_bits": same}
     finally:
-        apply(built_in)
+        apply(built_in, "")
 
 
 def says(result: Result) -> str:
@@ -101,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = arguments.Parser(prog="python -m benchmarks.ab", description=__doc__)
     p.add_argument("--device", default="cuda", help=f"one of {', '.join(DEVICES)} (default: cuda)")
     p.add_argument("--out", type=Path, help="write the results to this JSON file, one by one")
-    p.add_argument("--switch", action="append", help=f"of {', '.join(s.name for s in SWITCHES) or 'none so far'}")
+    p.add_argument("--switch", action="append", help=f"of {', '.join(s.name for s in SWITCHES)}")
     return p.parse_args(argv)
 
 
@@ -110,9 +121,6 @@ def main(argv: list[str] | None = None) -> int:
     device = device_named(arguments.known("--device", [args.device], DEVICES)[0])
     chosen = arguments.known("--switch", args.switch, [s.name for s in SWITCHES])
     results: list[Result] = []
-    if tune() is None or not SWITCHES:
-        print("no switches: the library has none, or none are listed here")
-        return 0
     for switch in (s for s in SWITCHES if s.name in chosen):
         for key in switch.cases:
             try:

@@ -32,7 +32,7 @@ SECONDS, RESERVE, GRACE, LEAST = 330.0, 6.0, 4.0, 3.0
 KEPT = 200_000  # bytes of what a step says
 PASSED, FAILED = "passed", "FAILED"
 CHECKS, TESTS, BENCH = "checks.log", "tests.log", "bench.log"
-GPU_TESTS = ("tests/test_cuda_gpu.py", "tests/test_composition_gpu.py")
+GPU_TESTS = ("tests/test_cuda_gpu.py", "tests/test_composition_gpu.py", "tests/test_quotients.py")
 MORE_TESTS = tuple(f"tests/test_{name}.py" for name in ("amp", "profiling", "gradient_release", "readme", "lightning"))
 SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
 
@@ -112,6 +112,7 @@ def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
             *begin,
             tests("GPU tests", 45, device, f"not triton and not {huge}", 6),
             Step("A against B", BENCH, 60, python("benchmarks.ab", "--device", device, "--out", out / "ab.json")),
+            Step("launches", BENCH, 12, python("benchmarks.launch_cost"), says="on the device"),
             benchmark("benchmarks", 90, device, out / "second.json", *triton),
             benchmark("last goals", 45, device, out / "left.json", *triton, "--reverse"),
             tests("Triton tests", 60, device, f"triton and not {huge}", 8),

@@ -27,6 +27,8 @@ from .files import make_folder
 ROOT = Path(__file__).parent.parent
 REPORT, CUDA = "_build.json", "_C_cuda.so"
 PACKAGES = ("setuptools", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "hypothesis")
+#: The CUDA kernels in other ways, for benchmarks.ab: what nvcc is told.
+VARIANTS = {"branching": "-DFUSEDOPTIM_BRANCHING_QUOTIENTS", "four-blocks": "-DFUSEDOPTIM_BLOCKS=4"}
 #: Exits with the reason if one of the libraries does not load, which needs no GPU.
 LOADS = "import sys; from fusedoptim import _native; sys.exit(_native.problem or _native.cuda_problem())"
 
@@ -40,7 +42,7 @@ def sources(root: Path) -> str:
 
 
 def libraries(folder: Path) -> list[Path]:
-    return [*folder.glob("_C.*.so"), *folder.glob(CUDA)]
+    return [*folder.glob("_C.*.so"), *folder.glob("_C_cuda*.so")]
 
 
 def say(*command: str | Path, cwd: Path | None = None, **environment: str) -> None:
@@ -143,6 +145,10 @@ def build(python: Path, out: Path, architectures: str, dirty: bool) -> None:
             path.unlink()
         for path in libraries(tree / "fusedoptim"):
             shutil.copy(path, out)
+        for variant, flags in VARIANTS.items():
+            (tree / "fusedoptim" / CUDA).unlink()
+            say(python, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, **options, NVCC_APPEND_FLAGS=flags)
+            shutil.copy(tree / "fusedoptim" / CUDA, out / f"_C_cuda.{variant}.so")
         marked = {**report, "commit": name, "sources": sources(tree), "architectures": architectures}
         (out / REPORT).write_text(json.dumps(marked, indent=1) + "\n")
 

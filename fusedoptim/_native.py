@@ -59,6 +59,18 @@ def cuda_library() -> Path:
     return Path(os.environ.get("FUSEDOPTIM_CUDA_LIBRARY") or Path(__file__).with_name("_C_cuda.so"))
 
 
+def load_cuda(path: Path) -> None:
+    """Has every step from now on take its CUDA kernels from a library.
+
+    Raises:
+        OSError, AttributeError, RuntimeError: if it does not load, is none of this kind, or another version's.
+    """
+    assert _C is not None
+    library = ctypes.CDLL(str(path))
+    library.fusedoptim_cuda_api.restype = ctypes.c_void_p
+    _C.set_cuda_api(library.fusedoptim_cuda_api())
+
+
 @functools.cache
 def cuda_problem() -> str | None:
     """Loads the CUDA kernels, without starting CUDA. Why there are none, and the remedy; None if there are."""
@@ -69,9 +81,7 @@ def cuda_problem() -> str | None:
         cause = build_report().get("cuda") or f"there is no {path}; build again: {INSTALL}"
         return f"they were not built: {cause}"
     try:
-        library = ctypes.CDLL(str(path))
-        library.fusedoptim_cuda_api.restype = ctypes.c_void_p
-        _C.set_cuda_api(library.fusedoptim_cuda_api())
+        load_cuda(path)
     except (OSError, AttributeError, RuntimeError) as error:
         return f"{path} does not load ({error}); build again: {INSTALL}"
     return None
