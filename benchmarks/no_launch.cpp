@@ -1,5 +1,5 @@
-// Stands for _C_cuda and launches nothing: what remains of a step is the host's part. Tensors on the CPU stand for those
-// on a GPU. Compiled by host.py.
+// Stands for _C_cuda and launches nothing: what remains of a step is the host's part. Tensors on the CPU stand for
+// those on a GPU. Compiled by no_launch.py.
 #include <cstring>
 
 #include "../csrc/cuda/api.h"

@@ -116,7 +116,8 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     e.step_dtype = dtype_of(tensors.at(step));
     e.step = addresses_.add_number(tensors.at(step));
   }
-  if (info_.next_scalar_state && scalar >= 0) e.scalar_state = static_cast<float*>(addresses_.add_number(tensors.at(scalar)));
+  if (info_.next_scalar_state && scalar >= 0)
+    e.scalar_state = static_cast<float*>(addresses_.add_number(tensors.at(scalar)));
   e.first = binding[4 + info_.slots] != 0;
 }
 
