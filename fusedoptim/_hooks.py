@@ -1,7 +1,7 @@
 """What torch puts around every optimizer's step: hooks, and a range for profilers.
 
-torch's own wrapper opens that range whether or not anybody records it, for 4 to 13 us a step; and looks for hooks in four
-places. It is kept for steps that have hooks or a profiler, so that these find what they find around torch's optimizers.
+torch's own wrapper opens that range whether or not anybody records it, for 4 to 13 us a step. It is kept for steps that
+have hooks or a profiler, so that these find what they find around torch's optimizers.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_nothing_is_launched_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(no_launch, "COMPILE", ["no-such-compiler"])
-    with pytest.raises(UsageError, match="cannot be compiled: .*no-such-compiler"):
+    with pytest.raises(UsageError, match=r"cannot be compiled: .*no-such-compiler"):
         host.main(QUICK)
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="--device cuda: torch finds no CUDA device"):
