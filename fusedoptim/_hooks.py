@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import torch
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import profiler
 from torch.compiler import is_compiling
 from torch.optim import Optimizer, optimizer
@@ -22,7 +22,7 @@ def profiling() -> bool:
     """Whether a profiler of torch's runs. The first are those that Python started, in any thread; the second also one
     that C++ or the legacy interface started in this thread. An ExecutionTraceObserver on its own, without a profiler,
     is not seen, so that its trace has a step's operators, but no range around them."""
-    return profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled()
+    return profiler._is_profiler_enabled or _profiler_enabled()
 
 
 def with_hooks(step: Step) -> Step:

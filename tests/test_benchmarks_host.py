@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,35 @@ def test_nothing_is_launched_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RuntimeError, match="backend='cuda' cannot be used"):
         fusedoptim.AdamW([p], backend="cuda")
     _native.cuda_problem.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux, to count threads")
+def test_a_step_on_a_gpu_waits_for_no_other_thread() -> None:
+    """Threads of OpenMP, which start with the first work that a thread shares, sleep while a GPU works."""
+
+    def started_by_steps(backend: str) -> int:
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(300)]
+        for p in params:
+            p.grad = torch.ones(3)
+        optimizer = fusedoptim.SGD(params, backend=backend)
+        optimizer.step()
+        started = []
+
+        def steps() -> None:
+            torch.set_num_threads(2)
+            before = len(os.listdir("/proc/self/task"))
+            for _ in range(3):
+                optimizer.step()
+            started.append(len(os.listdir("/proc/self/task")) - before)
+
+        thread = threading.Thread(target=steps)
+        thread.start()
+        thread.join()
+        return started[0]
+
+    assert started_by_steps("cpu") == 1
+    with no_launch.no_launch():
+        assert started_by_steps("cuda") == 0
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
