@@ -187,7 +187,7 @@ def test_two_optimizers_over_the_same_parameters() -> None:
         assert_same_optimizers(a, b)
 
 
-# ---- step counts, of which only address and dtype are looked at ----
+# ---- step counts ----
 
 
 def elsewhere(steps: list[torch.Tensor]) -> None:
@@ -223,7 +223,7 @@ def counted_on(steps: list[torch.Tensor]) -> None:
 )
 @pytest.mark.parametrize("views", [False, True], ids=["apart", "views"])
 def test_a_step_count_changed_by_hand(change: Callable[[list[torch.Tensor]], None], views: bool) -> None:
-    """Also where all are views of one buffer, as on a GPU."""
+    """Also where all are views of one buffer, as on a GPU, which alone would not show it."""
     optimizers = []
     for backend in ("cpu", "reference"):
         ps = parameters([(5,), (2, 3), (4,)])

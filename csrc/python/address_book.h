@@ -14,21 +14,13 @@ class AddressBook {
  public:
   // Returns the tensor's address.
   void* add(const torch::stable::Tensor& t) {
-    void* const data = add_number(t);
+    tensors_.push_back(t);
+    Item item{t.get(), t.mutable_data_ptr(), tensor_memory(t.get()), 0, 0, shapes_.size()};
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &item.dtype));
     const auto sizes = t.sizes(), strides = t.strides();
-    items_.back().ndim = static_cast<int32_t>(strides.size());
+    item.ndim = static_cast<int32_t>(strides.size());
     shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
     shapes_.insert(shapes_.end(), strides.begin(), strides.end());
-    return data;
-  }
-
-  // Of a tensor of which only the first element is used: address and dtype are all there is to it. That takes 4 ns
-  // where the others take 9. Nothing less would do for numbers that are views of one buffer either: giving one of them
-  // other memory leaves no trace in what they share.
-  void* add_number(const torch::stable::Tensor& t) {
-    tensors_.push_back(t);
-    Item item{t.get(), t.mutable_data_ptr(), tensor_memory(t.get()), 0, kNumber, shapes_.size()};
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &item.dtype));
     items_.push_back(item);
     return item.data;
   }
@@ -49,7 +41,6 @@ class AddressBook {
       int32_t dtype = 0;
       if (aoti_torch_get_data_ptr(item.handle, &data) != 0 || data != item.data) return false;
       if (aoti_torch_get_dtype(item.handle, &dtype) != 0 || dtype != item.dtype) return false;
-      if (item.ndim == kNumber) continue;
       if (aoti_torch_get_dim(item.handle, &ndim) != 0 || ndim != item.ndim) return false;
       if (ndim == 0) continue;
       if (aoti_torch_get_sizes(item.handle, &sizes) != 0) return false;
@@ -68,7 +59,6 @@ class AddressBook {
     int32_t dtype, ndim;
     size_t shape;  // where its sizes, then its strides, begin in shapes_
   };
-  static constexpr int32_t kNumber = -1;
   static constexpr size_t kFar = 24, kNear = 12;
 
   std::vector<torch::stable::Tensor> tensors_;

@@ -114,10 +114,11 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   if (info_.next_scalar_state && scalar < 0) m.ready = false;
   if (info_.has_step && step >= 0) {
     e.step_dtype = dtype_of(tensors.at(step));
-    e.step = addresses_.add_number(tensors.at(step));
+    // Each by itself also where all are views of one buffer, as on a GPU: giving one of them other memory (.data =)
+    // leaves no trace in what they share. 4 ns each.
+    e.step = addresses_.add(tensors.at(step));
   }
-  if (info_.next_scalar_state && scalar >= 0)
-    e.scalar_state = static_cast<float*>(addresses_.add_number(tensors.at(scalar)));
+  if (info_.next_scalar_state && scalar >= 0) e.scalar_state = static_cast<float*>(addresses_.add(tensors.at(scalar)));
   e.first = binding[4 + info_.slots] != 0;
 }
 
