@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -132,19 +133,21 @@ class BuildWhatCanBeBuilt(BuildExtension):
 
     def run(self) -> None:
         report = {"torch": torch_version, "cpu": None, "cuda": None}
-        try:
-            if missing is not None:
-                raise RuntimeError(missing)
-            super().run()
-        except Exception as error:
-            traceback.print_exc()
-            report["cpu"] = f"{type(error).__name__}: {error}".strip()[:2000]
-            self.extensions = []
-            self.announce(f"\nfusedoptim: installing without its compiled kernels: {report['cpu']}\n", level=3)
         target = (HERE if self.inplace or self.editable_mode else Path(self.build_lib)) / "fusedoptim"
         target.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(1) as beside:  # nvcc takes a minute on one core; the others are for C++
+            cuda = beside.submit(build_cuda, target, Path(self.build_temp) / "_C_cuda.command")
+            try:
+                if missing is not None:
+                    raise RuntimeError(missing)
+                super().run()
+            except Exception as error:
+                traceback.print_exc()
+                report["cpu"] = f"{type(error).__name__}: {error}".strip()[:2000]
+                self.extensions = []
+                self.announce(f"\nfusedoptim: installing without its compiled kernels: {report['cpu']}\n", level=3)
         try:
-            report["cuda"] = build_cuda(target, Path(self.build_temp) / "_C_cuda.command")
+            report["cuda"] = cuda.result()
         except Exception as error:
             report["cuda"] = f"{type(error).__name__}: {error}"
         if report["cuda"]:

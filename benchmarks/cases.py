@@ -18,11 +18,13 @@ Shapes = tuple[Shape, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """``groups`` is the number of parameter groups that the shapes are dealt to."""
+    """``groups`` is the number of parameter groups that the shapes are dealt to. Of each ``live`` rows of a gradient
+    only the first has elements other than zero, at every step the same, so that the others' states stay zero."""
 
     name: str
     shapes: Shapes
     groups: int = 1
+    live: int = 1
 
     @property
     def elements(self) -> int:
@@ -126,5 +128,7 @@ CASES = {
         Case("2000x1024", ((1024,),) * 2000),
         Case("5000-odd", tuple(odd_sizes(5000, 20_000))),
         Case("465-groups", ((64,),) * 465, groups=465),
+        # GPT-2 XL's, of whose tokens a batch has few.
+        Case("embedding-95", ((50257, 1600),), live=20),
     )
 }

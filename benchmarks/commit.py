@@ -8,11 +8,15 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of this checkout, or what FUSEDOPTIM_COMMIT says where there is no history."""
+    """What FUSEDOPTIM_COMMIT says, for checkouts without their history; else the commit of this one."""
+    said = os.environ.get("FUSEDOPTIM_COMMIT")
+    if said:
+        number, plus, changes = said.partition("+")
+        return number[:12] + plus + changes
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
         return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FUSEDOPTIM_COMMIT", "unknown")[:12]
+        return "unknown"

@@ -27,7 +27,7 @@ class Data:
         # As large as weights are, so that bf16 can resolve a step; gradients of 1 keep every state far from denormals.
         self._weights = self._pool(generator, 0.02)
         gradients = self._pool(generator, 1.0)
-        self.gradients = [self._tensors(gradients, 31 * k) for k in range(sets)]
+        self.gradients = [self._sparse(self._tensors(gradients, 31 * k)) for k in range(sets)]
 
     def _pool(self, generator: torch.Generator, scale: float) -> Tensor:
         return (torch.randn(POOL, generator=generator) * scale).to(self.device, self.dtype)
@@ -48,6 +48,13 @@ class Data:
             flat[done : done + n] = pool[start : start + n]
             done += n
         return tensor
+
+    def _sparse(self, gradients: list[Tensor]) -> list[Tensor]:
+        """With the case's share of zero rows; the last one, which samples look at, stays."""
+        for g in gradients if self.case.live > 1 else ():
+            rows = torch.arange(len(g), device=self.device)
+            g[(rows % self.case.live != 0) & (rows != len(g) - 1)] = 0
+        return gradients
 
     def parameters(self) -> Params:
         return [torch.nn.Parameter(t) for t in self._tensors(self._weights, 0)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ class Cuda:
             "gpu_memory": p.total_memory,
             "compute_capability": capability,
             "cuda": torch.version.cuda,
+            "driver": driver(),
         }
 
     def cache_bytes(self) -> int:
@@ -194,6 +196,15 @@ class Cuda:
 
 
 DEVICES: dict[str, type[Cpu] | type[Cuda]] = {"cpu": Cpu, "cuda": Cuda}
+
+
+def driver() -> str:
+    """The version of NVIDIA's."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0] or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def device_events(events: Any) -> dict[str, int | str]:

@@ -70,7 +70,9 @@ def environment(device: Device) -> dict[str, object]:
 def source(environment: dict[str, Any]) -> str:
     """The line below a table that says where it comes from."""
     e = environment
-    machine = e["gpu"] if e["device"] == "cuda" else f"{e['cpu']}, {e['threads']} threads, {e['capability']}"
+    machine = f"{e['cpu']}, {e['threads']} threads, {e['capability']}"
+    if e["device"] == "cuda":
+        machine = f"{e['gpu']}, driver {e.get('driver', 'unknown')}, {e['cores']} cores"
     versions = {"torch": e["torch"], **e["packages"]}
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
     system = f"Python {e['python']}, {e['system']}"

@@ -1,285 +1,213 @@
-"""``bash benchmarks/gpu_check.sh OUTDIR``: everything that a GPU is needed for, most important first, within 9 minutes.
+"""``bash benchmarks/gpu_check.sh OUTDIR --plan first``: what a GPU is needed for, most telling first, for a machine
+that is at hand for minutes. ``--plan second`` is for after the mends of what the first one found.
 
-Builds, runs the GPU tests, measures the goals' rows, runs small steps under compute-sanitizer and large ones under ncu,
-and measures more rows in the time left. OUTDIR gets summary.txt, which is renewed after every part, logs cut to their
-ends, and the measurements. The exit code is 0 if no part failed; a goal that is missed is shown, and is no failure.
+A step is a command with a time limit; what happens to one is nothing to the others. OUTDIR gets summary.txt, renewed
+before and after every step, results as they come, and the ends of the logs: at most 8 files.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import datetime
-import functools
-import importlib.metadata
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from . import arguments, parts, verdicts
+from . import arguments
 from .commit import commit
-from .errors import UsageError
-from .files import make_folder, temporary, write_atomically
-from .goals import GOALS, key
-from .parts import ABSENT, FAILED, PASSED, ROOT, Finding, Interrupted, Part, Verdict
-from .results import Result, load
+from .files import make_folder, write_atomically
 
-#: Seconds for everything, and how many of them are for ending and writing.
-TOTAL, RESERVE = 540.0, 14.0
-SUMMARY, BENCH, WIDER = "summary.txt", "bench.json", "wider.json"
-BUILD_LOG, TESTS_LOG, TOOLS_LOG, BENCH_LOG = "build.log", "tests.log", "tools.log", "bench.log"
-FILES = (SUMMARY, BUILD_LOG, TESTS_LOG, TOOLS_LOG, BENCH_LOG, BENCH, WIDER, parts.RUNNING)
-#: What a part leaves that is killed while it writes.
-HALF_WRITTEN = tuple(temporary(Path(name)).name for name in FILES)
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-#: What compute-sanitizer exits with if it found something; no program's own exit code.
-FOUND = 86
-METRICS = (
-    *("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"),
-    *("dram__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active"),
-    "launch__registers_per_thread",
-)
+ROOT = Path(__file__).parent.parent
+#: For a plan, and how many of them are for ending; for a step that is told to end; less is not worth starting one.
+SECONDS, RESERVE, GRACE, LEAST = 330.0, 6.0, 4.0, 3.0
+KEPT = 200_000  # bytes of what a step says
+PASSED, FAILED = "passed", "FAILED"
+CHECKS, TESTS, BENCH = "checks.log", "tests.log", "bench.log"
+GPU_TESTS = ("tests/test_cuda_gpu.py", "tests/test_composition_gpu.py")
+MORE_TESTS = tuple(f"tests/test_{name}.py" for name in ("amp", "profiling", "gradient_release", "readme", "lightning"))
+SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
 
 
-def tool(name: str) -> str | None:
-    """On the PATH or in the CUDA toolkit, whose folder is that of nvcc if no variable names it."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]]
-    folders = [f"{home}/bin" for home in (*homes, "/usr/local/cuda") if home]
-    return shutil.which(name) or next((found for f in folders if (found := shutil.which(name, path=f))), None)
+@dataclass(frozen=True)
+class Step:
+    """``says`` is a pattern that its output has to have. ``partly`` if what it has done by its limit is enough."""
+
+    name: str
+    log: str
+    limit: float
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    says: str = ""
+    partly: bool = False
 
 
 def python(module: str, *options: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, options)]
 
 
-def all_parts(device: str, out: Path, scratch: Path, tests: list[str] | None = None) -> list[Part]:
-    """Most important first. The limits add up to more than there is: what a part leaves over, the next ones have."""
-    gpu = device == "cuda"
-    quick = ["--device", device, "--quick", "--no-scaling"]
-    goals: list[object] = ["--goals", "--peer", "torch fused", "--peer", "torch foreach"]
-    goals += ["--peer", "Triton backend"]
-    wider: list[object] = ["--device", device, "--quick"]
-    if not gpu:
-        goals = ["--case", "2000x64", "--dtype", "fp32", "--optimizer", "AdamW", "--peer", "torch fused"]
-        wider += ["--case", "465-groups", "--dtype", "fp32", "--optimizer", "SGD", "--peer", "none"]
-    # Triton compiles for every test; the CUDA kernels and the goals come first.
-    marked, first, later = marked_tests(), [], []
-    if tests is None and gpu:
-        first, later = [*marked, "-k", "not triton"], [*marked, "-k", "triton"]
-    return [
-        Part(
-            "build",
-            BUILD_LOG,
-            180,
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            functools.partial(verdicts.build, cuda=gpu),
-            # For this machine's GPU, whatever an image was set up for; and not without CUDA.
-            {"TORCH_CUDA_ARCH_LIST": "", "FUSEDOPTIM_BUILD_CUDA": "1"} if gpu else {},
-        ),
-        Part("self-check", BUILD_LOG, 60, python("fusedoptim"), functools.partial(verdicts.self_check, backend=device)),
-        # Without a GPU, tests that take a moment stand for those that need one.
-        pytest("tests", 120, first or tests or ["tests/test_rounding.py"], scratch),
-        Part(
-            "benchmarks",
-            BENCH_LOG,
-            170,
-            python("benchmarks.run", *quick, *goals, "--out", out / BENCH),
-            functools.partial(verdicts.benchmarks, path=out / BENCH, whole=True),
-        ),
-        *([pytest("Triton tests", 120, later, scratch)] if later else []),
-        *(sanitizer(name, device) for name in TOOLS),
-        ncu(device),
-        Part(
-            "more benchmarks",
-            BENCH_LOG,
-            TOTAL,
-            python("benchmarks.run", *wider, "--out", out / WIDER),
-            functools.partial(verdicts.benchmarks, path=out / WIDER, whole=False),
-            least=20.0,
-        ),
+def tool(name: str) -> str:
+    """On the PATH or in the CUDA toolkit, whose folder is that of nvcc if no variable names it."""
+    homes = os.environ.get("CUDA_HOME"), Path(shutil.which("nvcc") or "/").resolve().parent.parent, "/usr/local/cuda"
+    return shutil.which(name) or shutil.which(name, path=":".join(f"{home}/bin" for home in homes)) or name
+
+
+def tests(name: str, limit: float, device: str, chosen: str, processes: int, files: Sequence[str] = GPU_TESTS) -> Step:
+    """Without a GPU all are collected, counted and skipped; with one, some have to run. Plugins are named, since those
+    of other packages take seconds to load; a line per test, for when it is cut; warnings of another torch are shown."""
+    options = ["-p", "xdist", "-n", processes, "-p", "no:cacheprovider", "--continue-on-collection-errors", "-vv"]
+    command = python("pytest", *options, "-W", "default", "--tb=short", "-m", "gpu", "-k", chosen, *files)
+    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    return Step(name, TESTS, limit, command, environment, rf"\b[1-9]\d* {'passed' if device == 'cuda' else 'skipped'}")
+
+
+def watched(name: str, limit: float, device: str, says: str, command: Sequence[str], *options: str) -> Step:
+    """Steps under a tool. Every tensor gets memory of its own: an access beyond its end is one beyond an allocation."""
+    command = [tool(command[0]), *command[1:], *python("benchmarks.gpu_steps", "--device", device, *options)]
+    return Step(name, CHECKS, limit, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, says)
+
+
+def benchmark(name: str, limit: float, device: str, out: Path, *options: str) -> Step:
+    goals = ["--device", device, "--quick", "--goals", *options, "--out", str(out)]
+    goals += [] if device == "cuda" else ["--case", "465-groups"]
+    return Step(name, BENCH, limit, python("benchmarks.run", *goals), says=r"\b[1-9]\d* of \d+ rows", partly=True)
+
+
+def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
+    """Triton's tests come last: its compiler takes seconds for each of their kernels."""
+    peers = ["--peer", "torch fused", "--peer", "torch foreach"]
+    triton = [*peers, "--peer", "Triton backend"] if device == "cuda" else peers
+    smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    begin = [
+        Step("device", CHECKS, 15, smi),
+        Step("libraries", CHECKS, 150, python("benchmarks.prebuild", "--install", prebuilt), says="libraries "),
+        Step("self-check", CHECKS, 40, python("fusedoptim"), says=f"self-check: {device}, .* bits"),
     ]
+    # The clocks stay as they are, as everywhere; and our kernels alone, by name: those of torch would take the time.
+    ncu = ["ncu", "--clock-control", "none", "-k", "regex:step_kernel", "--print-details", "all"]
+    ncu += [word for section in SECTIONS for word in ("--section", section)]
+    sanitizer = ["compute-sanitizer", "--kernel-name", "kns=fusedoptim", "--error-exitcode", "86"]
+    right, huge, launched = r"(?s) 0 wrong.*SUMMARY: 0 ", "two_to_the_32", device.replace("cpu", "none")
+    return {
+        "first": [
+            *begin,
+            tests("GPU tests", 60, device, f"not triton and not {huge}", 6),
+            tests("beyond 2^32", 25, device, f"not triton and {huge}", 0),
+            benchmark("benchmarks", 70, device, out / "first.json", *peers),
+            Step("host", BENCH, 20, python("benchmarks.host", "--device", launched, "--out", out / "host.json")),
+            watched("ncu", 30, device, "DRAM Throughput", ncu, "--large"),
+            watched("memcheck", 35, device, right, sanitizer),
+            watched("racecheck", 30, device, right, [*sanitizer, "--tool", "racecheck"]),
+            tests("Triton tests", 90, device, f"triton and not {huge} and not torch.float16 and not torch.float64", 8),
+        ],
+        "second": [
+            *begin,
+            tests("GPU tests", 45, device, f"not triton and not {huge}", 6),
+            Step("A against B", BENCH, 60, python("benchmarks.ab", "--device", device, "--out", out / "ab.json")),
+            benchmark("benchmarks", 90, device, out / "second.json", *triton),
+            benchmark("last goals", 45, device, out / "left.json", *triton, "--reverse"),
+            tests("Triton tests", 60, device, f"triton and not {huge}", 8),
+            tests("more tests", 30, device, "not triton", 6, MORE_TESTS),
+        ],
+    }
 
 
-def pytest(name: str, limit: float, selection: list[str], scratch: Path) -> Part:
-    report = scratch / f"{name}.xml"
-    # The repository's settings make warnings errors; the lack of NumPy, which torch warns of, is none.
-    numpy = "ignore:Failed to initialize NumPy:UserWarning"
-    options = ["-p", "no:cacheprovider", "--tb=short", "-rfEs", "-W", numpy, f"--junitxml={report}"]
-    judge = functools.partial(verdicts.tests, report=report)
-    command = python("pytest", *options, *selection)
-    return Part(name, TESTS_LOG, limit, command, judge, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+def end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """As Ctrl-C does, which is the moment to write down what there is; then with all that the step has started."""
+    for number in (signal.SIGINT, signal.SIGKILL)[0 if grace else 1 :]:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(grace or None)
 
 
-def sanitizer(name: str, device: str) -> Part:
-    program = tool("compute-sanitizer")
-    absent = None
-    if program is None:
-        absent = Verdict(FAILED if device == "cuda" else ABSENT, "compute-sanitizer was not found")
-    options = ["--tool", name, "--target-processes", "all", "--error-exitcode", str(FOUND), "--print-limit", "20"]
-    command = [str(program), *options, *python("benchmarks.gpu_steps", "--device", device)]
-    if device == "cuda" and name != "memcheck":
-        command += ["--backend", "cuda"]  # Triton's compiler places the barriers of its kernels
-    # Every tensor gets memory of its own, so that an access beyond its end is one beyond an allocation.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    judge = functools.partial(verdicts.sanitizer, found=FOUND)
-    return Part(name, TOOLS_LOG, 50, command, judge, environment, absent, least=15.0 if device == "cuda" else 5.0)
-
-
-def ncu(device: str) -> Part:
-    program = tool("ncu")
-    absent = Verdict(ABSENT, "ncu was not found") if program is None else None
-    # The clocks stay as they are.
-    options = ["--target-processes", "all", "--clock-control", "none", "-k", "regex:step_kernel", "--csv"]
-    command = [str(program), *options, "--metrics", ",".join(METRICS)]
-    command += python("benchmarks.gpu_steps", "--device", device, "--large")
-    return Part("ncu", TOOLS_LOG, 45, command, verdicts.ncu, absent=absent)
-
-
-def marked_tests() -> list[str]:
-    """Those files alone: others may need what is not installed."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return ["-m", "gpu", *(str(f.relative_to(ROOT)) for f in files if "pytest.mark.gpu" in f.read_text())]
-
-
-def machine(device: str) -> str:
-    """What the parts run on and with, as far as it can be told without torch."""
-    versions = []
-    for name in ("torch", "triton", "pytest"):
+def run(step: Step, out: Path, limit: float) -> tuple[str, str]:
+    """Whether it passed, and what there is to say about it."""
+    log, cut = out / step.log, ""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+    with log.open("ab") as f:
+        f.write(f"==== {step.name}: {shlex.join(step.command)}\n".encode())
+        f.flush()
+        start = f.tell()
+        how: Any = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": f, "stderr": subprocess.STDOUT}
         try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"no {name}")
-    found = f"{os.cpu_count()} cores"
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        try:
-            shown = subprocess.run(query, capture_output=True, text=True, timeout=20)
-            found += f"; {'; '.join(shown.stdout.split(chr(10))).rstrip('; ') or 'nvidia-smi shows no GPU'}"
-        except (OSError, subprocess.TimeoutExpired) as error:
-            found += f"; nvidia-smi cannot be run ({type(error).__name__})"
-    return f"{found}; Python {sys.version.split()[0]}, {', '.join(versions)}"
-
-
-def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def goal_lines(device: str, out: Path) -> list[str]:
-    """Every goal, whether it was measured or not."""
+            process = subprocess.Popen(step.command, env=environment, start_new_session=True, **how)
+        except OSError as error:
+            return FAILED, f"cannot be started: {error}"
     try:
-        rows = {key(r): r for r in load(out / BENCH).rows}
-    except UsageError:
-        rows = {}
-    table: list[tuple[str, ...]] = [("row", "goal", "found", "")]
-    for name, goals in GOALS[device].items():
-        for goal in goals:
-            row = rows.get(name, {})
-            reached = goal.reached_in(row)
-            word = {True: "reached", False: "MISSED", None: "not measured"}[reached]
-            reason = row.get("skipped") or row.get("failed") or _problem(row, goal.of)
-            found = "" if reached is None else f"{goal.found_in(row):.3g}"
-            table.append((" ".join(name), str(goal), found, f"{word}: {reason}" if reason else word))
-    return columns(table)
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        cut = f"cut after {limit:.0f} s: "
+        end(process, GRACE)
+    finally:
+        end(process, 0)  # also what it has left behind, and if this process is told to end
+        content = log.read_bytes()
+        text = content[start:].rstrip() + b"\n"
+        text = text if len(text) <= KEPT else b"[...] " + text[-KEPT:]
+        log.write_bytes(content[:start] + text)
+    words = text.decode(errors="replace")
+    found = re.search(step.says, words) is not None
+    right = found and (step.partly if cut else process.returncode == 0)
+    why = cut or ("" if right else f"exit code {process.returncode}: ") + ("" if found else f"no {step.says!r}: ")
+    return PASSED if right else FAILED, (why + words.rstrip(" =\n").rpartition("\n")[2].strip(" =")[:160]).rstrip()
 
 
-def _problem(row: Result, contender: str) -> str | None:
-    found: dict[str, str] = row.get("contenders", {}).get(contender, {})
-    return found.get("failed") or found.get("skipped")
+def check(plan: str, steps: Sequence[Step], head: str, out: Path, seconds: float = SECONDS) -> int:
+    """Runs the steps within the time. How many failed, or were not run."""
+    begun = time.monotonic()
+    rows = {s.name: ("", 0.0, "not run") for s in steps}
 
+    def write() -> str:
+        passed = sum(state == PASSED for state, _, _ in rows.values())
+        lines = [f"{name:<14}{state:<8}{spent:>6.1f} s  {note}" for name, (state, spent, note) in rows.items()]
+        spent = time.monotonic() - begun
+        lines.append(f"GPU CHECK, {plan} plan: {passed} passed, {len(rows) - passed} failed, {spent:.0f} s")
+        text = "\n".join([head, *lines, ""])
+        write_atomically(out / "summary.txt", lambda f: f.write(text.encode()))
+        return text
 
-class Check:
-    """What has been found so far, and the file that says so."""
-
-    def __init__(self, device: str, out: Path, plan: list[Part]) -> None:
-        self.device, self.out, self.plan = device, out, plan
-        self.findings: list[Finding] = []
-        self.interrupted = False
-        self.begun = time.monotonic()
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.head = [f"fusedoptim, commit {commit()}, {date}, device {device}", machine(device)]
-
-    def count(self, state: str) -> int:
-        return sum(f.verdict.state == state for f in self.findings)
-
-    @property
-    def failed(self) -> int:
-        """What has not been run counts as failed."""
-        return len(self.plan) - self.count(PASSED) - self.count(ABSENT)
-
-    def summary(self) -> str:
-        found = {f.part.name: f for f in self.findings}
-        table: list[tuple[str, ...]] = [("part", "result", "seconds", "")]
-        for part in self.plan:
-            finding = found.get(part.name)
-            if finding is None:
-                table.append((part.name, FAILED, "", "not run: interrupted" if self.interrupted else "not run yet"))
-            else:
-                table.append((part.name, finding.verdict.state, f"{finding.seconds:.1f}", finding.verdict.note))
-        spent = f"{time.monotonic() - self.begun:.0f} s in all"
-        last = f"GPU CHECK: {self.count(PASSED)} passed, {self.failed} failed"
-        goals = ["", *goal_lines(self.device, self.out)] if any(p.name == "benchmarks" for p in self.plan) else []
-        return "\n".join([*self.head, *goals, "", *columns(table), "", spent, last]) + "\n"
-
-    def write(self) -> None:
-        write_atomically(self.out / SUMMARY, lambda f: f.write(self.summary().encode()))
-
-    def run(self, seconds: float) -> None:
-        end = self.begun + seconds - RESERVE
-        self.write()
-        for number, part in enumerate(self.plan, 1):
-            print(f"[{number}/{len(self.plan)}] {part.name} ...", flush=True)
-            finding = parts.run(part, self.out, end)
-            self.add(finding)
-            print(f"    {finding.verdict.state} {finding.verdict.note}".rstrip(), flush=True)
-
-    def add(self, finding: Finding) -> None:
-        self.findings.append(finding)
-        self.write()
-
-
-def remove(out: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = arguments.Parser(prog="bash benchmarks/gpu_check.sh", description=__doc__)
-    p.add_argument("out", metavar="OUTDIR", type=Path, help="the folder for at most 8 small files; its earlier ones go")
-    default = os.environ.get("FUSEDOPTIM_CHECK_DEVICE", "cuda")
-    p.add_argument("--device", default=default, help="cpu tries what can be tried without a GPU (default: cuda)")
-    p.add_argument("--seconds", type=float, default=TOTAL, help=f"for everything (default: {TOTAL:.0f})")
-    p.add_argument("--part", action="append", help="only these parts; can be repeated")
-    p.add_argument("--tests", nargs="+", help="tests to run instead of those marked gpu")
-    return p.parse_args(argv)
+    try:
+        for step in steps:
+            start = time.monotonic()
+            left = begun + seconds - RESERVE - start
+            rows[step.name] = ("", 0.0, "running, or interrupted")
+            write()
+            state, note = run(step, out, min(step.limit, left)) if left > LEAST else (FAILED, "no time was left")
+            rows[step.name] = (state, time.monotonic() - start, note)
+            print(f"{step.name}: {state} {note}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    for partial in out.glob(".*.partial"):  # of a step that was killed while it wrote
+        partial.unlink()
+    print(f"\n{write()}", end="", flush=True)
+    return sum(state != PASSED for state, _, _ in rows.values())
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    device = arguments.known("--device", [args.device], GOALS)[0]
+    p = arguments.Parser(prog="bash benchmarks/gpu_check.sh", description=__doc__)
+    p.add_argument("out", metavar="OUTDIR", type=Path, help="results come here, beside what is there")
+    p.add_argument("--plan", default="first", choices=("first", "second"))
+    p.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="cpu tries the plan where no GPU is")
+    p.add_argument("--prebuilt", metavar="DIR", default="none", help="libraries made by benchmarks.prebuild")
+    p.add_argument("--commit", help="which one this is, where there is no history")
+    p.add_argument("--only", metavar="STEP", action="append", help="only these steps; can be repeated")
+    args = p.parse_args(argv)
+    os.environ["FUSEDOPTIM_COMMIT"] = args.commit or commit()
     make_folder(args.out, "OUTDIR")
-    out = args.out.resolve()
-    remove(out, (*FILES, *HALF_WRITTEN))
-    with tempfile.TemporaryDirectory() as scratch:
-        plan = all_parts(device, out, Path(scratch), args.tests)
-        chosen = arguments.known("--part", args.part, [p.name for p in plan])
-        check = Check(device, out, [p for p in plan if p.name in chosen])
-        parts.interruptible()
-        try:
-            check.run(args.seconds)
-        except Interrupted as interrupt:
-            check.interrupted = True
-            if interrupt.args and isinstance(interrupt.args[0], Finding):
-                check.add(interrupt.args[0])
-        check.write()
-    remove(out, (parts.RUNNING, *HALF_WRITTEN))
-    print(f"\n{check.summary()}", end="", flush=True)
-    return 1 if check.failed else 0
+    steps = plans(args.device, args.out.resolve(), args.prebuilt)[args.plan]
+    chosen = arguments.known("--only", args.only, [s.name for s in steps])
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where they were ignored, which steps would inherit
+        signal.signal(number, signal.default_int_handler)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    head = f"fusedoptim, commit {commit()}, {now}, device {args.device}"
+    return min(1, check(args.plan, [s for s in steps if s.name in chosen], head, args.out.resolve()))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """``python -m benchmarks.report FILE.json`` prints the README's tables of a results file.
 
-``--write README.md`` puts them between their markers there, ``--check README.md`` exits with 1 if what is between the
-markers is not what the results files give, so that no number is ever typed by hand.
+``python -m benchmarks.report OUTDIR`` puts what a GPU check has measured into the results file of that GPU, where a row
+takes the place of an older one, and renews the README's tables. ``--write README.md`` does the second alone, ``--check
+README.md`` exits with 1 if they are not what the results files give, so that no number is ever typed by hand.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,10 +16,13 @@ from .environment import source
 from .errors import UsageError
 from .files import write_atomically
 from .goals import GOALS
-from .results import Results, load
-from .tables import comparison, device_details, disturbed, header, line, reasons, scaling
+from .results import Result, Results, load
+from .tables import comparison, device_details, disturbed, flat, other_commits, reasons, scaling, unmeasured
 
+#: The name of a section for the results of every GPU that there are.
+GPUS = "GPUs"
 ROOT = Path(__file__).parent.parent
+FOLDER = Path("benchmarks", "results")
 MARKED = re.compile(r"<!-- results: (?P<file>\S+) -->\n.*?<!-- end of results -->", re.S)
 #: Beyond the goals' rows: how the step behaves with other dtypes, gradients and caches.
 OTHERS = (
@@ -31,31 +36,92 @@ OTHERS = (
     ("AdamW", "fp32", "2000x1024", "recreated"),
     ("AdamW", "fp32", "2000x1024", "warm"),
     ("AdamW", "fp32", "465-groups", "warm"),
+    *(("AdamW", dtype, "embedding-95", "kept") for dtype in ("fp32", "bf16")),
 )
 
 
 def tables(results: Results) -> str:
     """The README's choice of rows; all of them if it has none of the choice."""
     keys = [(*key, "kept") for key in GOALS[str(results.environment["device"])]] + list(OTHERS)
-    by_key = {(r["optimizer"], r["dtype"], r["case"], r["condition"]): r for r in results.rows}
-    rows = [by_key[k] for k in keys if k in by_key] or results.rows
-    parts = [comparison(results, rows, narrow=True), disturbed(rows), device_details(rows), scaling(results)]
+    by_key = {row_key(r): r for r in results.rows}
+    rows = [by_key[k] for k in dict.fromkeys(keys) if k in by_key] or results.rows
+    parts = [comparison(results, rows, narrow=True), disturbed(rows), other_commits(results, rows)]
+    if results.environment["device"] == "cuda":
+        parts = [f"**{results.environment['gpu']}**", *parts, unmeasured("cuda", rows)]
+    parts += [device_details(rows), flat(results.host), scaling(results)]
     if not results.finished:
         parts.append(f"(The run was interrupted: {len(results.rows)} of {results.planned} rows.)")
     return "\n\n".join([p for p in parts if p] + [source(results.environment)])
 
 
-def unmeasured() -> str:
-    """What a GPU is to reach, for a machine that there are no results of yet."""
-    lines = header(["optimizer", "case", "goal", "measured"], 3)
-    for (optimizer, dtype, case), goals in GOALS["cuda"].items():
-        lines += [line([f"{optimizer} {dtype}", case, str(goal), "not measured"]) for goal in goals]
-    return "\n".join(lines)
+def row_key(row: Result) -> tuple[str, str, str, str]:
+    return row["optimizer"], row["dtype"], row["case"], row["condition"]
 
 
 def section(name: str) -> str:
-    text = tables(load(ROOT / name)) if (ROOT / name).exists() else unmeasured()
+    """Of a file, or of all GPUs; where none has been measured yet, what they are to reach."""
+    paths = sorted((ROOT / FOLDER).glob("*.json")) if name == GPUS else [ROOT / name]
+    found = [r for r in map(load, paths) if name != GPUS or r.environment["device"] == "cuda"]
+    text = "\n\n".join(map(tables, found)) or unmeasured("cuda")
     return f"<!-- results: {name} -->\n{text}\n<!-- end of results -->"
+
+
+def renewed(text: str) -> str:
+    return MARKED.sub(lambda m: section(m["file"]), text)
+
+
+def file_of(gpu: str) -> Path:
+    """NVIDIA H100 80GB HBM3 is h100."""
+    short = re.search(r"\b[A-Z]{1,2}\d{2,4}\b", gpu)
+    name = short[0] if short else re.sub(r"\W+", "-", gpu.removeprefix("NVIDIA "))
+    return ROOT / FOLDER / f"{name.lower()}.json"
+
+
+def merge(into: Results, new: Results) -> None:
+    """Every row says at which commit it was measured, and a measured one is not replaced by one that was not."""
+    rows = {row_key(r): r for r in into.rows}
+    for row in new.rows:
+        if "contenders" in row or row_key(row) not in rows:
+            rows[row_key(row)] = {**row, "commit": new.environment["commit"]}
+    into.rows, into.scaling, into.host = list(rows.values()), new.scaling or into.scaling, new.host or into.host
+    into.planned, into.finished = len(into.rows), True
+    # Its files were somewhere else than here.
+    command = re.sub(r"\S*/(\w+\.json)", r"\1", str(new.environment["command"]))
+    into.environment = {**new.environment, "command": command}
+
+
+def _flattened(row: Result) -> Result:
+    """Without what is None; ``us: {median: 3.0}`` becomes ``us median: 3.0``."""
+    flat_row: Result = {}
+    for name, value in row.items():
+        flat_row |= {f"{name} {n}": v for n, v in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat_row.items() if value is not None}
+
+
+def take(folders: list[Path]) -> list[Path]:
+    """Merges what is in the folders of a GPU check, in the order of time. The files that it has written."""
+    found, host = [], {}
+    for folder in folders:
+        for path in folder.glob("*.json"):
+            if path.name == "host.json":
+                host[folder] = [_flattened(row) for row in json.loads(path.read_text())["rows"]]
+            elif path.name != "ab.json":
+                found.append(load(path))
+    targets: dict[Path, Results] = {}
+    for new in sorted(found, key=lambda r: str(r.environment["date"])):
+        if new.environment["device"] != "cuda":
+            raise UsageError(f"{new.path} is of no GPU: its rows belong to no results file of one")
+        path = file_of(str(new.environment["gpu"]))
+        if path not in targets:
+            targets[path] = load(path) if path.exists() else Results({}, 0, path)
+        assert new.path is not None
+        new.host = host.get(new.path.parent, [])
+        merge(targets[path], new)
+    for results in targets.values():
+        results.save()
+    if not targets:
+        raise UsageError(f"no results are in {', '.join(map(str, folders))}")
+    return list(targets)
 
 
 def read(path: Path) -> str:
@@ -67,15 +133,20 @@ def read(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     p = arguments.Parser(prog="python -m benchmarks.report", description=__doc__)
-    p.add_argument("file", type=Path, nargs="?", help="a results file whose tables to print")
+    p.add_argument("file", type=Path, nargs="*", help="a results file whose tables to print, or folders of GPU checks")
     p.add_argument("--all", action="store_true", help="every row, and why peers are missing")
     p.add_argument("--write", type=Path, help="a Markdown file whose marked tables to renew")
     p.add_argument("--check", type=Path, help="a Markdown file whose marked tables to compare")
     args = p.parse_args(argv)
-    if sum(given is not None for given in (args.file, args.write, args.check)) != 1:
-        p.error("give one of FILE.json, --write and --check")
-    if args.file is not None:
-        results = load(args.file)
+    if sum(map(bool, (args.file, args.write, args.check))) != 1:
+        p.error("give one of FILE.json, OUTDIR, --write and --check")
+    if args.file and all(path.is_dir() for path in args.file):
+        print(*take(args.file), sep="\n")
+        args.write = ROOT / "README.md"
+    elif args.file:
+        if len(args.file) > 1:
+            p.error("give one file, or folders")
+        results = load(args.file[0])
         if args.all:
             print(comparison(results, results.rows), reasons(results.rows), sep="\n\n")
         else:
@@ -85,10 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     text = read(path)
     if not MARKED.search(text):
         raise UsageError(f"{path} has no <!-- results: FILE --> ... <!-- end of results --> to fill")
-    renewed = MARKED.sub(lambda m: section(m["file"]), text)
+    new = renewed(text)
     if args.write is not None:
-        write_atomically(path, lambda f: f.write(renewed.encode()))
-    elif renewed != text:
+        write_atomically(path, lambda f: f.write(new.encode()))
+    elif new != text:
         print(f"{path}: its tables are not those of the results files; run python -m benchmarks.report --write {path}")
         return 1
     return 0

@@ -23,6 +23,8 @@ class Results:
         self.environment, self.planned, self.path = environment, planned, path
         self.rows: list[Result] = []
         self.scaling: list[Result] = []
+        #: Times on the host beside a GPU, if there are any: flat rows.
+        self.host: list[Result] = []
         self.finished = False
 
     def save(self) -> None:
@@ -34,7 +36,8 @@ class Results:
         """A line per row, so that a change of results can be read."""
         head = {"format": FORMAT, "finished": self.finished, "planned": self.planned, "environment": self.environment}
         parts = [f' "{key}": {_dump(value)}' for key, value in head.items()]
-        for key, rows in (("rows", self.rows), ("scaling", self.scaling)):
+        host = (("host", self.host),) if self.host else ()
+        for key, rows in (("rows", self.rows), ("scaling", self.scaling), *host):
             lines = ",\n".join(f"  {_dump(row)}" for row in rows)
             parts.append(f' "{key}": [\n{lines}\n ]' if rows else f' "{key}": []')
         return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -66,6 +69,7 @@ def load(path: Path) -> Results:
     try:
         results = Results(content["environment"], content["planned"], path)
         results.rows, results.scaling, results.finished = content["rows"], content["scaling"], content["finished"]
+        results.host = content.get("host", [])
     except KeyError as error:
         raise UsageError(f"{path} is damaged: it has no {error}") from error
     return results

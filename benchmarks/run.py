@@ -22,7 +22,7 @@ from .cases import CASES
 from .devices import DEVICES, Device
 from .environment import environment
 from .errors import UsageError
-from .goals import GOALS
+from .goals import FOREACH, FUSED, GOALS
 from .measure import Budget
 from .optimizers import DTYPES, SETTINGS
 from .peers import PEERS, Peer
@@ -43,7 +43,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dtype", action="append", help=f"parameters, or parameters+states, of {', '.join(DTYPES)}")
     p.add_argument("--condition", action="append", help=f"between steps, of {', '.join(CONDITIONS)} (default: kept)")
     p.add_argument("--peer", action="append", help=f"of {', '.join(PEERS)}, or none")
-    p.add_argument("--goals", action="store_true", help="the rows that have a goal, instead of a selection")
+    p.add_argument(
+        "--goals", action="store_true", help="only rows that have a goal; and of torch only its fastest code"
+    )
+    p.add_argument("--reverse", action="store_true", help="the last rows first")
     p.add_argument("--scaling", action="store_true", help="the curves as well, with a selection of rows")
     p.add_argument("--no-scaling", action="store_true", help="leave the curves out")
     p.add_argument("--out", type=Path, help="write the results, with the environment, to this JSON file, row by row")
@@ -60,18 +63,29 @@ def selected_rows(args: argparse.Namespace) -> list[Row]:
     dtypes = arguments.known("--dtype", args.dtype, DTYPES)
     conditions = arguments.known("--condition", args.condition or ["kept"], CONDITIONS)
     if args.goals:
-        if _selection(args):
-            raise UsageError("--goals names its rows itself: leave out --optimizer, --case, --dtype and --condition")
-        return plan.rows((*key, "kept") for key in GOALS[args.device])
-    if _selection(args):
-        return plan.rows(plan.combinations(optimizers, dtypes, cases, conditions))
-    return plan.rows(plan.chosen(args.quick))
+        if args.condition:
+            raise UsageError("--goals are for gradients that are kept: leave out --condition")
+        wanted = set(plan.combinations(optimizers, dtypes, cases, conditions))
+        keys = [key for goal in GOALS[args.device] if (key := (*goal, "kept")) in wanted]
+    elif _selection(args):
+        keys = plan.combinations(optimizers, dtypes, cases, conditions)
+    else:
+        keys = plan.chosen(args.quick)
+    return plan.rows(reversed(keys) if args.reverse else keys)
 
 
 def selected_peers(args: argparse.Namespace) -> list[Peer]:
     if args.peer == ["none"]:
         return []
     return [PEERS[name] for name in arguments.known("--peer", args.peer, PEERS)]
+
+
+def beside(row: Row, peers: list[Peer], args: argparse.Namespace) -> list[Peer]:
+    """Those for a row. With --goals, torch's foreach code takes part where torch has no fused code, which is faster."""
+    fused = PEERS[FUSED]
+    if not args.goals or fused not in peers or fused.problem(row.work, row.case, args.device) is not None:
+        return peers
+    return [p for p in peers if p.name != FOREACH]
 
 
 def selected_curves(args: argparse.Namespace) -> list[scaling.Curve]:
@@ -114,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # the peers' own
             for row in rows:
                 progress.now(" ".join(row.key))
-                results.rows.append(measure(row, device, peers, budget))
+                results.rows.append(measure(row, device, beside(row, peers, args), budget))
                 results.save()
                 progress.advance()
             for curve, row in points:
@@ -129,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_where(args.out)}", file=sys.stderr)
     print(everything(results))
+    print(f"{sum('contenders' in r for r in results.rows)} of {len(rows)} rows measured")
     if not results.finished:
         return 130
     return 1 if any("failed" in r or "failed" in r.get("contenders", {}).get(OURS, {}) for r in results.rows) else 0

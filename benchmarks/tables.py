@@ -154,6 +154,33 @@ def reasons(rows: Sequence[Result]) -> str:
     return "\n".join(f"- {name} {why} ({n} row{'s' * (n > 1)})" for (name, why), n in found.items())
 
 
+def flat(rows: Sequence[Result]) -> str:
+    """Rows of names and values, whatever these are."""
+    names = list(dict.fromkeys(n for r in rows for n in r))
+    cells = [[f"{v:.3g}" if isinstance(v := r.get(n, ""), float) else str(v) for n in names] for r in rows]
+    return "\n".join([*header(names, 1), *map(line, cells)]) if rows else ""
+
+
+def unmeasured(device: str, rows: Sequence[Result] = ()) -> str:
+    """The goals that no row has anything to set against."""
+    by_key = {key(r): r for r in rows if r["condition"] == "kept"}
+    lines = header(["optimizer", "case", "goal", "measured"], 3)
+    for (optimizer, dtype, case), goals in GOALS[device].items():
+        row = by_key.get((optimizer, dtype, case), {})
+        left = [goal for goal in goals if goal.found_in(row) is None]
+        lines += [line([f"{optimizer} {dtype}", case, str(goal), "not measured"]) for goal in left]
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def other_commits(results: Results, rows: Sequence[Result]) -> str:
+    """Which rows were measured at another commit than the file's."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("commit", results.environment["commit"]) != results.environment["commit"]:
+            found.setdefault(row["commit"], []).append(f"{_label(row)} {_case(row)}")
+    return "\n\n".join(f"Measured at commit {name}: {'; '.join(of)}." for name, of in found.items())
+
+
 def scaling(results: Results) -> str:
     lines = header(["AdamW fp32", "slope", ""], 1)
     says = {r["curve"]: r["says"] for r in results.scaling}

@@ -6,6 +6,7 @@
 #include "cpu/capability.h"
 #include "cuda/library_launcher.h"
 #include "cuda/table_layout.h"
+#include "cuda/tuning.h"
 #include "python/clipper.h"
 #include "python/plan.h"
 #include "python/pybind.h"
@@ -63,6 +64,13 @@ PYBIND11_MODULE(_C, m) {
     return problem ? std::optional<std::string>(problem) : std::nullopt;
   });
   m.def("cuda_on_host", [] { return cuda::api && cuda::api->on_host; });
+  // Sets a choice of cuda/tuning.h for what is made or stepped from now on. Returns the value before.
+  m.def("tune", [](const std::string& name, int64_t value) {
+    int64_t* choice = cuda::tuning.find(name.c_str());
+    if (!choice) throw py::value_error("there is no choice called " + name);
+    std::swap(*choice, value);
+    return value;
+  });
   // Where the fields of the tables on the device lie, in bytes, and their constants.
   m.def("table_layout", &cuda::table_layout);
   m.def("rules", [] {

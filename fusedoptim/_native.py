@@ -77,6 +77,12 @@ def cuda_problem() -> str | None:
     return None
 
 
+def tune(name: str, value: int) -> int:
+    """Sets a choice of csrc/cuda/tuning.h, for measurements. Returns the value before."""
+    assert _C is not None
+    return int(_C.tune(name, value))
+
+
 @functools.cache
 def triton_problem() -> str | None:
     """Why Triton's kernels cannot be compiled, and the remedy; None if they can. Does not import Triton."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _native, reference
 from ._checks import compute_dtype
+from ._device_memory import DeviceMemory
 from ._rule import EMA, Rule
 
 Groups = list[dict[str, Any]]
@@ -142,7 +143,7 @@ def make_launcher(backend: str, device: torch.device) -> Any:
         from .triton_kernels.launcher import TritonLauncher
 
         return TritonLauncher(device)
-    return device.index or 0
+    return DeviceMemory(device)
 
 
 def stream_of(device: torch.device) -> Callable[[], int]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from cases import (
+    BY_NAME,
     CASES,
     FULL,
     SHAPES,
@@ -115,6 +116,37 @@ def test_every_alignment(kernels: Kernels, case: Case) -> None:
             a.step()
             b.step()
         assert_same_optimizers(a, b)
+
+
+def any_magnitude(n: int, seed: int, largest: float) -> torch.Tensor:
+    """Zeros of both signs, subnormal numbers and all up to the largest; a NaN and infinities."""
+    draw = torch.Generator().manual_seed(seed)
+    exponent = torch.randint(-149, 1, (n,), generator=draw).double()
+    x = torch.exp2(exponent + largest) * (1 + torch.rand(n, generator=draw)) * torch.randn(n, generator=draw).sign()
+    x[::7] = 0.0
+    x[3::70] = -0.0
+    x[n // 2 : n // 2 + 3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    return x.float()
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["adamw", "adam_amsgrad_decay_max", "rmsprop_momentum", "rmsprop_all", "adagrad_all"])
+def test_numbers_of_all_magnitudes(kernels: Kernels, case: str, dtype: torch.dtype, eps: float) -> None:
+    """Roots and quotients that take a way of their own where they are ordinary have to notice where they are not."""
+    n = 260 if kernels.slow else 2100
+    mine, theirs, a, b = pair(kernels, BY_NAME[case], [(n,), (n,)], dtype, eps=eps)
+    with torch.no_grad():
+        for p, q in zip(mine, theirs, strict=True):
+            p.copy_(any_magnitude(n, 1, 20.0))
+            q.copy_(p)
+    for step in range(2 if kernels.slow else 4):
+        for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+            q.grad = any_magnitude(n, step // 2 if i else step, 127.0 if step == 1 else 0.0).to(dtype)
+            p.grad = q.grad.clone()
+        a.step()
+        b.step()
+    assert_same_optimizers(a, b)
 
 
 @pytest.mark.parametrize("count", [(1 << 14) + 1, 100_003, (1 << 20) + 5, 2_200_000])

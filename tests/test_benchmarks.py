@@ -144,6 +144,57 @@ def test_groups_share_the_tensors_and_have_their_own_learning_rates() -> None:
     assert len({g["lr"] for g in groups}) == 465 and all(0.1 <= g["lr"] < 0.2 for g in groups)
 
 
+def test_an_embeddings_rows_without_gradients_have_no_states() -> None:
+    case = Case("embedding", ((41, 3),), live=20)
+    data = Data(case, torch.float32, torch.device("cpu"), 2)
+    params = data.parameters()
+    optimizer = SETTINGS["AdamW"].make(params)
+    for number in range(2):
+        data.give_gradients(params, number)
+        assert params[0].grad is not None and params[0].grad.any(1).nonzero().flatten().tolist() == [0, 20, 40]
+        optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg_sq"].any(1).sum() == 3
+    assert CASES["embedding-95"].live == 20 and CASES["gpt2-xl"].live == 1
+
+
+def test_variants_take_turns_and_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from benchmarks import ab
+
+    assert ab.main(["--device", "cpu"]) == 0 and "no switches" in capsys.readouterr().out
+    tunables = {"window": 1}
+
+    def tune(name: str, value: int) -> int:
+        before, tunables[name] = tunables[name], value
+        return before
+
+    class Clock(Cpu):
+        def timed(self, call: Callable[[], object]) -> Sample:
+            call()
+            return Sample(1.5 if tunables["window"] == 8 else 1.0, 0.0)
+
+    key = ("AdamW", "fp32", "tiny", "kept")
+    switches = (ab.Switch("typo", {"widnow": 8}, (key,)), ab.Switch("window", {"window": 8}, (key,)))
+    monkeypatch.setattr(ab, "SWITCHES", switches)
+    monkeypatch.setattr(ab, "BUDGET", Budget(0.01, at_least=6, at_most=6))
+    monkeypatch.setattr(ab._native, "tune", tune, raising=False)
+    monkeypatch.setitem(devices.DEVICES, "cpu", Clock)
+    out = tmp_path / "ab.json"
+    assert ab.main(["--device", "cpu", "--switch", "window", "--out", str(out)]) == 0 and tunables == {"window": 1}
+    [found] = json.loads(out.read_text())
+    assert found["ratio"]["median"] == 1.5 and found["ratio"]["n"] == 6 and found["same_bits"]
+
+    def differs(work: Work, groups: list[dict[str, Any]]) -> Any:
+        return torch_adamw(work, [{**g, "lr": g["lr"] * tunables["window"]} for g in groups])
+
+    monkeypatch.setattr(ab, "ours", differs)
+    capsys.readouterr()
+    assert ab.main(["--device", "cpu"]) == 1
+    typo, window = capsys.readouterr().out.splitlines()
+    assert "FAILED: KeyError" in typo and "1.500 (1.500 to 1.500, 6 rounds), OTHER BITS" in window
+
+
 def test_gradients_created_anew_are_at_other_addresses() -> None:
     data = Data(TINY, torch.float32, torch.device("cpu"), 2)
     params = data.parameters()
@@ -573,6 +624,8 @@ def test_the_commit_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     monkeypatch.setenv("FUSEDOPTIM_COMMIT", "0123456789abcdef")
     assert commit() == "0123456789ab"
+    monkeypatch.setenv("FUSEDOPTIM_COMMIT", "0123456789abcdef+changes")
+    assert commit() == "0123456789ab+changes"
     monkeypatch.delenv("FUSEDOPTIM_COMMIT")
     assert commit() == "unknown"
 
@@ -642,7 +695,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     "options,says",
     [
         (["--quik"], "unrecognized arguments: --quik; --help lists the options"),
-        (["--goals", "--case", "64M"], "--goals names its rows itself"),
+        (["--goals", "--condition", "warm"], "--goals are for gradients that are kept"),
     ],
 )
 def test_options_that_make_no_sense(options: list[str], says: str) -> None:
@@ -667,6 +720,16 @@ def test_rows_of_goals_and_selections() -> None:
         chosen = run.selected_rows(run.parse(["--device", device, "--goals"]))
         assert [r.key[:3] for r in chosen] == list(GOALS[device])
         assert not run.selected_curves(run.parse(["--device", device, "--goals"]))
+        backwards = run.selected_rows(run.parse(["--device", device, "--goals", "--reverse"]))
+        assert [r.key for r in backwards] == [r.key for r in reversed(chosen)]
+    some = run.parse(
+        ["--device", "cuda", "--goals", "--case", "gpt2-xl", "--optimizer", "SGD", "--optimizer", "RMSprop"]
+    )
+    sgd, rmsprop = run.selected_rows(some)
+    assert [r.work.setting.name for r in (sgd, rmsprop)] == ["SGD", "RMSprop"]
+    both = [PEERS["torch fused"], PEERS["torch foreach"]]
+    assert run.beside(sgd, both, some) == both[:1] and run.beside(rmsprop, both, some) == both
+    assert run.beside(sgd, both, run.parse([])) == both
     assert run.selected_curves(run.parse([])) and not run.selected_curves(run.parse(["--case", "64M"]))
     quick = run.selected_rows(run.parse(["--quick"]))
     full = run.selected_rows(run.parse([]))

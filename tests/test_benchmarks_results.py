@@ -204,8 +204,62 @@ def test_report_prints_writes_and_checks(
     readme.write_text("no markers")
     with pytest.raises(UsageError, match="has no <!-- results: FILE -->"):
         report.main(["--check", str(readme)])
-    with pytest.raises(UsageError, match=r"give one of FILE\.json, --write and --check"):
+    with pytest.raises(UsageError, match=r"give one of FILE\.json, OUTDIR, --write and --check"):
         report.main([])
+
+
+def test_a_gpu_checks_results_become_a_file_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two plans: a row that is measured again takes the place of the older one, and every row has its commit."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    folder = tmp_path / report.FOLDER
+    folder.mkdir(parents=True)
+    saved(folder / "cpu.json", results(a_row()))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results: GPUs -->\n<!-- end of results -->\n")
+    assert report.main(["--write", str(readme)]) == 0
+    goals = readme.read_text().count("| not measured |")
+    assert goals == sum(map(len, GOALS["cuda"].values()))
+
+    gpu = {"device": "cuda", "gpu": "NVIDIA H100 80GB HBM3", "driver": "580.1", "cores": 16}
+    fp32, bf16 = (("AdamW", dtype, "gpt2-xl", "kept") for dtype in ("fp32", "bf16"))
+    sgd = ("SGD", "fp32", "gpt2-xl", "kept")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for out in (first, second):
+        out.mkdir()
+        (out / "ab.json").write_text("[]")
+    command = "python -m benchmarks.run --goals --out /tmp/x/first.json"
+    old = results(a_row(2.0, key=fp32), a_row(3.0, key=bf16), a_row(4.0, key=sgd), **gpu, command=command)
+    old.finished, old.planned = False, 9
+    saved(first / "first.json", old)
+    (first / "host.json").write_text(
+        '{"rows": [{"case": "300x1024", "threads": 16, "us": {"min": 41.26, "median": 43.0}, "goal": null}]}'
+    )
+    later = {**gpu, "commit": "fedcba987654", "date": "2031-02-04T04:05:06+00:00"}
+    failed = {k: v for k, v in a_row(key=sgd).items() if k != "contenders"} | {"failed": "RuntimeError: no"}
+    saved(second / "second.json", results(a_row(2.5, {"Triton backend": 2.6}, key=bf16), failed, **later))
+    assert report.main([str(second), str(first)]) == 0
+
+    content = load(folder / "h100.json")
+    found = {r["dtype"]: (r["contenders"][OURS]["ms"]["median"], r["commit"]) for r in content.rows[:2]}
+    assert found == {"fp32": (2.0, "0123456789ab"), "bf16": (2.5, "fedcba987654")} and len(content.rows) == 3
+    assert content.rows[2]["contenders"], "a row that failed is no better than one that was measured"
+    assert content.environment["commit"] == "fedcba987654" and content.finished
+    text = readme.read_text()
+    assert "**NVIDIA H100 80GB HBM3**" in text and "| AdamW bf16 | gpt2-xl | 2.5 | 40 |" in text
+    assert "NVIDIA H100 80GB HBM3, driver 580.1, 16 cores; torch 2.12.3" in text
+    assert "Measured at commit 0123456789ab: AdamW fp32 gpt2-xl; SGD fp32 gpt2-xl." in text
+    assert "| case | threads | us min | us median |" in text and "| 300x1024 | 16 | 41.3 | 43 |" in text
+    assert "commit fedcba987654, 2031-02-04" in text
+    assert (
+        text.count("| not measured |") == goals - 3
+        and "| AdamW fp32 | gpt2-xl | torch fused 1x | not measured |" in text
+    )
+    assert report.main([str(first)]) == 0
+    assert "benchmarks.run --goals --out first.json`" in readme.read_text(), "of its own folder there is no word"
+    assert report.file_of("NVIDIA H200").name == "h200.json"
+    assert report.file_of("NVIDIA GeForce RTX 4090").name == "geforce-rtx-4090.json"
+    with pytest.raises(UsageError, match="no results are in"):
+        report.main([str(tmp_path / "benchmarks")])
 
 
 # ---- compare ----

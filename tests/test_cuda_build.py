@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
 import fusedoptim
+from benchmarks import machine_code
+from benchmarks.machine_code import Kernel
 from fusedoptim import _backends, _native
 
 LIBRARY = _native.cuda_library()
 needs_cuda_library = pytest.mark.skipif(
     not LIBRARY.exists(), reason=f"no CUDA kernels: {_native.build_report().get('cuda')}"
 )
-#: Threads of a multiprocessor's 65,536 registers that must fit: see kBlocksPerSM in csrc/cuda/table.h.
-THREADS_PER_SM = 4 * 128
 #: The name of a rule in C++, and as the library lists it.
 RULES = {
     "Adam": "adam",
@@ -36,51 +32,15 @@ RULES = {
 STATES = {"Adam": (2, 3), "SGD": (0, 1), "RMSprop": (1, 2, 2, 3), "Adagrad": (1,), "NormAdaptive": (0,), "Clip": (0,)}
 
 
-def cuobjdump() -> str | None:
-    """The one of the toolkit, or the one that Triton brings."""
-    found = shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        found = shutil.which(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    return found
-
-
-@dataclass
-class Kernel:
-    registers: int
-    local_bytes: int
-    #: (address, instruction without its predicate)
-    code: list[tuple[int, str]] = field(default_factory=list)
-
-    def addresses(self, pattern: str) -> list[int]:
-        return [address for address, instruction in self.code if re.match(pattern, instruction)]
-
-
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[dict[tuple[str, bool], Kernel]]:
-    """By rule, and whether it is the kernel for tensors with operands of 64 bits; for the newest GPU built for."""
-    tool = cuobjdump()
-    if tool is None or not LIBRARY.exists():
+def kernels() -> dict[tuple[str, bool], Kernel]:
+    """By rule, and whether it is the kernel for tensors with operands of 64 bits; for the GPU that all figures are of,
+    else the newest one built for."""
+    if machine_code.cuobjdump() is None or not LIBRARY.exists():
         pytest.skip("needs the CUDA library and cuobjdump")
-    files = subprocess.run([tool, "-lelf", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
-    newest = max(re.findall(r"sm_(\d+)", files), key=int)
-    command = [tool, "-arch", f"sm_{newest}", "-sass", "-res-usage", str(LIBRARY)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[tuple[str, bool], Kernel] = {}
-    usage = {
-        name: (int(registers), int(local))
-        for name, registers, local in re.findall(r"Function (\S+):\n\s*REG:(\d+) .*?LOCAL:(\d+)", listing)
-    }
-    current: Kernel | None = None
-    for line in listing.splitlines():
-        if match := re.search(r"Function : (\S+)", line):
-            current = None
-            name = match[1]
-            if kind := re.search(r"step_kernelINS_\d+(\w+?)ELb([01])E", name):
-                current = found[kind[1], kind[2] == "1"] = Kernel(*usage[name])
-        elif current is not None and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?(.*?);", line)):
-            current.code.append((int(match[1], 16), match[2].strip()))
-    yield found
+    built = machine_code.architectures(LIBRARY)
+    found = machine_code.read(LIBRARY, "sm_90" if "sm_90" in built else built[-1])
+    return {key: kernel for name, kernel in found.items() if (key := machine_code.rule_and_width(name)) is not None}
 
 
 @needs_cuda_library
@@ -152,15 +112,19 @@ def test_every_rule_has_both_kernels(kernels: dict[tuple[str, bool], Kernel]) ->
 
 @pytest.mark.parametrize("rule", RULES)
 def test_memory_is_accessed_16_bytes_at_once(kernels: dict[tuple[str, bool], Kernel], rule: str) -> None:
-    """Per variant: a loop over fp32 (and mixed) tensors in groups of four, and one over 16-bit tensors in groups of
-    eight, with two groups under way; each reads gradient, parameter and states, and writes all but the gradient."""
-    kernel = kernels[rule, False]
-    loads, stores = kernel.addresses(r"LDG\.E\.EF\.128"), kernel.addresses(r"STG\.E\.EF\.128")
+    """In the loops of tensors whose dtypes are known when compiled; 16-bit operands beside 32-bit ones have 8 bytes."""
     params = 0 if rule == "Clip" else 1  # it does not look at them
-    assert len(loads) >= sum(4 * (states + 1 + params) for states in STATES[rule])
-    assert len(stores) >= sum(4 * (states + 1) for states in STATES[rule])
-    # 16-bit operands beside 32-bit ones; nothing else is streamed
-    assert not kernel.addresses(r"(LDG|STG)\.E\.EF(?!\.(128|64)\b)")
+    expected = {(states + 1 + params, states + 1) for states in STATES[rule]}
+    for dtypes in ("fp32", "bf16"):
+        found = {
+            (loop.count(r"LDG\.E\.EF\.128") // loop.groups, loop.count(r"STG\.E\.EF\.128") // loop.groups)
+            for loop in kernels[rule, False].loops()
+            if loop.dtypes == dtypes and loop.count(r"(LDG|STG)\.E\.EF") == loop.count(r"(LDG|STG)\.E\.EF\.128")
+        }
+        assert expected <= found, dtypes
+    # Nothing else is streamed, and hyper-parameters are read as words.
+    assert not kernels[rule, False].addresses(r"(LDG|STG)\.E\.EF(?!\.(128|64)\b)")
+    assert not [a for mixed in (False, True) for a in kernels[rule, mixed].addresses(r"(LD|LDG)\.(E\.)?[US]8")]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -178,8 +142,26 @@ def test_fp32_kernels_compute_in_fp32(kernels: dict[tuple[str, bool], Kernel], r
 @pytest.mark.parametrize("rule", RULES)
 def test_registers_and_spills(kernels: dict[tuple[str, bool], Kernel], rule: str, mixed: bool) -> None:
     kernel = kernels[rule, mixed]
-    assert kernel.registers * THREADS_PER_SM <= 65536
+    assert kernel.blocks >= (4 if mixed or rule == "NormAdaptive" else 5)
     assert kernel.local_bytes == 0
     # A called function keeps its return address there; a spill would show within the loops.
     streamed = kernel.addresses(r"(LDG|STG)\.E\.EF")
     assert not [a for a in kernel.addresses(r"LDL|STL") if streamed[0] < a < streamed[-1]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtypes", "stores", "most"),
+    [("Adam", "fp32", 3, 45), ("Adam", "bf16", 3, 46), ("Adam", "bf16 and fp32", 3, 48), ("SGD", "fp32", 2, 12)],
+)
+def test_what_the_main_loops_execute(
+    kernels: dict[tuple[str, bool], Kernel], rule: str, dtypes: str, stores: int, most: int
+) -> None:
+    """Instructions per element, and the branches that keep groups of elements from overlapping."""
+    loops = [
+        loop
+        for loop in kernels[rule, False].loops()
+        if loop.dtypes == dtypes and loop.groups == 2 and loop.count(r"STG\.E\.EF") == stores * loop.groups
+    ]
+    best = min(loops, key=lambda loop: loop.each)
+    assert best.each <= most
+    assert best.branches <= (4 if rule == "Adam" else 5.5)

@@ -19,6 +19,7 @@ from device_tests import pair
 
 import fusedoptim
 from fusedoptim import _native
+from fusedoptim._device_memory import DeviceMemory
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None or _native._C is None, reason="needs g++ and the library")
 
@@ -116,6 +117,34 @@ def test_a_captured_step_has_tables_of_its_own(model: Model) -> None:
     optimizer.add_param_group({"params": parameters([(2,)])})
     optimizer.step()
     assert len(optimizer._captured) == 1
+
+
+def test_the_allocator_is_told_of_every_stream_that_uses_tables(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once of each, for each table, and of the one where a captured step is usually replayed."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(DeviceMemory, "used_on", lambda self, memory, stream: told.append((memory.data_ptr(), stream)))
+    params = parameters([(3,)] * 4200)  # whose gradients do not fit the arguments, so that there is a third table
+    optimizer = fusedoptim.AdamW(params, backend="cuda", max_grad_norm=1.0)
+    set_gradients(params, 0)
+    optimizer.step()
+    assert optimizer._runners is not None
+    (runner,) = optimizer._runners
+    for stream in (7, 7, 9, 0, 7):
+        assert runner.refresh(optimizer.param_groups, optimizer.state)
+        runner.plan.run(stream)
+    assert [stream for _, stream in told] == [7] * 3 + [9] * 3
+    assert len({address for address, _ in told}) == 3
+    told.clear()
+    params[0].data = params[0].data.clone()  # tables are made anew, on another stream
+    optimizer.step()
+    (runner,) = optimizer._runners
+    assert runner.refresh(optimizer.param_groups, optimizer.state)
+    model.set_capturing(1)
+    try:
+        runner.plan.run(11)
+    finally:
+        model.set_capturing(0)
+    assert [stream for _, stream in told] == [11] * 3  # 0, where they were made, need not be told
 
 
 @pytest.mark.parametrize("name", ["SGD", "NormAdaptive"])

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda_build import RULES, STATES, cuobjdump
+from test_cuda_build import RULES, STATES
 
 import fusedoptim
+from benchmarks.machine_code import cuobjdump
 from benchmarks.triton_compile import generate, kind
 from fusedoptim import _backends, _native
 
@@ -79,6 +80,8 @@ def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, d
     read = states + (1 if name == "Clip" else 2)  # which does not look at the parameter
     assert code.count(r"LDG\.E\S*\.128") >= per_operand * read
     assert code.count(r"STG\.E\S*\.128") >= per_operand * (states + 2)  # zeros in the gradient are stored as well
+    # Two numbers are rounded at once, by the device.
+    assert code.count(r"F2FP\.BF16") >= (4 * (states + 1) if dtype == BF16 else 0)
     assert code.local_bytes == 0
     assert code.registers * 128 * 4 <= 65536  # four blocks to a multiprocessor
     ptx = compiled.asm["ptx"]

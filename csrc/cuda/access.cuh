@@ -76,8 +76,7 @@ struct Raw {  // a group as it is in memory
 
 // Read once and not again before the next step: such lines should be the first to leave the caches.
 template <int G>
-__device__ __forceinline__ void fetch(Raw& raw, const void* base, DType d, int64_t i) {
-  const char* at = static_cast<const char*>(base) + i * size_of(d);
+__device__ __forceinline__ void fetch(Raw& raw, const char* at, DType d) {
   if (G == 4 && size_of(d) == 2) {
     const uint2 x = __ldcs(reinterpret_cast<const uint2*>(at));
     raw.word[0] = x.x, raw.word[1] = x.y;
@@ -85,6 +84,14 @@ __device__ __forceinline__ void fetch(Raw& raw, const void* base, DType d, int64
     const uint4 x = __ldcs(reinterpret_cast<const uint4*>(at));
     raw.word[0] = x.x, raw.word[1] = x.y, raw.word[2] = x.z, raw.word[3] = x.w;
   }
+}
+
+template <int G>
+__device__ __forceinline__ void put(char* at, const Raw& raw, DType d) {
+  if (G == 4 && size_of(d) == 2)
+    __stcs(reinterpret_cast<uint2*>(at), uint2{raw.word[0], raw.word[1]});
+  else
+    __stcs(reinterpret_cast<uint4*>(at), uint4{raw.word[0], raw.word[1], raw.word[2], raw.word[3]});
 }
 
 template <int G, class T>
@@ -99,21 +106,13 @@ __device__ __forceinline__ void decode(T (&x)[G], const Raw& raw, DType d) {
 }
 
 template <int G, class T>
-__device__ __forceinline__ void put(void* base, DType d, int64_t i, const T (&x)[G]) {
-  char* at = static_cast<char*>(base) + i * size_of(d);
+__device__ __forceinline__ void encode(Raw& raw, const T (&x)[G], DType d) {
   if constexpr (G == 2) {
-    uint4 w;
-    memcpy(&w, x, 16);
-    __stcs(reinterpret_cast<uint4*>(at), w);
+    memcpy(raw.word, x, 16);
   } else if (G == 4 && d == DType::f32) {
-    __stcs(reinterpret_cast<uint4*>(at), uint4{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])});
+    for (int k = 0; k < 4; ++k) raw.word[k] = bits_of(x[k]);
   } else {
-    uint32_t pair[G / 2];
-    for (int k = 0; k < G / 2; ++k) pair[k] = encode_pair(x[2 * k], x[2 * k + 1], d);
-    if constexpr (G == 4)
-      __stcs(reinterpret_cast<uint2*>(at), uint2{pair[0], pair[1]});
-    else
-      __stcs(reinterpret_cast<uint4*>(at), uint4{pair[0], pair[1], pair[2], pair[3]});
+    for (int k = 0; k < G / 2; ++k) raw.word[k] = encode_pair(x[2 * k], x[2 * k + 1], d);
   }
 }
 

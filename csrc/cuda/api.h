@@ -9,7 +9,7 @@
 
 namespace fusedoptim::cuda {
 
-inline constexpr int32_t kApiVersion = 3;
+inline constexpr int32_t kApiVersion = 4;
 
 struct Api {
   int32_t version;
@@ -29,8 +29,6 @@ struct Api {
   const char* (*write)(int32_t device, void* to, const void* from, size_t bytes, void* stream);
   int32_t (*capturing)(void* stream);
   int64_t (*l2_bytes)(int32_t device);
-  // Waits for all that was launched on a device.
-  const char* (*finish)(int32_t device);
 };
 
 }  // namespace fusedoptim::cuda

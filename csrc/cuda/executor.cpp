@@ -4,6 +4,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "tuning.h"
+
 namespace fusedoptim::cuda {
 
 namespace {
@@ -36,6 +38,7 @@ void Grid::add(int32_t entry, Work work, int64_t count) {
   items += count;
   if (items > INT32_MAX) throw std::runtime_error("the parameters have too many elements for one launch");
   first_item.push_back(static_cast<uint32_t>(items));
+  segment_of.resize(items, static_cast<uint32_t>(segments.size() - 1));
 }
 
 void Grid::add_kind(uint64_t kind) {
@@ -93,7 +96,7 @@ void GpuExecutor::make_elementwise_grids(const std::vector<Entry>& entries) {
 // Window by window: the sums of a window's tensors come one window before their updates, so that hardly a block waits;
 // two windows of gradients stay within half of the L2. Updates go through a window backwards.
 void GpuExecutor::make_norm_grids(const std::vector<Entry>& entries) {
-  const int64_t window_bytes = launcher_->l2_bytes() / 4;
+  const int64_t window_bytes = launcher_->l2_bytes() / tuning.norm_windows;
   for (int g = 0; g < 2; ++g) {
     Grid& grid = grid_[kUpdates + g];
     std::vector<int32_t> before, window;
@@ -161,7 +164,7 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
   const int64_t at_sums =
       packer.add(std::vector<double>(sums_all_ ? entries.size() : 0));  // of tensors never summed: 0
   const int64_t at_partials = static_cast<int64_t>(packer.bytes.size());
-  const Memory memory = launcher_->allocate(at_partials + partials * 8);
+  const Memory memory = allocate(at_partials + partials * 8, stream);
   launcher_->upload(memory, 0, packer.bytes.data(), packer.bytes.size(), stream);
   if (captured_any_) captured_.push_back(std::move(control_memory_));
   control_memory_ = memory;
@@ -173,17 +176,19 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
   tables_.partials = reinterpret_cast<double*>(control_memory_.at(at_partials));
 }
 
-// Memory goes back to the stream that it was allocated on: nothing on another one may still be at work with it then.
-void GpuExecutor::finish_on_other_streams() {
-  if (on_other_streams_) launcher_->finish();
-  on_other_streams_ = false;
+Memory GpuExecutor::allocate(int64_t bytes, void* stream) {
+  Memory memory = launcher_->allocate(bytes);
+  memory.stream = stream;
+  return memory;
 }
 
-GpuExecutor::~GpuExecutor() {
-  try {
-    finish_on_other_streams();
-  } catch (const std::exception&) {  // when Python exits, the driver may be gone before this
-  }
+// Called for every step: a step may come on another stream than the one before.
+void GpuExecutor::note_use(Memory& memory, void* stream) {
+  if (!memory.owner || memory.stream == stream) return;
+  for (void* known : memory.elsewhere)
+    if (known == stream) return;
+  launcher_->used_on(memory, stream);
+  memory.elsewhere.push_back(stream);
 }
 
 void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream) {
@@ -191,7 +196,6 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     throw std::runtime_error(
         "this step cannot be captured in a CUDA graph, because it sets up tables: take a step before the capture, and "
         "none that changes dtypes or memory layouts in between");
-  finish_on_other_streams();
   if (!tables_.control || (sums_all_ && !control_sums_all_)) make_control(entries, stream);
   if (captured_any_) captured_.push_back(std::move(table_memory_));
   layouts_.clear();
@@ -240,27 +244,28 @@ void GpuExecutor::make_tables(const std::vector<Entry>& entries, const std::vect
     if (grid.items > 0) launcher_->prepare(grid.norms ? kNormOfAll : rule_, grid.kinds);
   Packer packer;
   const int64_t at_entries = packer.add(table), at_layouts = packer.add(layouts_);
-  int64_t at_first[kGrids], at_segments[kGrids];
+  int64_t at_first[kGrids], at_segments[kGrids], at_segment_of[kGrids];
   for (size_t g = 0; g < kGrids; ++g) {
     at_first[g] = packer.add(grid_[g].first_item);
     at_segments[g] = packer.add(grid_[g].segments);
+    at_segment_of[g] = packer.add(grid_[g].segment_of);
   }
-  table_memory_ = launcher_->allocate(static_cast<int64_t>(packer.bytes.size()));
+  table_memory_ = allocate(static_cast<int64_t>(packer.bytes.size()), stream);
   launcher_->upload(table_memory_, 0, packer.bytes.data(), packer.bytes.size(), stream);
   tables_.entries = reinterpret_cast<DeviceEntry*>(table_memory_.at(at_entries));
   tables_.layouts = reinterpret_cast<int64_t*>(table_memory_.at(at_layouts));
   for (size_t g = 0; g < kGrids; ++g) {
     first_item_[g] = reinterpret_cast<uint32_t*>(table_memory_.at(at_first[g]));
     segments_[g] = reinterpret_cast<Segment*>(table_memory_.at(at_segments[g]));
+    segment_of_[g] = reinterpret_cast<uint32_t*>(table_memory_.at(at_segment_of[g]));
   }
   const int64_t words = static_cast<int64_t>(entries.size() + rows.size() * info_.hypers);
   if (!launcher_->by_value())
-    words_memory_ = launcher_->allocate(words * 8 + kGrids * sizeof(StepHeader));
+    words_memory_ = allocate(words * 8 + kGrids * sizeof(StepHeader), stream);
   else if (words > kInlineWords)
-    words_memory_ = launcher_->allocate(words * 8);
+    words_memory_ = allocate(words * 8, stream);
   uploaded_grads_.clear();
   uploaded_rows_.clear();
-  made_on_ = stream;
   tables_valid_ = true;
 }
 
@@ -283,7 +288,7 @@ void GpuExecutor::gather_words(const std::vector<Entry>& entries, const std::vec
 const uint64_t* GpuExecutor::table_of_words(std::vector<uint64_t>& last, const uint64_t* words, int64_t count,
                                             int64_t offset, void* stream) {
   if (capturing_) {
-    captured_.push_back(launcher_->allocate(count * 8));
+    captured_.push_back(allocate(count * 8, stream));
     launcher_->write(captured_.back(), words, count * 8, stream);
     return reinterpret_cast<const uint64_t*>(captured_.back().at(0));
   }
@@ -314,7 +319,7 @@ void GpuExecutor::pack_by_value(int64_t entries, void* stream) {
 const StepHeader* GpuExecutor::pack_in_memory(int64_t entries, void* stream) {
   constexpr int64_t kHeaderWords = sizeof(StepHeader) / 8;
   const int64_t count = static_cast<int64_t>(words_.size());
-  if (capturing_) captured_.push_back(launcher_->allocate((count + kGrids * kHeaderWords) * 8));
+  if (capturing_) captured_.push_back(allocate((count + kGrids * kHeaderWords) * 8, stream));
   const Memory& memory = capturing_ ? captured_.back() : words_memory_;
   args_.grads = reinterpret_cast<const uint64_t*>(memory.at(0));
   args_.rows = reinterpret_cast<const uint64_t*>(memory.at(entries * 8));
@@ -337,7 +342,8 @@ const StepHeader* GpuExecutor::pack_in_memory(int64_t entries, void* stream) {
 void GpuExecutor::choose_grid(size_t g) {
   args_.tables.first_item = first_item_[g];
   args_.tables.segments = segments_[g];
-  args_.segments = static_cast<int32_t>(grid_[g].segments.size());
+  args_.tables.segment_of = segment_of_[g];
+  args_.items = static_cast<uint32_t>(grid_[g].items);
 }
 
 // A launch that fails may leave counters of the one before as no other step may find them.
@@ -365,14 +371,17 @@ void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
   args_.grad_scale = reinterpret_cast<const float*>(on_device.grad_scale);
   args_.found_inf = reinterpret_cast<const float*>(on_device.found_inf);
   args_.norm_stats = settings_.norm_stats;
-  args_.flags = (settings_.skip_nonfinite ? kSkipNonfinite : 0) | (settings_.zero_grad ? kZeroGrad : 0) |
-                (any_f64(entries) ? kNormInF64 : 0);
   const bool sums_all = needs_global_norm(rows, settings_);
+  args_.flags = (settings_.skip_nonfinite ? kSkipNonfinite : 0) | (settings_.zero_grad ? kZeroGrad : 0) |
+                (any_f64(entries) ? kNormInF64 : 0) | (tuning.overlap && sums_all && !capturing_ ? kOverlap : 0);
   tables_valid_ = tables_valid_ && sums_all == sums_all_;
   sums_all_ = sums_all;
   if (!tables_valid_) make_tables(entries, rows, stream);
-  on_other_streams_ = on_other_streams_ || stream != made_on_;
   captured_any_ = captured_any_ || capturing_;
+  for (Memory* memory : {&table_memory_, &control_memory_, &words_memory_}) {
+    note_use(*memory, stream);
+    if (capturing_) note_use(*memory, nullptr);  // where a graph is usually replayed
+  }
   gather_words(entries, rows);
   const int64_t n = static_cast<int64_t>(entries.size());
   const StepHeader* headers = nullptr;

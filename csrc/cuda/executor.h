@@ -18,7 +18,7 @@ struct Grid {
 
   std::vector<Segment> segments;
   std::vector<uint64_t> kinds;  // of the entries, each once, in order
-  std::vector<uint32_t> first_item{0};
+  std::vector<uint32_t> first_item{0}, segment_of;
   int64_t items = 0;
 
   void add(int32_t entry, Work work, int64_t count);
@@ -28,7 +28,6 @@ struct Grid {
 class GpuExecutor : public Executor {
  public:
   GpuExecutor(int rule, std::unique_ptr<Launcher> launcher, Settings settings);
-  ~GpuExecutor() override;
 
   void prepare(Entry&, int) override { tables_valid_ = false; }
   bool reads_lr_on_device() const override { return true; }
@@ -39,7 +38,8 @@ class GpuExecutor : public Executor {
 
  private:
   void make_control(const std::vector<Entry>& entries, void* stream);
-  void finish_on_other_streams();
+  Memory allocate(int64_t bytes, void* stream);
+  void note_use(Memory& memory, void* stream);
   void make_tables(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows, void* stream);
   void make_elementwise_grids(const std::vector<Entry>& entries);
   void make_norm_grids(const std::vector<Entry>& entries);
@@ -65,8 +65,7 @@ class GpuExecutor : public Executor {
   bool control_sums_all_ = false;  // and so do the counters
   Tables tables_{};
   Memory table_memory_, control_memory_, words_memory_;
-  bool capturing_ = false, captured_any_ = false, on_other_streams_ = false;
-  void* made_on_ = nullptr;             // the stream that tables were allocated on
+  bool capturing_ = false, captured_any_ = false;
   std::vector<Memory> captured_;        // tables of captured steps, which a graph may read as long as this lives
   std::vector<int64_t> first_partial_;  // of each entry, in elements
   std::vector<int32_t> first_node_;
@@ -75,7 +74,7 @@ class GpuExecutor : public Executor {
   // In the order of their launches: those of norms first, tensors of up to 32 bits before those with operands of 64.
   static constexpr size_t kGrids = 4;
   Grid grid_[kGrids];
-  const uint32_t* first_item_[kGrids] = {};
+  const uint32_t *first_item_[kGrids] = {}, *segment_of_[kGrids] = {};
   const Segment* segments_[kGrids] = {};
 
   std::vector<uint64_t> words_;                           // a step's gradients, then its hyper-parameters

@@ -7,24 +7,10 @@
 
 namespace fusedoptim::cuda {
 
-// The last segment that starts at or before the item. Whole warps call: 32-way search, two rounds for 1000 tensors.
-__device__ inline int32_t find_segment(const uint32_t* first_item, int32_t segments, uint32_t item) {
-  const int32_t lane = threadIdx.x % kWarp;
-  int32_t low = 0, count = segments;
-  while (count > 1) {
-    const int32_t stride = (count + kWarp - 1) / kWarp, at = lane * stride;
-    const bool before = at < count && first_item[low + at] <= item;
-    const int32_t last = __popc(__ballot_sync(0xffffffffu, before)) - 1;
-    low += last * stride;
-    count = count - last * stride < stride ? count - last * stride : stride;
-  }
-  return low;
-}
-
 // Called by the block's first warp; fills `work` except for its composition. False if there is nothing to update.
 __device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t item) {
   const Tables& t = args.tables;
-  const int32_t s = find_segment(t.first_item, args.segments, item);
+  const uint32_t s = t.segment_of[item];
   const Segment segment = t.segments[s];
   const uint64_t* grads = args.grads ? args.grads : args.words + args.inline_grads;
   const uint64_t grad = grads[segment.entry];
@@ -57,8 +43,9 @@ __device__ inline const uint64_t* row_of(const StepArgs& args, int32_t group) {
 }
 
 __device__ inline double hyper_of(const uint64_t* row, int k) {
+  const uint64_t word = row[k];  // copied from the row itself, it would be read byte by byte
   double x;
-  memcpy(&x, row + k, 8);
+  memcpy(&x, &word, 8);
   return x;
 }
 
@@ -74,6 +61,13 @@ __device__ inline Composition composition_of(const StepArgs& args, int32_t group
   return c;
 }
 
+// The launch before is through, and what it wrote can be seen.
+__device__ inline void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Whether nothing is to be updated in this step.
 __device__ inline bool is_skipped(const StepArgs& args) {
   if (args.found_inf && *args.found_inf != 0) return true;
@@ -86,7 +80,8 @@ struct Progress {
   float scalar_state;
 };
 
-// One thread's work: the scalars of the block's tensor. Returns what they were made from.
+// The first warp's work: the scalars of the block's tensor, which lane 0 writes. Returns what they were made from. Powers
+// are the longest part of it by far, up to a microsecond each: each has a lane of its own.
 template <class Rule, class T>
 __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars<T>& scalars, const BlockWork& work,
                                                  const StepArgs& args, double sum_of_squares) {
@@ -100,9 +95,19 @@ __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars
     const DType d = kOf[static_cast<int>(hyper[kLrDType])];
     hyper[kLr] = load_element<double>(reinterpret_cast<const void*>(static_cast<uintptr_t>(row[kLr])), d, 0);
   }
+  const double step = number_of_step(e);
   PowMemo pow;
-  StepInputs in{hyper, number_of_step(e), work.first, sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f, &pow};
-  scalars = Rule::template prepare<T>(in);
+  if constexpr (Rule::powers > 0) {
+    const int lane = threadIdx.x % kWarp;
+    const double base = Rule::power_base(hyper, lane < Rule::powers ? lane : 0), result = power(base, step);
+    for (int k = 0; k < Rule::powers; ++k) {
+      pow.base[k] = __shfl_sync(0xffffffffu, base, k);
+      pow.result[k] = __shfl_sync(0xffffffffu, result, k);
+      pow.exponent[k] = step;
+    }
+  }
+  StepInputs in{hyper, step, work.first, sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f, &pow};
+  if (threadIdx.x == 0) scalars = Rule::template prepare<T>(in);
   if constexpr (Rule::needs_norm) return {in.step, Rule::next_scalar_state(in)};
   return {in.step, 0.0f};
 }
@@ -135,7 +140,7 @@ template <class Rule, class T, bool mixed>
 __device__ __forceinline__ void prepare_and_update(const BlockWork& work, const StepArgs& args, double sum_of_squares) {
   __shared__ typename Rule::template Scalars<T> scalars;
   Progress progress;
-  if (threadIdx.x == 0) progress = prepare_scalars<Rule, T>(scalars, work, args, sum_of_squares);
+  if (threadIdx.x < kWarp) progress = prepare_scalars<Rule, T>(scalars, work, args, sum_of_squares);
   __syncthreads();
   // Behind the barrier, so that the other warps need not wait for it.
   if (threadIdx.x == 0) arrive<Rule>(work, args, progress);
@@ -178,8 +183,10 @@ __device__ inline double sum_of_part(const BlockWork& work, const double* sums) 
 
 // An elementwise rule. mixed: some operands may have 64 bits.
 template <class Rule, bool mixed>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM) step_kernel(const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kThreads, mixed ? kWideBlocksPerSM : kBlocksPerSM)
+    step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
+  if (args.flags & kOverlap) wait_for_launch_before();
   const bool skip = is_skipped(args);
   if (skip && !(args.flags & kZeroGrad)) return;
   if (threadIdx.x < kWarp) {
@@ -199,10 +206,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) step_kernel(const __gr
 
 // A rule that needs the gradient's norm first. Blocks take tickets, so that what a block waits for has begun already.
 template <class Rule, bool mixed>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
   __shared__ double sum_of_squares;
+  if (args.flags & kOverlap) wait_for_launch_before();
   const bool skip = is_skipped(args);
   if (skip && !(args.flags & kZeroGrad)) return;
   if (threadIdx.x < kWarp) {
@@ -211,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_step_kernel(const
       if (threadIdx.x == 0) ticket = atomicAdd(&args.tables.launch->tickets, 1u);
       ticket = __shfl_sync(0xffffffffu, ticket, 0);
       // Only two launches at once that share their counters get here, as of two captured steps: see NOTES.md.
-      if (ticket >= args.tables.first_item[args.segments]) __trap();
+      if (ticket >= args.items) __trap();
     }
     const bool any = find_work(work, args, ticket);
     if (threadIdx.x == 0) {
@@ -266,6 +274,7 @@ __device__ inline void add_to_norm(const StepArgs& args, int32_t index, double s
   before = __shfl_sync(0xffffffffu, before, 0);
   if (before + 1 != static_cast<uint32_t>(args.tensors)) return;
   __threadfence();
+  __syncwarp();  // lane 0's atomic was the first to see the others' sums
   double total = 0;
   for (int32_t first = 0; first < args.entries; first += kWarp) {
     const double x = first + lane < args.entries ? __ldcg(t.sums + first + lane) : 0.0;
@@ -281,7 +290,7 @@ __device__ inline void add_to_norm(const StepArgs& args, int32_t index, double s
 
 // The norm of all gradients, unscaled but not clipped.
 template <bool mixed>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM) norm_kernel(const __grid_constant__ StepArgs args) {
+__global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
   if (threadIdx.x < kWarp) {

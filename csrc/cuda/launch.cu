@@ -41,10 +41,19 @@ const char* text(cudaError_t error) {
 
 #if !defined(FUSEDOPTIM_CUDA_ON_HOST)
 template <class Args>
-cudaError_t launch(void (*kernel)(Args), uint32_t blocks, int threads, void* stream, const Args& args) {
+cudaError_t launch(void (*kernel)(Args), uint32_t blocks, int threads, void* stream, const Args& args,
+                   bool overlaps = false) {
   void* pointers[] = {const_cast<Args*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), pointers, 0,
-                          static_cast<cudaStream_t>(stream));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = overlaps ? 1 : 0;
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
 }
 #endif
 
@@ -68,7 +77,8 @@ const char* step(int32_t device, int32_t rule, int32_t mixed, const StepArgs& ar
   const DeviceGuard on(device);
   if (on.error() != cudaSuccess) return text(on.error());
   const Kernel kernel = mixed ? find_kernel<true>(Rules{}, rule) : find_kernel<false>(Rules{}, rule);
-  return text(launch(kernel, blocks, kThreads, stream, args));
+  const bool overlaps = rule != kNormOfAll && (args.flags & kOverlap);
+  return text(launch(kernel, blocks, kThreads, stream, args, overlaps));
 }
 
 const char* write(int32_t device, void* to, const void* from, size_t bytes, void* stream) {
@@ -177,14 +187,9 @@ constexpr int32_t kOnHost = 1;
 #else
 constexpr int32_t kOnHost = 0;
 #endif
-const char* finish(int32_t device) {
-  const DeviceGuard on(device);
-  return text(on.error() == cudaSuccess ? cudaDeviceSynchronize() : on.error());
-}
-
 const Api kApi = {
     kApiVersion, kOnHost, sizeof(StepArgs), sizeof(DeviceEntry), Rules::size, check, step, upload, write, capturing,
-    l2_bytes,    finish};
+    l2_bytes};
 
 }  // namespace
 }  // namespace fusedoptim::cuda

@@ -9,10 +9,13 @@
 
 namespace fusedoptim::cuda {
 
-// Memory on the device, kept as long as any copy of this lives.
+// Memory on the device, kept as long as any copy of this lives. It goes back to the stream that it was allocated on
+// once all streams that it was used on are through with it.
 struct Memory {
   std::shared_ptr<void> owner;
   char* address = nullptr;
+  void* stream = nullptr;        // of its allocation
+  std::vector<void*> elsewhere;  // other streams that are known to use it
   char* at(int64_t offset) const { return address ? address + offset : nullptr; }
 };
 
@@ -33,14 +36,14 @@ class Launcher {
   // address of a StepHeader in device memory, and all words are in tables.
   virtual bool by_value() const = 0;
   virtual Memory allocate(int64_t bytes) = 0;
+  // Says that a stream other than the one of its allocation works with the memory.
+  virtual void used_on(const Memory& memory, void* stream) = 0;
   // Copies host memory to the device in the stream's order, and has read it when it returns.
   virtual void upload(const Memory& to, int64_t offset, const void* from, int64_t bytes, void* stream) = 0;
   // The same for a step that is being captured: a replay copies the same values again.
   virtual void write(const Memory& to, const void* from, int64_t bytes, void* stream) = 0;
   virtual bool capturing(void* stream) = 0;
   virtual int64_t l2_bytes() = 0;
-  // Waits for all that was launched on the device.
-  virtual void finish() = 0;
   // Makes ready for launches of a rule on such entries, so that only the device itself can make one fail.
   virtual void prepare(int rule, const std::vector<uint64_t>& kinds) = 0;
   // header is null if arguments go by value.

@@ -111,6 +111,7 @@ __device__ __forceinline__ void climb(const BlockWork& work, const Tables& table
     before = __shfl_sync(0xffffffffu, before, 0);
     if (before + 1 != children) return;
     __threadfence();
+    __syncwarp();  // lane 0's atomic was the first to see the others' sums
     if (threadIdx.x % kWarp == 0) arrivals[node] = 0;
     const int64_t left = count - node * kTile, nodes = tiles(count);
     const double sum = warp_sum(sums + node * kTile, left < kTile ? left : kTile);

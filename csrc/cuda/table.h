@@ -13,8 +13,13 @@
 
 namespace fusedoptim::cuda {
 
-// 128 threads of up to 128 registers, 4 blocks to a multiprocessor: 64 KB of loads under way, twice what an H200 needs.
-inline constexpr int kThreads = 128, kBlocksPerSM = 4, kWarp = 32, kWarps = kThreads / kWarp;
+// Blocks of 128 threads, so many to a multiprocessor: five have up to 96 registers, and 80 KB of loads under way where
+// a thread has two groups of four operands; an H200 needs about 30. Sums of squares and fp64 get 128 registers.
+inline constexpr int kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
+#if !defined(FUSEDOPTIM_BLOCKS)  // for measurements
+#define FUSEDOPTIM_BLOCKS 5
+#endif
+inline constexpr int kBlocksPerSM = FUSEDOPTIM_BLOCKS, kWideBlocksPerSM = 4;
 
 // A rule that needs a norm works in parts of this many elements, both when it sums and when it updates; a tensor of one
 // part is done by one block, without waiting.
@@ -63,7 +68,7 @@ struct LaunchControl {
   uint32_t summed;  // tensors whose sum of squares for the norm of all gradients is in
 };
 
-// Items of work follow each other in segments: a block's item number gives, by search, a segment and an item in it.
+// Items of work follow each other in segments; a table has the segment of each item.
 enum class Work : int32_t {
   update,     // a chunk of an elementwise update
   sum,        // a part's tile sums
@@ -78,6 +83,7 @@ struct Segment {
 // All pointers are to device memory.
 struct Tables {
   const DeviceEntry* entries;
+  const uint32_t* segment_of;  // of each item
   const uint32_t* first_item;  // of each segment, and the total
   const Segment* segments;
   const int64_t* layouts;
@@ -97,6 +103,8 @@ inline constexpr int kNormOfAll = -1;
 
 // Flags of a step.
 inline constexpr int32_t kSkipNonfinite = 1, kZeroGrad = 2, kNormInF64 = 4;
+// The launch may begin while the one before, of norms, still runs: its blocks wait for that themselves.
+inline constexpr int32_t kOverlap = 8;
 
 // Kernel arguments may have 32,764 bytes from CUDA 12.1 on.
 inline constexpr int64_t kArgumentBytes = 32760;
@@ -109,8 +117,9 @@ struct StepHeader {
   const float* grad_scale;  // gradients are divided by it. May be null
   NormStats* norm_stats;    // of all gradients: written by the kernel of norms, read by that of updates
   int64_t chunk;            // elements per item of Work::update
-  int32_t segments, row_words, inline_grads, inline_rows;  // the last two: where they start in `words`
-  int32_t flags, entries, tensors;                         // tensors: how many entries have sums
+  uint32_t items;
+  int32_t row_words, inline_grads, inline_rows;  // the last two: where they start in `words`
+  int32_t flags, entries, tensors;               // tensors: how many entries have sums
 };
 inline constexpr int64_t kInlineWords = (kArgumentBytes - static_cast<int64_t>(sizeof(StepHeader))) / 8;
 

@@ -13,6 +13,7 @@ inline std::map<std::string, int64_t> table_layout() {
   const auto tables = [](size_t offset) { return offset + offsetof(StepHeader, tables); };
   const std::map<std::string, size_t> offsets = {
       {"HEADER_ENTRIES", tables(offsetof(Tables, entries))},
+      {"HEADER_SEGMENT_OF", tables(offsetof(Tables, segment_of))},
       {"HEADER_FIRST_ITEM", tables(offsetof(Tables, first_item))},
       {"HEADER_SEGMENTS", tables(offsetof(Tables, segments))},
       {"HEADER_LAYOUTS", tables(offsetof(Tables, layouts))},
@@ -30,7 +31,6 @@ inline std::map<std::string, int64_t> table_layout() {
       {"HEADER_ENTRY_COUNT", offsetof(StepHeader, entries)},
       {"HEADER_TENSORS", offsetof(StepHeader, tensors)},
       {"HEADER_CHUNK", offsetof(StepHeader, chunk)},
-      {"HEADER_SEGMENT_COUNT", offsetof(StepHeader, segments)},
       {"HEADER_ROW_WORDS", offsetof(StepHeader, row_words)},
       {"ENTRY_BYTES", sizeof(DeviceEntry)},
       {"ENTRY_PARAM", offsetof(DeviceEntry, param)},

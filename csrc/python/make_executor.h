@@ -12,15 +12,19 @@
 
 namespace fusedoptim {
 
-// launcher: None for the CPU's kernels, the index of a device for those of _C_cuda, else an object with the functions
-// that python_launcher.h calls.
+// launcher: None for the CPU's kernels; an object with the functions that python_launcher.h calls; or one with those of
+// python_memory.h alone, for the kernels of _C_cuda.
 inline std::unique_ptr<Executor> make_executor(int rule, const py::object& launcher, const Settings& settings) {
   if (launcher.is_none()) return std::make_unique<CpuExecutor>(rule, settings);
   std::unique_ptr<cuda::Launcher> made;
-  if (py::isinstance<py::int_>(launcher))
-    made = std::make_unique<cuda::LibraryLauncher>(launcher.cast<int>());
-  else
+  if (py::hasattr(launcher, "step")) {
     made = std::make_unique<PythonLauncher>(launcher);
+  } else {
+    const PythonMemory memory(launcher);
+    made = std::make_unique<cuda::LibraryLauncher>(
+        launcher.attr("index").cast<int>(), [memory](int64_t bytes) { return memory.allocate(bytes); },
+        [memory](const cuda::Memory& m, void* stream) { memory.used_on(m, stream); });
+  }
   return std::make_unique<cuda::GpuExecutor>(rule, std::move(made), settings);
 }
 

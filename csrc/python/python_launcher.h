@@ -1,12 +1,12 @@
 // A launcher written in Python: fusedoptim/triton_kernels/launcher.py.
 #pragma once
 
-#include <algorithm>
 #include <utility>
 
 #include "../cuda/launcher.h"
 #include "../rules/registry.h"
 #include "pybind.h"
+#include "python_memory.h"
 
 namespace fusedoptim {
 
@@ -14,27 +14,22 @@ namespace py = pybind11;
 
 class PythonLauncher : public cuda::Launcher {
  public:
-  explicit PythonLauncher(py::object functions) : functions_(std::move(functions)) {}
+  explicit PythonLauncher(py::object functions) : functions_(functions), memory_(std::move(functions)) {}
   bool by_value() const override { return false; }
 
-  cuda::Memory allocate(int64_t bytes) override {
-    auto tensor = std::make_shared<py::object>(functions_.attr("allocate")(std::max<int64_t>(bytes, 16)));
-    char* const address = reinterpret_cast<char*>(tensor->attr("data_ptr")().cast<uintptr_t>());
-    return {std::move(tensor), address};
-  }
+  cuda::Memory allocate(int64_t bytes) override { return memory_.allocate(bytes); }
+  void used_on(const cuda::Memory& memory, void* stream) override { memory_.used_on(memory, stream); }
 
   void upload(const cuda::Memory& to, int64_t offset, const void* from, int64_t bytes, void*) override {
-    functions_.attr("upload")(tensor(to), offset, view(from, bytes));
+    functions_.attr("upload")(PythonMemory::tensor(to), offset, view(from, bytes));
   }
 
   void write(const cuda::Memory& to, const void* from, int64_t bytes, void*) override {
-    functions_.attr("write")(tensor(to), view(from, bytes));
+    functions_.attr("write")(PythonMemory::tensor(to), view(from, bytes));
   }
 
   bool capturing(void*) override { return functions_.attr("capturing")().cast<bool>(); }
   int64_t l2_bytes() override { return functions_.attr("l2_bytes")().cast<int64_t>(); }
-
-  void finish() override { functions_.attr("finish")(); }
 
   void prepare(int rule, const std::vector<uint64_t>& kinds) override {
     functions_.attr("prepare")(name_of(rule), as_tuple(kinds));
@@ -54,12 +49,12 @@ class PythonLauncher : public cuda::Launcher {
     for (size_t i = 0; i < kinds.size(); ++i) out[i] = kinds[i];
     return out;
   }
-  static const py::object& tensor(const cuda::Memory& memory) { return *static_cast<py::object*>(memory.owner.get()); }
   static py::memoryview view(const void* from, int64_t bytes) {
     return py::memoryview::from_memory(const_cast<void*>(from), bytes);  // torch warns of read-only ones
   }
 
   const py::object functions_;
+  const PythonMemory memory_;
 };
 
 }  // namespace fusedoptim

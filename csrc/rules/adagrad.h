@@ -7,10 +7,11 @@ namespace fusedoptim {
 
 struct Adagrad {
   static constexpr const char* name = "adagrad";
-  static constexpr bool has_step = true, needs_norm = false;
+  static constexpr bool has_step = true, needs_norm = false, divides = true;
   enum Hyper { kLrDecay = kFirstRuleHyper, kWeightDecay, kEps, kMaximize, kHypers };
   enum Slot { kSum, kSlots };
 
+  static constexpr int powers = 0;
   static constexpr int variants = 1;
   static int variant(const double*) { return 0; }
   static constexpr bool uses(int, int) { return true; }

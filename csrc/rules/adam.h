@@ -8,7 +8,7 @@ namespace fusedoptim {
 
 struct Adam {
   static constexpr const char* name = "adam";
-  static constexpr bool has_step = true, needs_norm = false;
+  static constexpr bool has_step = true, needs_norm = false, divides = true;
   enum Hyper {
     kBeta1 = kFirstRuleHyper,
     kBeta2,
@@ -22,6 +22,9 @@ struct Adam {
   };
   enum Slot { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kSlots };
 
+  static constexpr int powers = 2;
+  FUSEDOPTIM_HD static double power_base(const double* h, int use) { return h[kBeta1 + use]; }
+
   // variant 1 is AMSGrad
   static constexpr int variants = 2;
   static int variant(const double* h) { return h[kAmsgrad] != 0; }
@@ -32,15 +35,17 @@ struct Adam {
     GradientTransform<T> gradient;
     T decay;
     LerpWeight<T> toward_grad;
-    T beta2, one_minus_beta2, bias_correction2_sqrt, eps, neg_step_size;
+    T beta2, one_minus_beta2;
+    Divisor<T> bias_correction2_sqrt;
+    T eps, neg_step_size;
   };
 
   template <class T>
   FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
     const double* h = in.hyper;
     const bool corrects = h[kBiasCorrection] != 0, decoupled = h[kDecoupled] != 0, decays = h[kWeightDecay] != 0;
-    const double bias_correction1 = corrects ? 1.0 - (*in.pow)(0, h[kBeta1], in.step) : 1.0;
-    const double bias_correction2 = corrects ? 1.0 - (*in.pow)(1, h[kBeta2], in.step) : 1.0;
+    const double bias_correction1 = corrects ? 1.0 - (*in.pow)(0, power_base(h, 0), in.step) : 1.0;
+    const double bias_correction2 = corrects ? 1.0 - (*in.pow)(1, power_base(h, 1), in.step) : 1.0;
     const Lr lr(h);
     Scalars<T> c;
     c.gradient = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, decays && !decoupled};
@@ -48,7 +53,7 @@ struct Adam {
     c.toward_grad = LerpWeight<T>::of(1.0 - h[kBeta1]);
     c.beta2 = static_cast<T>(h[kBeta2]);
     c.one_minus_beta2 = static_cast<T>(1.0 - h[kBeta2]);
-    c.bias_correction2_sqrt = static_cast<T>((*in.pow)(2, bias_correction2, 0.5));  // Python's **, not sqrt
+    c.bias_correction2_sqrt = Divisor<T>::of((*in.pow)(2, bias_correction2, 0.5));  // Python's **, not sqrt
     c.eps = static_cast<T>(h[kEps]);
     c.neg_step_size = static_cast<T>(-lr.over(bias_correction1));
     return c;
@@ -63,7 +68,7 @@ struct Adam {
     s[kExpAvgSq] = add_scaled_square<M>(s[kExpAvgSq] * M::set(c.beta2), g, c.one_minus_beta2);
     typename M::V second = s[kExpAvgSq];
     if constexpr (variant == 1) second = s[kMaxExpAvgSq] = M::max(s[kMaxExpAvgSq], second);
-    const typename M::V denom = M::sqrt(second) / M::set(c.bias_correction2_sqrt) + M::set(c.eps);
+    const typename M::V denom = Quotients<M>::root_over(second, c.bias_correction2_sqrt) + M::set(c.eps);
     p = add_scaled_ratio<M>(p, s[kExpAvg], denom, c.neg_step_size);
   }
 };

@@ -8,10 +8,11 @@ namespace fusedoptim {
 
 struct Clip {
   static constexpr const char* name = "clip";
-  static constexpr bool has_step = false, needs_norm = false;
+  static constexpr bool has_step = false, needs_norm = false, divides = false;
   enum Hyper { kHypers = kFirstRuleHyper };
   enum Slot { kSlots };
 
+  static constexpr int powers = 0;
   static constexpr int variants = 1;
   static int variant(const double*) { return 0; }
   static constexpr bool uses(int, int) { return false; }

@@ -9,6 +9,11 @@
 //   M::sqrt(a) -> V       correctly rounded (IEEE 754), as is the operator /
 //   M::max(a, b) -> V     NaN if either is NaN, as torch.maximum
 //   M::clamp(a, b) -> V   a within [-b, b]; NaN if a is NaN, as torch.clamp
+// A rule says of itself:
+//   has_step, needs_norm  whether it counts steps; whether it needs the norm of the gradient first
+//   divides               whether it takes roots or quotients of elements, all of which end in the parameter
+//   powers, power_base    how many powers x^step its scalars need, the first uses of StepInputs::pow, and their bases
+//   variants, variant, uses  its variants, which one a row of hyper-parameters asks for, and that one's states
 // + - * / on V are the built-in operators. Compilers must not contract them (-ffp-contract=off, -fmad=false): every
 // fma below is spelled, because it is part of the result.
 #pragma once
@@ -94,6 +99,30 @@ struct LerpWeight {
   }
 };
 
+// A divisor that is the same for all elements of a tensor, with its reciprocal, rounded: a division by it can then be
+// three cheap operations.
+template <class T>
+struct Divisor {
+  T value, reciprocal;
+
+  FUSEDOPTIM_HD static Divisor of(double x) {
+    const T value = static_cast<T>(x);
+    return {value, T(1) / value};
+  }
+};
+
+// Where roots and quotients are worked out, so that a backend for which they are slow can do it in another way that has
+// the same bits (csrc/cuda/lanes.cuh does).
+template <class M>
+struct Quotients {
+  using V = typename M::V;
+
+  // sqrt(x) / d, two roundings
+  FUSEDOPTIM_HD static V root_over(V x, const Divisor<typename M::T>& d) { return M::sqrt(x) / M::set(d.value); }
+  // s + a / b, two roundings
+  FUSEDOPTIM_HD static V add_ratio(V s, V a, V b) { return s + a / b; }
+};
+
 template <class M>
 FUSEDOPTIM_HD typename M::V lerp(typename M::V start, typename M::V end, const LerpWeight<typename M::T>& w) {
   return M::fma(M::set(w.coefficient), end - start, w.from_start ? start : end);
@@ -108,7 +137,7 @@ FUSEDOPTIM_HD typename M::V add_scaled_square(typename M::V s, typename M::V a, 
 // torch.addcdiv(s, a, b, value=v)
 template <class M>
 FUSEDOPTIM_HD typename M::V add_scaled_ratio(typename M::V s, typename M::V a, typename M::V b, typename M::T v) {
-  return s + (M::set(v) * a) / b;
+  return Quotients<M>::add_ratio(s, M::set(v) * a, b);
 }
 
 // maximize and coupled weight decay, with which four of the rules begin

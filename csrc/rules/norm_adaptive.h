@@ -10,10 +10,11 @@ namespace fusedoptim {
 
 struct NormAdaptive {
   static constexpr const char* name = "norm_adaptive";
-  static constexpr bool has_step = true, needs_norm = true;
+  static constexpr bool has_step = true, needs_norm = true, divides = false;
   enum Hyper { kBeta = kFirstRuleHyper, kEps, kWeightDecay, kMaximize, kHypers };
   enum Slot { kSlots };
 
+  static constexpr int powers = 0;
   static constexpr int variants = 1;
   static int variant(const double*) { return 0; }
   static constexpr bool uses(int, int) { return false; }

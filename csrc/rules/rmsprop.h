@@ -8,11 +8,12 @@ namespace fusedoptim {
 
 struct RMSprop {
   static constexpr const char* name = "rmsprop";
-  static constexpr bool has_step = true, needs_norm = false;
+  static constexpr bool has_step = true, needs_norm = false, divides = true;
   enum Hyper { kAlpha = kFirstRuleHyper, kEps, kWeightDecay, kMomentum, kCentered, kMaximize, kHypers };
   enum Slot { kSquareAvg, kMomentumBuffer, kGradAvg, kSlots };
 
   // bit 0 of the variant: momentum; bit 1: centered
+  static constexpr int powers = 0;
   static constexpr int variants = 4;
   static int variant(const double* h) { return (h[kMomentum] > 0 ? 1 : 0) | (h[kCentered] != 0 ? 2 : 0); }
   static constexpr bool uses(int variant, int slot) {

@@ -8,11 +8,12 @@ namespace fusedoptim {
 
 struct SGD {
   static constexpr const char* name = "sgd";
-  static constexpr bool has_step = false, needs_norm = false;
+  static constexpr bool has_step = false, needs_norm = false, divides = false;
   enum Hyper { kMomentum = kFirstRuleHyper, kDampening, kWeightDecay, kNesterov, kMaximize, kHypers };
   enum Slot { kMomentumBuffer, kSlots };
 
   // variant 1 has momentum
+  static constexpr int powers = 0;
   static constexpr int variants = 2;
   static int variant(const double* h) { return h[kMomentum] != 0; }
   static constexpr bool uses(int variant, int) { return variant == 1; }

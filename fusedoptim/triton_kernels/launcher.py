@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._device_memory import DeviceMemory
 from .kernels import norm_kernel, norm_step_kernel, step_kernel
 from .tables import DIGEST
 
@@ -38,21 +39,18 @@ def plug(rule: str) -> Plug:
     return Plug(module.prepare, module.update, getattr(module, "next_scalar_state", None))
 
 
-class TritonLauncher:
+class TritonLauncher(DeviceMemory):
     """For one optimizer's parameters on one device, which has to be the current one. All is done on torch's current
     stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self._block = block(32 if torch.version.hip is None else 64)
         self._plugs: dict[str, Plug] = {}
         #: What captured copies read from at every replay.
         self._captured: list[Tensor] = []
         #: Pinned memory for captured steps, during which none can be had.
         self._spare: list[Tensor] = []
-
-    def allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def upload(self, to: Tensor, offset: int, data: memoryview) -> None:
         size = len(data)
@@ -75,10 +73,6 @@ class TritonLauncher:
 
     def capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    def finish(self) -> None:
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize(self.device)
 
     def l2_bytes(self) -> int:
         if self.device.type == "cuda":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -9,6 +11,8 @@ from . import tables as at
 
 #: Elements are read and written once per step.
 EVICT = tl.constexpr("evict_first")
+#: Triton's interpreter truncates where devices round. (Triton reads the variable when it is imported.)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -33,7 +37,7 @@ def fp64(address):
 
 @triton.jit
 def pointer(address, D: tl.constexpr):
-    """bf16 is handled as integers: interpreters and compilers round it in ways of their own."""
+    """bf16 is handled as integers, which neither interpreters nor compilers do arithmetic of their own with."""
     if D == at.F32:
         return address.to(tl.pointer_type(tl.float32))
     elif D == at.F64:
@@ -62,13 +66,17 @@ def bf16_bits(x):
 
 @triton.jit
 def encode(x, D: tl.constexpr):
-    """fp64 goes to 16 bits through fp32, as torch converts it."""
+    """fp64 goes to 16 bits through fp32, as torch converts it. The device's conversion to bf16 is one instruction for
+    two elements, where rounding in integers takes a dozen."""
     if D == at.F64:
         return x.to(tl.float64)
     elif D == at.F32:
         return x.to(tl.float32)
     elif D == at.BF16:
-        return (bf16_bits(x.to(tl.float32)) >> 16).to(tl.int16)
+        if INTERPRETED:
+            return (bf16_bits(x.to(tl.float32)) >> 16).to(tl.int16)
+        else:
+            return x.to(tl.float32).to(tl.bfloat16).to(tl.int16, bitcast=True)
     else:
         return x.to(tl.float32).to(tl.float16)
 

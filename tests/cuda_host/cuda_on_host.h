@@ -219,6 +219,37 @@ inline void launch(unsigned blocks, int threads, const std::function<void()>& bo
   }
 }
 
+inline float with_bits(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+inline uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+
+// The hardware's approximations are within about one unit in the last place. Which way they err is made up here, from
+// the bits of x, but where it would make even the compiler's own division or root wrong, which are known to be right.
+inline float off_by_one(float x, float y) { return with_bits(bits_of(y) + (bits_of(x) * 2654435761u >> 30) % 3 - 1); }
+
+inline float approximate_reciprocal(float x) {
+  if (std::fpclassify(x) == FP_SUBNORMAL) x = std::copysign(0.0f, x);
+  const float y = 1 / x;
+  if (std::fpclassify(y) == FP_SUBNORMAL) return std::copysign(0.0f, y);
+  if (std::fpclassify(y) != FP_NORMAL) return y;
+  const float z = off_by_one(x, y);
+  return std::fma(z, std::fma(-x, z, 1.0f), z) == y ? z : y;
+}
+inline float approximate_rsqrt(float x) {
+  if (std::fpclassify(x) == FP_SUBNORMAL) x = std::copysign(0.0f, x);
+  const float y = static_cast<float>(1 / std::sqrt(static_cast<double>(x)));
+  if (std::fpclassify(y) != FP_NORMAL) return y;
+  const float z = off_by_one(x, y), s = x * z;
+  return std::fma(std::fma(-s, s, x), 0.5f * z, s) == std::sqrt(x) ? z : y;
+}
+
 }  // namespace cuda_on_host
 
 
@@ -235,6 +266,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host
 // ---- device functions ----
 
 inline void __syncthreads() { cuda_on_host::Block::current().sync(); }
+inline void __syncwarp() { cuda_on_host::Block::current().exchange(0, [](const auto& of) { return of(0); }); }
 inline void __threadfence() {}
 inline void __trap() { cuda_on_host::Block::fail("a block has no work"); }
 inline void __nanosleep(unsigned) { cuda_on_host::Block::fail("a block waits for one that has not begun"); }
@@ -308,7 +340,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host
 }
 
 template <class Args>
-cudaError_t launch(void (*kernel)(Args), unsigned blocks, int threads, cudaStream_t, const Args& args) {
+cudaError_t launch(void (*kernel)(Args), unsigned blocks, int threads, cudaStream_t, const Args& args, bool = false) {
   cuda_on_host::launch(blocks, threads, [&] { kernel(args); });
   return cudaSuccess;
 }

@@ -1,0 +1,287 @@
+"""``python -m benchmarks.machine_code [LIBRARY]``: what the loops of the CUDA kernels execute, read off their machine
+code. No GPU is needed, only cuobjdump, which the CUDA toolkit and Triton bring.
+
+A loop's path is, of the ways through it that store most, the one with the fewest instructions: no slow path, and both
+of the groups that a thread has under way. Predicated instructions count, taken or not.
+"""
+
+from __future__ import annotations
+
+import heapq
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import arguments
+from .columns import columns
+
+#: Threads of a block, and registers of a multiprocessor, which are given to warps in units of so many.
+THREADS, REGISTERS, UNIT = 128, 65536, 256
+#: Stores and loads of operands, which alone are streamed, and how wide.
+STREAMED = r"(LDG|STG)\.E\.EF(\.128|\.64)?\b"
+
+
+def cuobjdump() -> str | None:
+    """The one of the toolkit, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        found = shutil.which(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
+    return found
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str
+    predicated: bool
+
+    @property
+    def conditional(self) -> bool:
+        return self.predicated or re.match(r"BRA\S* (!?U?P\d|.*,)", self.text) is not None
+
+    @property
+    def target(self) -> int | None:
+        """Where a jump goes."""
+        match = re.match(r"BRA\S* .*?(0x[0-9a-f]+)", self.text)
+        return None if match is None else int(match[1], 16)
+
+
+@dataclass
+class Loop:
+    """What one pass executes."""
+
+    path: list[Instruction]
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, i.text) is not None for i in self.path)
+
+    @property
+    def spills(self) -> int:
+        return self.count("LDL|STL")
+
+    @property
+    def groups(self) -> int:
+        """Groups of elements that a thread steps in a pass: one for each block's worth that its index goes on by."""
+        jumps = (re.match(r"(?:IADD3|VIADD) (R\d+), \1(?:\.reuse)?, (0x[0-9a-f]+)\b", i.text) for i in self.path)
+        return next((n // THREADS for m in jumps if m and (n := int(m[2], 16)) in (THREADS, 2 * THREADS)), 1)
+
+    @property
+    def dtypes(self) -> str:
+        widths = {match[2] for i in self.path if (match := re.match(STREAMED, i.text))}
+        halves = self.count(r"F2FP\.BF16") > 0
+        return {(".128",): "bf16" if halves else "fp32", (".128", ".64"): "bf16 and fp32"}.get(
+            tuple(sorted(map(str, widths))), "other"
+        )
+
+    @property
+    def each(self) -> float:
+        """Instructions per element."""
+        return len(self.path) / (self.groups * (8 if self.dtypes == "bf16" else 4))
+
+    @property
+    def branches(self) -> float:
+        """Per group of elements, the places where branches meet again included."""
+        return self.count(r"(BRA|BSYNC|CALL|BREAK|WARPSYNC)") / self.groups
+
+
+@dataclass
+class Kernel:
+    registers: int
+    local_bytes: int
+    code: list[Instruction] = field(default_factory=list)
+
+    def addresses(self, pattern: str) -> list[int]:
+        return [i.address for i in self.code if re.match(pattern, i.text)]
+
+    @property
+    def blocks(self) -> int:
+        """That fit a multiprocessor by their registers."""
+        warp = -(-self.registers * 32 // UNIT) * UNIT
+        return REGISTERS // (warp * THREADS // 32)
+
+    def loops(self) -> Iterator[Loop]:
+        """Those that stream operands, in the order of their addresses."""
+        at = {i.address: n for n, i in enumerate(self.code)}
+        after = [self._next(n, at) for n in range(len(self.code))]
+        above = _dominators(after)
+        for n, following in enumerate(after):
+            for head in following:
+                if head <= n and above[n] is not None and _dominates(head, n, above):
+                    path = self._path(head, n, after)
+                    if path is not None:
+                        yield Loop([self.code[k] for k in path])
+
+    def _next(self, n: int, at: dict[int, int]) -> list[int]:
+        i = self.code[n]
+        falls = [n + 1] if n + 1 < len(self.code) else []
+        if i.target is not None:
+            return [at[i.target], *falls] if i.conditional else [at[i.target]]
+        return falls if i.conditional or not i.text.startswith(("EXIT", "RET")) else []
+
+    def _path(self, first: int, last: int, after: list[list[int]]) -> list[int] | None:
+        """From the first instruction to the jump back, over as many stores as any way has, by Dijkstra's algorithm."""
+        inside = _body(first, last, after)
+        streams = {n for n in inside if re.match(STREAMED, self.code[n].text)}
+        if {self.code[n].text[:3] for n in streams} != {"LDG", "STG"}:
+            return None
+        came: dict[tuple[int, int], tuple[int, int]] = {}
+        queue = [(0, first, 0, (first, 0))]
+        best: tuple[int, int] | None = None
+        while queue:
+            steps, n, stores, before = heapq.heappop(queue)
+            if (n, stores) in came:
+                continue
+            came[n, stores] = before
+            if n == last:
+                best = max(best or (n, stores), (n, stores))
+                continue
+            more = stores + (n in streams and self.code[n].text.startswith("STG"))
+            for m in after[n]:
+                if m != first and m in inside:
+                    heapq.heappush(queue, (steps + 1, m, more, (n, stores)))
+        assert best is not None
+        path, here = [best[0]], best
+        while came[here] != here:
+            here = came[here]
+            path.append(here[0])
+        return path[::-1]
+
+
+def _body(head: int, last: int, after: list[list[int]]) -> set[int]:
+    """The loop of a jump back: what leads to it and does not pass the head."""
+    before = defaultdict(list)
+    for n, following in enumerate(after):
+        for m in following:
+            before[m].append(n)
+    found, left = {head, last}, [last]
+    while left:
+        for n in before[left.pop()]:
+            if n not in found:
+                found.add(n)
+                left.append(n)
+    return found
+
+
+def _dominators(after: list[list[int]]) -> list[int | None]:
+    """Of each instruction the nearest one that every way to it passes (Cooper, Harvey and Kennedy, 2001)."""
+    order: list[int] = []
+    seen, stack = {0}, [(0, iter(after[0]))]
+    while stack:
+        n, following = stack[-1]
+        m = next((m for m in following if m not in seen), None)
+        if m is None:
+            order.append(n)
+            stack.pop()
+        else:
+            seen.add(m)
+            stack.append((m, iter(after[m])))
+    rank = {n: k for k, n in enumerate(order)}
+    before = defaultdict(list)
+    for n in order:
+        for m in after[n]:
+            before[m].append(n)
+    above: list[int | None] = [None] * len(after)
+    above[0] = 0
+    changed = True
+    while changed:
+        changed = False
+        for n in reversed(order[:-1]):
+            new: int | None = None
+            for m in before[n]:
+                if above[m] is None:
+                    continue
+                other, new = new, m
+                while other is not None and other != new:
+                    if rank[other] < rank[new]:
+                        other = above[other]
+                    else:
+                        new = above[new]  # type: ignore[assignment]
+            changed = changed or above[n] != new
+            above[n] = new
+    return above
+
+
+def _dominates(head: int, n: int, above: list[int | None]) -> bool:
+    while n > 0 and n != head:
+        n = above[n] or 0
+    return n == head
+
+
+def _run(library: Path, *options: str) -> str:
+    tool = cuobjdump()
+    if tool is None:
+        raise FileNotFoundError("cuobjdump was not found: install the CUDA toolkit or Triton")
+    return subprocess.run([tool, *options, str(library)], capture_output=True, text=True, check=True).stdout
+
+
+def architectures(library: Path) -> list[str]:
+    """Those it has machine code for, such as sm_90, the newest last."""
+    return [f"sm_{n}" for n in sorted(map(int, set(re.findall(r"sm_(\d+)", _run(library, "-lelf")))))]
+
+
+def read(library: Path, architecture: str | None = None) -> dict[str, Kernel]:
+    """Kernels by mangled name, for an architecture such as sm_90, or the newest that the library has code for.
+
+    Raises:
+        FileNotFoundError: if there is no cuobjdump.
+    """
+    listing = _run(library, "-arch", architecture or architectures(library)[-1], "-sass", "-res-usage")
+    usage = {
+        name: (int(registers), int(local))
+        for name, registers, local in re.findall(r"Function (\S+):\n\s*REG:(\d+) .*?LOCAL:(\d+)", listing)
+    }
+    found: dict[str, Kernel] = {}
+    current: Kernel | None = None
+    for line in listing.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            current = found[match[1]] = Kernel(*usage[match[1]])
+        elif current is not None and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+ )?(.*?);", line)):
+            current.code.append(Instruction(int(match[1], 16), match[3].strip(), match[2] is not None))
+    return found
+
+
+def rule_and_width(name: str) -> tuple[str, bool] | None:
+    """Of a kernel that steps: its rule's name in C++, and whether it is for tensors with operands of 64 bits."""
+    match = re.search(r"step_kernelINS_\d+(\w+?)ELb([01])E", name)
+    return None if match is None else (match[1], match[2] == "1")
+
+
+def table(kernels: dict[str, Kernel]) -> list[str]:
+    rows: list[tuple[str, ...]] = [
+        ("kernel", "loop", "dtypes", "instructions per element", "branches per group", "spills", "registers", "blocks")
+    ]
+    for name, kernel in sorted(kernels.items()):
+        rule = rule_and_width(name)
+        if rule is None or rule[1]:
+            continue
+        for number, loop in enumerate(kernel.loops(), 1):
+            stores = loop.count(r"STG\.E\.EF")
+            numbers = (
+                f"{loop.each:.1f}",
+                f"{loop.branches:.1f}",
+                str(loop.spills),
+                str(kernel.registers),
+                str(kernel.blocks),
+            )
+            rows.append((rule[0], f"{number}, {stores} stores", loop.dtypes, *numbers))
+    return columns(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = arguments.Parser(prog="python -m benchmarks.machine_code", description=__doc__)
+    default = Path(__file__).parent.parent / "fusedoptim" / "_C_cuda.so"
+    p.add_argument("library", nargs="?", type=Path, default=default, help="default: the CUDA kernels built here")
+    p.add_argument("--arch", help="such as sm_90 (default: the newest in the library)")
+    args = p.parse_args(argv)
+    print("\n".join(table(read(args.library, args.arch))))
+    return 0
+
+
+if __name__ == "__main__":
+    arguments.run(main)
