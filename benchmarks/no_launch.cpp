@@ -27,7 +27,6 @@ Api make() {
   api.upload = api.write = copy;
   api.capturing = [](void*) -> int32_t { return 0; };
   api.l2_bytes = [](int32_t) -> int64_t { return 50 << 20; };
-  api.finish = [](int32_t) -> const char* { return nullptr; };
   return api;
 }
 
