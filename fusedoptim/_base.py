@@ -10,10 +10,11 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks, _compiled, _ema
+from . import _backends, _checkpoint, _checks, _compiled, _ema, _hooks
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
 from ._rule import EMA, FLAGS, Group, Rule, Slot
 from ._runners import Around, Member, Runner, make_runner
@@ -72,6 +73,7 @@ class FusedOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_hooks.with_hooks
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one optimization step.
 
@@ -89,9 +91,9 @@ class FusedOptimizer(Optimizer):
             self._check_not_averaging()
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _compiled.trace(self)
-        elif profiler._is_profiler_enabled:
+        elif _hooks.profiling():
             n = sum(p.grad is not None for group in self.param_groups for p in group["params"])
             with profiler.record_function(f"fusedoptim.{type(self).__name__}.step({n} tensors)"):
                 self._step()

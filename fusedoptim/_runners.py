@@ -153,6 +153,15 @@ def stream_of(device: torch.device) -> Callable[[], int]:
     return int
 
 
+def current_index_of(device: torch.device) -> Callable[[], int]:
+    """Gives the index of the current device of that type. torch.cuda.current_device also asks whether CUDA was started,
+    which tensors on a GPU answer."""
+    if device.type == "cuda":
+        return torch._C._cuda_getDevice
+    current: Callable[[], int] = torch.get_device_module(device).current_device
+    return current
+
+
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "cpu":  # also kernels that run on the host, for tests
         return nullcontext()
@@ -169,7 +178,7 @@ class GpuRunner(CompiledRunner):
         super().__init__(rule, around, torch.empty(0, device=device).__dlpack_device__(), launcher)
         if device.type == "cpu":
             return
-        current_device, run, stream = torch.get_device_module(device).current_device, self.plan.run, self.stream
+        current_device, run, stream = current_index_of(device), self.plan.run, self.stream
 
         def run_on_device() -> None:
             if current_device() == device.index:

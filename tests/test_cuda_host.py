@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import FULL, Case, assert_same_bits, parameters, set_gradients
-from cuda_host import ROOT, SANITIZE, build
+from cuda_host import ROOT, SANITIZE, build, sanitizers
 from device_tests import *  # noqa: F403
 from device_tests import pair
 
@@ -194,13 +194,13 @@ def test_powers_differ_from_the_c_librarys_in_fp64_at_most(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     """The kernels' own accesses, with the memory that torch allocates guarded on both sides."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
+    preload = sanitizers()
+    if preload is None:
         pytest.skip("needs libasan")
     path = build(tmp_path / "host.so", *SANITIZE)
     env = {
         **os.environ,
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": preload,
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "FUSEDOPTIM_CUDA_LIBRARY": str(path),

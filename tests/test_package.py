@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import sanitizers
 
 import fusedoptim
 from fusedoptim import __main__ as main_module
@@ -134,8 +135,8 @@ def test_without_a_compiler_it_installs_and_says_so_once(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     """Layouts, tails, errors and stale memory, once more, in a library that ends the process at a bad access."""
-    runtime = run("g++", "-print-file-name=libasan.so").stdout.strip() if shutil.which("g++") else ""
-    if not os.path.isabs(runtime):
+    preload = sanitizers()
+    if preload is None:
         pytest.skip("needs g++ with libasan")
     shutil.copytree(ROOT / "fusedoptim", tmp_path / "fusedoptim", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("tests", "benchmarks", "pyproject.toml"):
@@ -156,7 +157,7 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
     assert built.returncode == 0 and list((tmp_path / "fusedoptim").glob("_C*.so")), built.stdout + built.stderr
     env = {
         **os.environ,
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": preload,
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(tmp_path),

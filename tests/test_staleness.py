@@ -187,6 +187,83 @@ def test_two_optimizers_over_the_same_parameters() -> None:
         assert_same_optimizers(a, b)
 
 
+# ---- step counts ----
+
+
+def elsewhere(steps: list[torch.Tensor]) -> None:
+    steps[1].data = torch.tensor(7.0)
+
+
+def put_elsewhere(steps: list[torch.Tensor]) -> None:
+    steps[1].set_(torch.tensor([3.0, 7.0]).untyped_storage(), 1, ())
+
+
+def exchanged(steps: list[torch.Tensor]) -> None:
+    first, last = steps[0].detach(), steps[2].detach()
+    steps[0].data, steps[2].data = last, first
+
+
+def wider(steps: list[torch.Tensor]) -> None:
+    steps[1].data = steps[1].double()
+
+
+def read_as_wider(steps: list[torch.Tensor]) -> None:
+    """At the same address."""
+    memory, at = steps[2].untyped_storage(), steps[2].storage_offset()
+    assert at % 2 == 0 and memory.nbytes() >= 4 * at + 8
+    steps[2].data = torch.empty(0, dtype=torch.float64).set_(memory, at // 2, ())
+
+
+def counted_on(steps: list[torch.Tensor]) -> None:
+    steps[1].fill_(7)
+
+
+@pytest.mark.parametrize(
+    "change", [elsewhere, put_elsewhere, exchanged, wider, read_as_wider, counted_on], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("views", [False, True], ids=["apart", "views"])
+def test_a_step_count_changed_by_hand(change: Callable[[list[torch.Tensor]], None], views: bool) -> None:
+    """Also where all are views of one buffer, as on a GPU, which alone would not show it."""
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        ps = parameters([(5,), (2, 3), (4,)])
+        o = fusedoptim.AdamW(ps, lr=0.1, backend=backend)
+        for step in range(5):
+            set_gradients(ps, step)
+            if step == 1:
+                buffer = torch.tensor([1.0, 4.0, 9.0, 0.0])
+                for i, p in enumerate(ps):
+                    o.state[p]["step"] = buffer[i] if views else buffer[[i, 3]][0]
+            if step == 3:
+                change([o.state[p]["step"] for p in ps])
+            o.step()
+        optimizers.append(o)
+    assert_same_optimizers(*optimizers)
+
+
+def test_a_group_that_is_the_attributes_of_an_object() -> None:
+    """They are written without a dict's own functions."""
+
+    class Settings:
+        pass
+
+    ps, qs = parameters([(5,)]), parameters([(5,)])
+    settings = Settings()
+    settings.params, settings.lr = ps, 0.5
+    a = fusedoptim.SGD([vars(settings)], lr=1.0)
+    assert a.param_groups[0] is vars(settings)
+    b = fusedoptim.SGD(qs, lr=0.5, backend="reference")
+    for step in range(200):
+        set_gradients(ps, step)
+        set_gradients(qs, step)
+        if step % 3:
+            settings.lr = 0.5 / (step + 1)
+        b.param_groups[0]["lr"] = settings.lr
+        a.step()
+        b.step()
+        assert_same_bits(ps[0].detach(), qs[0].detach())
+
+
 def test_the_plan_is_kept_while_nothing_changes() -> None:
     """Otherwise every step would be slow, and no other test would notice."""
     ps = parameters([(50,), (7,)])

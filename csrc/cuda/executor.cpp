@@ -389,8 +389,8 @@ void GpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& 
     pack_by_value(n, stream);
   else
     headers = pack_in_memory(n, stream);
-  on_caller();
   launch_all(headers, stream);
+  on_caller();
   for (Entry& e : entries)
     if (e.active) e.first = false;
 }

@@ -15,14 +15,14 @@ class AddressBook {
   // Returns the tensor's address.
   void* add(const torch::stable::Tensor& t) {
     tensors_.push_back(t);
-    Item item{t.get(), t.mutable_data_ptr(), t.numel(), tensor_memory(t.get()), 0, 0, shapes_.size()};
+    Item item{t.get(), t.mutable_data_ptr(), tensor_memory(t.get()), 0, 0, shapes_.size()};
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &item.dtype));
     const auto sizes = t.sizes(), strides = t.strides();
     item.ndim = static_cast<int32_t>(strides.size());
     shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
     shapes_.insert(shapes_.end(), strides.begin(), strides.end());
     items_.push_back(item);
-    return items_.back().data;
+    return item.data;
   }
 
   // True if every tensor still has the address, sizes, strides and dtype that it was added with. Touches
@@ -37,10 +37,9 @@ class AddressBook {
       if (i + kNear < n) prefetch_storage(items_[i + kNear].memory);
       const Item& item = items_[i];
       void* data = nullptr;
-      int64_t numel = 0, ndim = 0, *sizes = nullptr, *strides = nullptr;
+      int64_t ndim = 0, *sizes = nullptr, *strides = nullptr;
       int32_t dtype = 0;
       if (aoti_torch_get_data_ptr(item.handle, &data) != 0 || data != item.data) return false;
-      if (aoti_torch_get_numel(item.handle, &numel) != 0 || numel != item.numel) return false;
       if (aoti_torch_get_dtype(item.handle, &dtype) != 0 || dtype != item.dtype) return false;
       if (aoti_torch_get_dim(item.handle, &ndim) != 0 || ndim != item.ndim) return false;
       if (ndim == 0) continue;
@@ -56,7 +55,6 @@ class AddressBook {
   struct Item {
     AtenTensorHandle handle;
     void* data;
-    int64_t numel;
     const char* memory;
     int32_t dtype, ndim;
     size_t shape;  // where its sizes, then its strides, begin in shapes_

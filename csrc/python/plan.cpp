@@ -14,6 +14,7 @@ Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int
       info_(rule_ >= 0 ? rule_info(rule_) : throw py::value_error("no compiled rule is called '" + rule + "'")),
       device_{device.first, device.second},
       zero_grad_(std::get<2>(settings)),
+      on_cpu_(launcher.is_none()),
       executor_(make_executor(
           rule_, launcher,
           {reinterpret_cast<NormStats*>(std::get<0>(settings)), std::get<1>(settings), std::get<2>(settings)})),
@@ -113,6 +114,8 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   if (info_.next_scalar_state && scalar < 0) m.ready = false;
   if (info_.has_step && step >= 0) {
     e.step_dtype = dtype_of(tensors.at(step));
+    // Each by itself also where all are views of one buffer, as on a GPU: giving one of them other memory (.data =)
+    // leaves no trace in what they share. 4 ns each.
     e.step = addresses_.add(tensors.at(step));
   }
   if (info_.next_scalar_state && scalar >= 0) e.scalar_state = static_cast<float*>(addresses_.add(tensors.at(scalar)));

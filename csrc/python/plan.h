@@ -17,6 +17,7 @@
 #include "../core/executor.h"
 #include "../rules/registry.h"
 #include "address_book.h"
+#include "dict_version.h"
 #include "memory_ranges.h"
 #include "prefetch.h"
 #include "pybind.h"
@@ -84,7 +85,8 @@ class Plan {
     int variant = 0;
     bool ours = false;              // has members on this plan's device
     std::vector<py::object> items;  // key, value, ... of dict, if no value that matters can change in place
-    bool unchanged() const;
+    uint64_t version = 0;           // of dict
+    bool unchanged();
   };
 
   bool refresh_python(py::handle groups, py::handle state);
@@ -101,6 +103,7 @@ class Plan {
   const RuleInfo& info_;
   const dlpack::Device device_;
   const bool zero_grad_;
+  const bool on_cpu_;  // the CPU's kernels run the steps
   const std::unique_ptr<Executor> executor_;
   std::vector<std::pair<py::object, int>> hyper_;
   py::object increment_version_, params_key_, lr_key_;

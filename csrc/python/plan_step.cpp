@@ -70,18 +70,21 @@ bool Plan::read_option(PyObject* dict, const py::object& key, double& out) {
 }
 
 // Items are compared by identity, which for numbers and tuples of them means equality.
-bool Plan::Group::unchanged() const {
-  if (items.empty() || PyDict_Size(dict.ptr()) * 2 != static_cast<Py_ssize_t>(items.size())) return false;
+bool Plan::Group::unchanged() {
+  if (items.empty()) return false;
+  const uint64_t now = dict_version(dict.ptr());
+  if (now != 0 && now == version) return true;
+  if (PyDict_Size(dict.ptr()) * 2 != static_cast<Py_ssize_t>(items.size())) return false;
   const py::object* expected = items.data();
   PyObject *key, *value;
   Py_ssize_t at = 0;
   while (PyDict_Next(dict.ptr(), &at, &key, &value))
     if (key != (expected++)->ptr() || value != (expected++)->ptr()) return false;
+  version = now;
   return true;
 }
 
 bool Plan::refresh_group(Group& g, HyperRow& row) {
-  if (g.unchanged()) return true;
   PyObject* dict = g.dict.ptr();
   double* h = row.value;
   PyObject* lr = PyDict_GetItem(dict, lr_key_.ptr());
@@ -118,6 +121,7 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
     if (bound_) return no("a group's options changed which states it needs");
   }
   g.items.clear();
+  g.version = dict_version(dict);
   if (immutable)
     for (auto item : py::reinterpret_borrow<py::dict>(g.dict)) {
       g.items.push_back(py::reinterpret_borrow<py::object>(item.first));
@@ -205,10 +209,12 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
     if (gi + 4 < group_.size()) prefetch_dict(group_[gi + 4].dict.ptr());
     if (gi + 2 < group_.size()) prefetch_dict_keys(group_[gi + 2].dict.ptr());
     if (PyList_GET_ITEM(groups.ptr(), gi) != g.dict.ptr()) return no("a group was replaced");
-    PyObject* params = PyDict_GetItem(g.dict.ptr(), params_key_.ptr());
-    if (params != g.params.ptr() || !PyList_Check(params) || PyList_GET_SIZE(params) != g.end - g.begin)
+    PyObject* const params = g.params.ptr();
+    const bool unchanged = g.unchanged();  // the item "params" included
+    if ((!unchanged && PyDict_GetItem(g.dict.ptr(), params_key_.ptr()) != params) || !PyList_Check(params) ||
+        PyList_GET_SIZE(params) != g.end - g.begin)
       return no("a group's parameters changed");
-    if (g.ours && !refresh_group(g, rows_[gi])) return false;
+    if (!unchanged && g.ours && !refresh_group(g, rows_[gi])) return false;
     for (int64_t i = g.begin; i < g.end; ++i) {
       prefetch_gradients(i);
       Member& m = member_[i];
@@ -245,11 +251,11 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   if (!bound_) throw std::runtime_error("refresh() must follow build() and bind()");
   if (running_) throw std::runtime_error("step() was called while another thread is in step() of the same optimizer");
   refreshed_ = false;
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
-  // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile.
+  // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile, one that the update
+  // will need anyway. In a loop that works on a GPU it would be asleep, and waking it may take as long as a time slice.
   constexpr size_t kManyMembers = 256;
   bool addresses_checked = false, unchanged = false, python_checked = false, fits = false;
-  if (threads > 1 && plain_ && member_.size() >= kManyMembers) {
+  if (on_cpu_ && plain_ && member_.size() >= kManyMembers && torch::stable::get_num_threads() > 1) {
     const std::thread::id caller = std::this_thread::get_id();
     std::exception_ptr error;
     torch::stable::parallel_for(0, 2, 1, [&](int64_t, int64_t) {

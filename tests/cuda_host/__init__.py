@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,3 +20,13 @@ def build(target: Path, *more: str) -> Path:
     command = ["g++", *FLAGS, *WARNINGS, *more, "-include", str(model), "-x", "c++", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
     return target
+
+
+def sanitizers() -> str | None:
+    """What a process has to preload for libraries built with SANITIZE: the runtime, then the C++ library, which it
+    looks for when it starts, to follow exceptions. None if there is no such runtime."""
+    if shutil.which("g++") is None:
+        return None
+    ask = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    found = [subprocess.run(a, capture_output=True, text=True, check=True).stdout.strip() for a in ask]
+    return " ".join(found) if all(map(os.path.isabs, found)) else None
