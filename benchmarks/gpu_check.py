@@ -29,12 +29,12 @@ from .files import make_folder, write_atomically
 ROOT = Path(__file__).parent.parent
 #: For a plan, and how many of them are for ending; for a step that is told to end; less is not worth starting one.
 SECONDS, RESERVE, GRACE, LEAST = 330.0, 6.0, 4.0, 3.0
-KEPT = 200_000  # bytes of what a step says
-PASSED, FAILED = "passed", "FAILED"
+KEPT, SMALL = 200_000, "465-groups"  # bytes of what a step says; a case that does without a GPU
+PASSED, FAILED, TRITON = "passed", "FAILED", ("--peer", "Triton backend")
 CHECKS, TESTS, BENCH = "checks.log", "tests.log", "bench.log"
 GPU_TESTS = ("tests/test_cuda_gpu.py", "tests/test_composition_gpu.py", "tests/test_quotients.py")
 MORE_TESTS = tuple(f"tests/test_{name}.py" for name in ("amp", "profiling", "gradient_release", "readme", "lightning"))
-SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
+SECTIONS = "SpeedOfLight SchedulerStats WarpStateStats MemoryWorkloadAnalysis LaunchStats Occupancy"
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ def watched(name: str, limit: float, device: str, says: str, command: Sequence[s
 
 
 def benchmark(name: str, limit: float, device: str, out: Path, *options: str) -> Step:
-    goals = ["--device", device, "--quick", "--goals", *options, "--out", str(out)]
-    goals += [] if device == "cuda" else ["--case", "465-groups"]
-    return Step(name, BENCH, limit, python("benchmarks.run", *goals), says=r"\b[1-9]\d* of \d+ rows", partly=True)
+    chosen = options if device == "cuda" else ("--case", SMALL)
+    command = python("benchmarks.run", "--quick", "--goals", "--device", device, *chosen, "--out", out)
+    return Step(name, BENCH, limit, command, says=r"\b[1-9]\d* of \d+ rows", partly=True)
 
 
 def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
     """Triton's tests come last: its compiler takes seconds for each of their kernels."""
     peers = ["--peer", "torch fused", "--peer", "torch foreach"]
-    triton = [*peers, "--peer", "Triton backend"] if device == "cuda" else peers
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    compared = ["--device", device, "--out", out / "ab.json", *([] if device == "cuda" else ["--switch", "overlap"])]
     begin = [
         Step("device", CHECKS, 15, smi),
         Step("libraries", CHECKS, 150, python("benchmarks.prebuild", "--install", prebuilt), says="libraries "),
@@ -93,7 +93,7 @@ def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
     ]
     # The clocks stay as they are, as everywhere; and our kernels alone, by name: those of torch would take the time.
     ncu = ["ncu", "--clock-control", "none", "-k", "regex:step_kernel", "--print-details", "all"]
-    ncu += [word for section in SECTIONS for word in ("--section", section)]
+    ncu += [f"--section={name}" for name in SECTIONS.split()]
     sanitizer = ["compute-sanitizer", "--kernel-name", "kns=fusedoptim", "--error-exitcode", "86"]
     right, huge, launched = r"(?s) 0 wrong.*SUMMARY: 0 ", "two_to_the_32", device.replace("cpu", "none")
     return {
@@ -111,10 +111,10 @@ def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
         "second": [
             *begin,
             tests("GPU tests", 45, device, f"not triton and not {huge}", 6),
-            Step("A against B", BENCH, 60, python("benchmarks.ab", "--device", device, "--out", out / "ab.json")),
+            Step("A against B", BENCH, 60, python("benchmarks.ab", *compared)),
             Step("launches", BENCH, 12, python("benchmarks.launch_cost"), says="on the device"),
-            benchmark("benchmarks", 90, device, out / "second.json", *triton),
-            benchmark("last goals", 45, device, out / "left.json", *triton, "--reverse"),
+            benchmark("benchmarks", 90, device, out / "second.json", *peers, *TRITON),
+            benchmark("last goals", 45, device, out / "left.json", *peers, *TRITON, "--reverse"),
             tests("Triton tests", 60, device, f"triton and not {huge}", 8),
             tests("more tests", 30, device, "not triton", 6, MORE_TESTS),
         ],
@@ -168,8 +168,8 @@ def check(plan: str, steps: Sequence[Step], head: str, out: Path, seconds: float
     def write() -> str:
         passed = sum(state == PASSED for state, _, _ in rows.values())
         lines = [f"{name:<14}{state:<8}{spent:>6.1f} s  {note}" for name, (state, spent, note) in rows.items()]
-        spent = time.monotonic() - begun
-        lines.append(f"GPU CHECK, {plan} plan: {passed} passed, {len(rows) - passed} failed, {spent:.0f} s")
+        said = f"{passed} passed, {len(rows) - passed} failed, {time.monotonic() - begun:.0f} s"
+        lines.append(f"GPU CHECK, {plan} plan: {said}")
         text = "\n".join([head, *lines, ""])
         write_atomically(out / "summary.txt", lambda f: f.write(text.encode()))
         return text
@@ -206,8 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = arguments.known("--only", args.only, [s.name for s in steps])
     for number in (signal.SIGINT, signal.SIGTERM):  # also where they were ignored, which steps would inherit
         signal.signal(number, signal.default_int_handler)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    head = f"fusedoptim, commit {commit()}, {now}, device {args.device}"
+    now = datetime.datetime.now(datetime.timezone.utc)
+    head = f"fusedoptim, commit {commit()}, {now:%Y-%m-%dT%H:%M:%SZ}, device {args.device}"
     return min(1, check(args.plan, [s for s in steps if s.name in chosen], head, args.out.resolve()))
 
 
