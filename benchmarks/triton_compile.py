@@ -1,5 +1,5 @@
-"""``python -m benchmarks.triton_compile``: how long Triton takes to compile the kernels of an optimizer at first use.
-Needs Triton, and no GPU."""
+"""``python -m benchmarks.triton_compile``: how long Triton takes to compile the kernels of an optimizer at first use, and
+what their loops execute. Needs Triton, and no GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import importlib
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
+
+from . import machine_code
 
 #: As csrc/core/dtype.h numbers them.
 DTYPES = {"fp32": 0, "bf16": 2}
@@ -47,6 +50,14 @@ def generate(rule: str | None, kinds: tuple[int, ...], backend: str = "cuda", ar
     return triton.compile(source, target=GPUTarget(backend, arch, warp), options=launcher.OPTIONS)
 
 
+def registers_and_instructions(compiled: Any, folder: Path) -> tuple[int, float]:
+    """The latter per element of the main loop, whose threads have eight under way; see benchmarks.machine_code."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    (kernel,) = machine_code.read(cubin).values()
+    return kernel.registers, min(len(loop.path) for loop in kernel.loops()) / 8
+
+
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.triton_compile", description=__doc__)
     p.add_argument("--arch", type=int, default=90, help="compute capability, as in 90 (default)")
@@ -54,12 +65,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         generate("sgd", (0,), arch=args.arch)  # Triton's own start
-        print("| rule | dtype | seconds |\n|---|---|---:|")
+        print("| rule | dtype | seconds | registers | instructions per element |\n|---|---|---:|---:|---:|")
         for rule, (states, variant) in RULES.items():
             for name, dtype in DTYPES.items():
                 begun = time.perf_counter()
-                generate(rule, (kind(dtype, dtype, dtype, variant, states),), arch=args.arch)
-                print(f"| {rule} | {name} | {time.perf_counter() - begun:.1f} |")
+                compiled = generate(rule, (kind(dtype, dtype, dtype, variant, states),), arch=args.arch)
+                seconds = time.perf_counter() - begun
+                registers, each = registers_and_instructions(compiled, Path(cache))
+                print(f"| {rule} | {name} | {seconds:.1f} | {registers} | {each:.1f} |")
 
 
 if __name__ == "__main__":
