@@ -1,5 +1,5 @@
-"""``python -m benchmarks.triton_compile``: how long Triton takes to compile the kernels of an optimizer at first use, and
-what their loops execute. Needs Triton, and no GPU."""
+"""``python -m benchmarks.triton_compile``: how long Triton takes to compile the kernels of an optimizer at first use,
+and what their loops execute. Needs Triton, and no GPU."""
 
 from __future__ import annotations
 

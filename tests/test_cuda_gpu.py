@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 
 import pytest
@@ -21,6 +22,7 @@ from cases import (
 from test_layout import LAYOUTS
 
 import fusedoptim
+from fusedoptim import _native
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -252,6 +254,53 @@ def test_memory_used_on_another_stream_is_not_given_away_too_soon(backend: str) 
     torch.cuda.synchronize()
     assert_same(a, b)
     del rubbish
+
+
+def test_an_optimizer_may_go_during_a_capture(backend: str) -> None:
+    """Its tables were used on two streams; letting go of them must wait for nothing, which would end the capture."""
+    mine, theirs, a, b = pair(backend, BY_NAME["adamw"], [(1000,)] * 3, torch.float32)
+    *_, other, _ = pair(backend, BY_NAME["norm_adaptive"], [(1000,)] * 3, torch.float32)
+    for p in other.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    other.step()
+    set_both(mine, theirs, 0)
+    a.step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        other.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        a.step()
+        other._drop_runners()
+        del other
+        gc.collect()
+    graph.replay()
+    b.step()
+    b.step()
+    torch.cuda.synchronize()
+    assert_same(a, b)
+
+
+def test_a_clipped_step_whose_launches_overlap(backend: str) -> None:
+    """The launch that updates may begin while the one that sums for the norm still runs, and waits for it."""
+    before = _native.tune("overlap", 1)
+    try:
+        mine, theirs, a, b = pair(
+            backend,
+            BY_NAME["adamw"],
+            [(n,) for n in range(1, 400, 7)] + [(3_000_001,)],
+            torch.float32,
+            max_grad_norm=0.1,
+        )
+        for step in range(10):
+            set_both(mine, theirs, step)
+            a.step()
+            b.step()
+        assert_same(a, b)
+    finally:
+        _native.tune("overlap", before)
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
