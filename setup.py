@@ -82,8 +82,8 @@ def find_nvcc() -> str | None:
     return next((found for c in (*candidates, f"{homes[2]}/bin/nvcc") if c and (found := shutil.which(c))), None)
 
 
-#: Machine code for GPUs from the A100 on, as far as the compiler knows them. Those between and after them get theirs
-#: from PTX, by the driver's compiler.
+#: Machine code for GPUs from the A100 on, as far as the compiler knows them; it serves later ones of the same major
+#: version, too. Those of other versions get theirs from PTX, by the driver's compiler.
 EVERYWHERE = "8.0;9.0+PTX;10.0;12.0"
 
 

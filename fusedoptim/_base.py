@@ -48,6 +48,12 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling: bool = False
     found_inf: Tensor | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("step")
+        if own is not None and not hasattr(own, "hooked"):
+            cls.step = _hooks.with_hooks(own)  # type: ignore[method-assign]
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
         check_options(options, type(self).__name__)
         defaults |= {name: options.get(name) for name in GROUP_OPTIONS}

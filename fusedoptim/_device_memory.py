@@ -9,6 +9,9 @@ from torch import Tensor
 class DeviceMemory:
     """What csrc/python/python_memory.h calls, for one device."""
 
+    #: Whether the kernels of _C_cuda run on it.
+    compiled = True
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.index = device.index or 0

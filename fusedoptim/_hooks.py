@@ -26,9 +26,9 @@ def profiling() -> bool:
 
 
 def with_hooks(step: Step) -> Step:
-    """A step that hooks and profilers surround where there are any. torch does not wrap it once more."""
+    """A step that hooks and profilers surround where there are any, once: not again where it calls another such step of
+    the same optimizer, as a subclass's own does. torch does not wrap it once more."""
     through_torch = Optimizer.profile_hook_step(step)
-    wrapper = getattr(through_torch, "__code__", None)
 
     @functools.wraps(step)
     def hooked(self: Optimizer, /, *args: Any, **kwargs: Any) -> Any:
@@ -40,10 +40,13 @@ def with_hooks(step: Step) -> Step:
             or (not is_compiling() and profiling())
         ):
             return step(self, *args, **kwargs)
-        # torch wraps the step of a subclass that has one of its own: then this one, called by it, is within already.
-        if getattr(type(self).step, "__code__", None) is wrapper:
+        if "_surrounded" in self.__dict__:
             return step(self, *args, **kwargs)
-        return through_torch(self, *args, **kwargs)
+        self._surrounded = True  # type: ignore[attr-defined]
+        try:
+            return through_torch(self, *args, **kwargs)
+        finally:
+            del self._surrounded  # type: ignore[attr-defined]
 
     hooked.hooked = True  # type: ignore[attr-defined]
     return cast(Step, hooked)

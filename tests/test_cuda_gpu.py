@@ -285,6 +285,8 @@ def test_an_optimizer_may_go_during_a_capture(backend: str) -> None:
 
 def test_a_clipped_step_whose_launches_overlap(backend: str) -> None:
     """The launch that updates may begin while the one that sums for the norm still runs, and waits for it."""
+    if backend != "cuda":
+        pytest.skip("launches one after the other")
     before = _native.tune("overlap", 1)
     try:
         mine, theirs, a, b = pair(

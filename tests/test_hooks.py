@@ -193,6 +193,42 @@ def test_a_subclass_with_a_step_of_its_own_calls_hooks_once(cls: Class, monkeypa
 
 
 @both
+def test_another_method_that_steps_calls_hooks_as_well(cls: Class) -> None:
+    """As optimizers of two phases do, which step in a method of another name."""
+
+    class Mine(cls):  # type: ignore[misc, valid-type]
+        def step(self, closure: Any = None) -> None:
+            calls.append("waits")
+
+        def flush(self) -> None:
+            super().step()
+
+    make(cls)  # torch wraps the step of a class when the first of it is made
+    _, o = make(Mine)
+    calls = count(o)
+    o.step()
+    o.flush()
+    assert calls == ["pre", "waits", "post", "pre", "post"]
+
+
+def test_a_step_that_steps_twice_calls_hooks_once() -> None:
+    class Mine(fusedoptim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            super().step()
+            return super().step()
+
+    _, o = make(Mine)
+    calls = count(o)
+    o.step()
+    assert calls == ["pre", "post"]
+    o.register_step_pre_hook(lambda *_: 1 / 0)  # one that raises leaves nothing behind
+    with pytest.raises(ZeroDivisionError):
+        o.step()
+    with pytest.raises(ZeroDivisionError):
+        o.step()
+
+
+@both
 def test_a_subclass_without_one(cls: Class) -> None:
     class Mine(cls):  # type: ignore[misc, valid-type]
         pass

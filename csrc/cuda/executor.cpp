@@ -96,7 +96,7 @@ void GpuExecutor::make_elementwise_grids(const std::vector<Entry>& entries) {
 // Window by window: the sums of a window's tensors come one window before their updates, so that hardly a block waits;
 // two windows of gradients stay within half of the L2. Updates go through a window backwards.
 void GpuExecutor::make_norm_grids(const std::vector<Entry>& entries) {
-  const int64_t window_bytes = launcher_->l2_bytes() / tuning.norm_windows;
+  const int64_t window_bytes = launcher_->l2_bytes() / std::max<int64_t>(tuning.norm_windows, 1);
   for (int g = 0; g < 2; ++g) {
     Grid& grid = grid_[kUpdates + g];
     std::vector<int32_t> before, window;

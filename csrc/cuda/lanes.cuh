@@ -39,8 +39,8 @@ __device__ __forceinline__ float approximate_rsqrt(float x) {
 #endif
 }
 
-// fp32, without branches: what a rule divides is correctly rounded or a NaN, and whoever finds a NaN in the end works
-// the element out again with Lane. The compiler's own division and root branch at every element, to a slow path for
+// fp32, without branches: what a rule divides is correctly rounded, or a NaN or infinite, and whoever finds that in the
+// end works the element out again with Lane. The compiler's own division and root branch at every element, to a slow path for
 // what is out of range, and elements wait for each other there.
 //
 // Both take an approximation from the hardware, refine it by fma and round with the exact remainder, as the compiler's
@@ -60,6 +60,9 @@ struct FastLane : Lane<float> {
     const float remainder = std::fma(-s, s, scaled);
     return std::fma(remainder, 0.5f * y, s);
   }
+  // Whether a parameter that was updated by these means is right.
+  static __device__ __forceinline__ bool is_right(float param) { return fabsf(param) <= kHuge; }
+
   static __device__ __forceinline__ float sqrt(float x) { return raised_sqrt(x) * kRootDown; }
 };
 
@@ -84,17 +87,19 @@ struct Quotients<cuda::FastLane> {
     const float minus_q = minus_a * reciprocal;
     return std::fma(-reciprocal, std::fma(b, -minus_q, minus_a), -minus_q);
   }
-  // The root is 0 or within 2^-75 to 2^40; divisors come from bias corrections, which are within 2^-27 to 1.
+  // The root is 0 or within 2^-75 to 2^40. Divisors come from bias corrections, which are within 2^-27 to 1 for every
+  // number of steps; for a number that is none (0, or below) they are 0 or NaN, and so the result is a NaN.
   static __device__ __forceinline__ float root_over(float x, const Divisor<float>& d) {
     return divide(M::raised_sqrt(x) * -M::kRootDown, d.value, d.reciprocal);
   }
   // a may be anything up to 2^79, subnormal or 0. The quotient is never rounded to a subnormal number, so that the sum
-  // is right where it is not tiny itself, or where a is 0. b must not be negative, which no root is.
+  // is right where it is not tiny itself, or where a is 0. One of 2^80, which the scaling takes beyond the largest number,
+  // can become infinite on the way instead of a NaN. b must not be negative, which no root is.
   static __device__ __forceinline__ float add_ratio(float s, float a, float b) {
     const float r = cuda::approximate_reciprocal(b);
     const float q = divide(a * -M::kUp, b, std::fma(r, std::fma(-b, r, 1.0f), r));
     const float sum = std::fma(q, M::kDown, s);
-    const bool right = (fabsf(sum) >= M::kTiny || a == 0) && b <= M::kHuge;
+    const bool right = (fabsf(sum) >= M::kTiny || a == 0) && fabsf(b) <= M::kHuge;
     return right ? sum : NAN;
   }
 };

@@ -77,7 +77,13 @@ const char* step(int32_t device, int32_t rule, int32_t mixed, const StepArgs& ar
   const DeviceGuard on(device);
   if (on.error() != cudaSuccess) return text(on.error());
   const Kernel kernel = mixed ? find_kernel<true>(Rules{}, rule) : find_kernel<false>(Rules{}, rule);
-  const bool overlaps = rule != kNormOfAll && (args.flags & kOverlap);
+  bool overlaps = false;
+  if (rule != kNormOfAll && (args.flags & kOverlap)) {  // code made for older GPUs would not wait
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return text(error);
+    overlaps = attributes.ptxVersion >= 90;
+  }
   return text(launch(kernel, blocks, kThreads, stream, args, overlaps));
 }
 

@@ -26,7 +26,8 @@ struct BlockWork {
   int32_t index;        // of the entry
   Work work;
   bool first;  // its states count as absent
-  bool zero_grad, plain_gradient;  // nothing is done to the gradient before the rule
+  bool zero_grad;
+  bool plain_gradient;  // nothing is done to it before the rule
   Around<float> around32;
   Around<double> around64;
 
@@ -175,6 +176,7 @@ template <class Rule, int variant, class T, int G, class Dtypes>
 __device__ __forceinline__ bool update_group(Group& x, const BlockWork& work, bool plain_gradient,
                                              const Intake<T>& intake, const typename Rule::template Scalars<T>& c) {
   using M = std::conditional_t<sizeof(T) == 4, LaneOfGroups, Lane<T>>;
+  constexpr bool kFast = Rule::divides && std::is_same_v<M, FastLane>;
   const DeviceEntry& e = work.entry;
   T param[G], gradient[G], state[kMaxSlots][G];
   decode<G>(param, x.param, Dtypes::param(e));
@@ -192,7 +194,7 @@ __device__ __forceinline__ bool update_group(Group& x, const BlockWork& work, bo
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) slots[k] = state[k][j];
     Rule::template update<variant, M>(param[j], gradient[j], slots, c);
-    if (Rule::divides && sizeof(T) == 4) right = right && param[j] == param[j];
+    if constexpr (kFast) right &= FastLane::is_right(param[j]);
 #pragma unroll
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) state[k][j] = slots[k];

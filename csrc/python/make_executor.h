@@ -12,12 +12,12 @@
 
 namespace fusedoptim {
 
-// launcher: None for the CPU's kernels; an object with the functions that python_launcher.h calls; or one with those of
-// python_memory.h alone, for the kernels of _C_cuda.
+// launcher: None for the CPU's kernels; else an object with the functions that python_memory.h calls, and unless it is
+// `compiled`, for the kernels of _C_cuda, with those of python_launcher.h.
 inline std::unique_ptr<Executor> make_executor(int rule, const py::object& launcher, const Settings& settings) {
   if (launcher.is_none()) return std::make_unique<CpuExecutor>(rule, settings);
   std::unique_ptr<cuda::Launcher> made;
-  if (py::hasattr(launcher, "step")) {
+  if (!launcher.attr("compiled").cast<bool>()) {
     made = std::make_unique<PythonLauncher>(launcher);
   } else {
     const PythonMemory memory(launcher);

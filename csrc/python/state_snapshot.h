@@ -48,6 +48,7 @@ class StateSnapshot {
     dicts_.clear();
     sizes_.clear();
     versions_.clear();
+    state_version_ = 0;
   }
 
  private:

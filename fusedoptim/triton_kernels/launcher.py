@@ -43,6 +43,8 @@ class TritonLauncher(DeviceMemory):
     """For one optimizer's parameters on one device, which has to be the current one. All is done on torch's current
     stream."""
 
+    compiled = False
+
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._block = block(32 if torch.version.hip is None else 64)

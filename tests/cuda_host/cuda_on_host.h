@@ -330,7 +330,9 @@ enum cudaError_t { cudaSuccess, cudaErrorUnknown, cudaErrorNotReady };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaDeviceAttr { cudaDevAttrL2CacheSize };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 constexpr unsigned cudaEventDisableTiming = 2;
 
 // What streams answer when asked; tests set it.
