@@ -54,23 +54,29 @@ SWITCHES = (
 )
 
 
+def library_of(variant: str) -> Path:
+    path = _native.cuda_library()
+    return path.with_suffix(f".{variant}.so") if variant else path
+
+
 def apply(values: dict[str, int], library: str) -> dict[str, int]:
     """Returns the values before. No library: the ordinary one."""
-    path = _native.cuda_library()
-    if path.exists():  # steps on the CPU need none
-        _native.load_cuda(path.with_suffix(f".{library}.so") if library else path)
+    if library_of(library).exists():  # steps on the CPU need none
+        _native.load_cuda(library_of(library))
     return {name: _native.tune(name, value) for name, value in values.items()}
 
 
 def measure(switch: Switch, key: plan.Key, device: Device) -> Result:
     """How many times as long the variant took as what is built in."""
     row = plan.row(key)
-    result = {
+    result: Result = {
         "switch": switch.name,
         "values": switch.values or switch.library,
         "row": " ".join(key[:3]),
         "commit": commit(),
     }
+    if switch.library and not library_of(switch.library).exists():
+        return {**result, "skipped": f"there is no {library_of(switch.library).name}: benchmarks.prebuild makes it"}
     built_in = apply(switch.values, "")
     try:
         device.release()
@@ -98,8 +104,9 @@ def measure(switch: Switch, key: plan.Key, device: Device) -> Result:
 
 
 def says(result: Result) -> str:
-    if "failed" in result:
-        return f"{result['switch']}, {result['row']}: FAILED: {result['failed']}"
+    for state in ("failed", "skipped"):
+        if state in result:
+            return f"{result['switch']}, {result['row']}: {state.upper()}: {result[state]}"
     ms, r = result["ms"], result["ratio"]
     bits = "the same bits" if result["same_bits"] else "OTHER BITS"
     return (
@@ -130,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             print(says(results[-1]), flush=True)
             if args.out is not None:
                 write_atomically(args.out, lambda f: f.write(json.dumps(results, indent=1).encode()))
-    return 1 if any("failed" in r or not r["same_bits"] for r in results) else 0
+    return 1 if any("failed" in r or not r.get("same_bits", True) for r in results) else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import datetime
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 from . import arguments
 from .commit import commit
 from .files import make_folder, write_atomically
+from .tools import tool
 
 ROOT = Path(__file__).parent.parent
 #: For a plan, and how many of them are for ending; for a step that is told to end; less is not worth starting one.
@@ -32,7 +32,7 @@ SECONDS, RESERVE, GRACE, LEAST = 330.0, 6.0, 4.0, 3.0
 KEPT, SMALL = 200_000, "465-groups"  # bytes of what a step says; a case that does without a GPU
 PASSED, FAILED, TRITON = "passed", "FAILED", ("--peer", "Triton backend")
 CHECKS, TESTS, BENCH = "checks.log", "tests.log", "bench.log"
-GPU_TESTS = ("tests/test_cuda_gpu.py", "tests/test_composition_gpu.py", "tests/test_quotients.py")
+GPU_TESTS, QUOTIENTS = ("tests/test_cuda_gpu.py", "tests/test_composition_gpu.py"), ("tests/test_quotients.py",)
 MORE_TESTS = tuple(f"tests/test_{name}.py" for name in ("amp", "profiling", "gradient_release", "readme", "lightning"))
 SECTIONS = "SpeedOfLight SchedulerStats WarpStateStats MemoryWorkloadAnalysis LaunchStats Occupancy"
 
@@ -52,12 +52,6 @@ class Step:
 
 def python(module: str, *options: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, options)]
-
-
-def tool(name: str) -> str:
-    """On the PATH or in the CUDA toolkit, whose folder is that of nvcc if no variable names it."""
-    homes = os.environ.get("CUDA_HOME"), Path(shutil.which("nvcc") or "/").resolve().parent.parent, "/usr/local/cuda"
-    return shutil.which(name) or shutil.which(name, path=":".join(f"{home}/bin" for home in homes)) or name
 
 
 def tests(name: str, limit: float, device: str, chosen: str, processes: int, files: Sequence[str] = GPU_TESTS) -> Step:
@@ -100,10 +94,11 @@ def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
         "first": [
             *begin,
             tests("GPU tests", 60, device, f"not triton and not {huge}", 6),
+            tests("quotients", 15, device, "not skipped", 0, QUOTIENTS),
             tests("beyond 2^32", 25, device, f"not triton and {huge}", 0),
-            benchmark("benchmarks", 70, device, out / "first.json", *peers),
+            benchmark("benchmarks", 65, device, out / "first.json", *peers),
             Step("host", BENCH, 20, python("benchmarks.host", "--device", launched, "--out", out / "host.json")),
-            watched("ncu", 30, device, "DRAM Throughput", ncu, "--large"),
+            watched("ncu", 25, device, "DRAM Throughput", ncu, "--large"),
             watched("memcheck", 35, device, right, sanitizer),
             watched("racecheck", 30, device, right, [*sanitizer, "--tool", "racecheck"]),
             tests("Triton tests", 90, device, f"triton and not {huge} and not torch.float16 and not torch.float64", 8),
@@ -111,7 +106,7 @@ def plans(device: str, out: Path, prebuilt: str) -> dict[str, list[Step]]:
         "second": [
             *begin,
             tests("GPU tests", 45, device, f"not triton and not {huge}", 6),
-            Step("A against B", BENCH, 60, python("benchmarks.ab", *compared)),
+            Step("A against B", BENCH, 60, python("benchmarks.ab", *compared), says="built in", partly=True),
             Step("launches", BENCH, 12, python("benchmarks.launch_cost"), says="on the device"),
             benchmark("benchmarks", 90, device, out / "second.json", *peers, *TRITON),
             benchmark("last goals", 45, device, out / "left.json", *peers, *TRITON, "--reverse"),

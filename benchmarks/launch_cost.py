@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import arguments
 from .errors import UsageError
+from .tools import tool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         program = Path(folder) / "launch_cost"
         source = Path(__file__).with_suffix(".cu")
         try:
-            subprocess.run(["nvcc", "-O2", f"-arch={args.arch}", str(source), "-o", str(program)], check=True)
+            subprocess.run([tool("nvcc"), "-O2", f"-arch={args.arch}", str(source), "-o", str(program)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise UsageError(f"nvcc cannot compile {source.name}: {error}") from error
         return subprocess.run([str(program)]).returncode

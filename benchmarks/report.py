@@ -87,7 +87,8 @@ def merge(into: Results, new: Results) -> None:
     into.planned, into.finished = len(into.rows), True
     # Its files were somewhere else than here.
     command = re.sub(r"\S*/(\w+\.json)", r"\1", str(new.environment["command"]))
-    into.environment = {**new.environment, "command": command}
+    if new.rows or not into.environment:
+        into.environment = {**new.environment, "command": command}
 
 
 def _flattened(row: Result) -> Result:
@@ -100,11 +101,13 @@ def _flattened(row: Result) -> Result:
 
 def take(folders: list[Path]) -> list[Path]:
     """Merges what is in the folders of a GPU check, in the order of time. The files that it has written."""
-    found, host = [], {}
+    found = []
     for folder in folders:
         for path in folder.glob("*.json"):
             if path.name == "host.json":
-                host[folder] = [_flattened(row) for row in json.loads(path.read_text())["rows"]]
+                content = json.loads(path.read_text())
+                found.append(Results(content["environment"], 0, path))
+                found[-1].host = [_flattened(row) for row in content["rows"]]
             elif path.name != "ab.json":
                 found.append(load(path))
     targets: dict[Path, Results] = {}
@@ -114,8 +117,6 @@ def take(folders: list[Path]) -> list[Path]:
         path = file_of(str(new.environment["gpu"]))
         if path not in targets:
             targets[path] = load(path) if path.exists() else Results({}, 0, path)
-        assert new.path is not None
-        new.host = host.get(new.path.parent, [])
         merge(targets[path], new)
     for results in targets.values():
         results.save()

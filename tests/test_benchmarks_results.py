@@ -231,9 +231,8 @@ def test_a_gpu_checks_results_become_a_file_and_tables(tmp_path: Path, monkeypat
     old = results(a_row(2.0, key=fp32), a_row(3.0, key=bf16), a_row(4.0, key=sgd), **gpu, command=command)
     old.finished, old.planned = False, 9
     saved(first / "first.json", old)
-    (first / "host.json").write_text(
-        '{"rows": [{"case": "300x1024", "threads": 16, "us": {"min": 41.26, "median": 43.0}, "goal": null}]}'
-    )
+    host = [{"case": "300x1024", "threads": 16, "us": {"min": 41.26, "median": 43.0}, "goal": None}]
+    (first / "host.json").write_text(json.dumps({"environment": old.environment, "rows": host}))
     later = {**gpu, "commit": "fedcba987654", "date": "2031-02-04T04:05:06+00:00"}
     failed = {k: v for k, v in a_row(key=sgd).items() if k != "contenders"} | {"failed": "RuntimeError: no"}
     saved(second / "second.json", results(a_row(2.5, {"Triton backend": 2.6}, key=bf16), failed, **later))

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from cuda_host import FLAGS, WARNINGS
 
+from benchmarks.tools import tool
+
 SOURCE = Path(__file__).parent / "cuda_host" / "quotients.cu"
 #: Numbers to go through, and which of them on the host: all floats; all mantissas of a divisor; made up ones.
 SWEEPS = {"roots": (1 << 32, 251), "divisors": (1 << 23, 1), "ratios": (1 << 33, 4099)}
@@ -58,13 +60,13 @@ def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("quotients") / "gpu.so"
     flags = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-arch=native", "-shared"]
     subprocess.run(
-        ["nvcc", *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden", str(SOURCE), "-o", str(target)], check=True
+        [tool("nvcc"), *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden", str(SOURCE), "-o", str(target)], check=True
     )
     return target
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(shutil.which(tool("nvcc")) is None, reason="needs nvcc")
 @pytest.mark.parametrize("name", SWEEPS)
 def test_on_a_gpu(on_gpu: Path, name: str) -> None:
     """With the hardware's own approximations."""
