@@ -47,7 +47,7 @@ CLIPPED = (("AdamW+clip", "fp32", "300x1024", "kept"), ("AdamW+clip", "fp32", "g
 #: A line per variant, most telling first.
 SWITCHES = (
     Switch("branching", (*BF16, *FP32), library="branching"),
-    Switch("four-blocks", (*BF16, *FP32), library="four-blocks"),
+    Switch("six-blocks", (*BF16, *FP32), library="six-blocks"),
     Switch("windows of an eighth", NORMS, {"norm_windows": 8}),
     Switch("windows of a half", NORMS, {"norm_windows": 2}),
     Switch("overlap", CLIPPED, {"overlap": 1}),

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 REPORT, CUDA, SOURCES = "_build.json", "_C_cuda.so", (".h", ".cuh", ".cpp", ".cu")
 PACKAGES = ("setuptools", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "hypothesis")
 #: The CUDA kernels in other ways, for benchmarks.ab: what nvcc is told.
-VARIANTS = {"branching": "-DFUSEDOPTIM_BRANCHING_QUOTIENTS", "four-blocks": "-DFUSEDOPTIM_BLOCKS=4"}
+VARIANTS = {"branching": "-DFUSEDOPTIM_BRANCHING_QUOTIENTS", "six-blocks": "-DFUSEDOPTIM_BLOCKS=6"}
 #: Exits with the reason if one of the libraries does not load, which needs no GPU.
 LOADS = "import sys; from fusedoptim import _native; sys.exit(_native.problem or _native.cuda_problem())"
 
