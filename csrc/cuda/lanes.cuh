@@ -40,8 +40,8 @@ __device__ __forceinline__ float approximate_rsqrt(float x) {
 }
 
 // fp32, without branches: what a rule divides is correctly rounded, or a NaN or infinite, and whoever finds that in the
-// end works the element out again with Lane. The compiler's own division and root branch at every element, to a slow path for
-// what is out of range, and elements wait for each other there.
+// end works the element out again with Lane. The compiler's own division and root branch at every element, to a slow
+// path for what is out of range, and elements wait for each other there.
 //
 // Both take an approximation from the hardware, refine it by fma and round with the exact remainder, as the compiler's
 // fast paths do. tests/cuda_host/quotients.cu goes through every divisor with all that could round wrongly.
@@ -60,10 +60,10 @@ struct FastLane : Lane<float> {
     const float remainder = std::fma(-s, s, scaled);
     return std::fma(remainder, 0.5f * y, s);
   }
+  static __device__ __forceinline__ float sqrt(float x) { return raised_sqrt(x) * kRootDown; }
+
   // Whether a parameter that was updated by these means is right.
   static __device__ __forceinline__ bool is_right(float param) { return fabsf(param) <= kHuge; }
-
-  static __device__ __forceinline__ float sqrt(float x) { return raised_sqrt(x) * kRootDown; }
 };
 
 #if defined(FUSEDOPTIM_BRANCHING_QUOTIENTS)  // for measurements

@@ -248,13 +248,13 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
   for (uint32_t first = threadIdx.x; first < count; first += U * kThreads) {
     Group x[U];
     uint32_t at[U];  // of the group, in elements
-    bool stays[U];   // it is not to be stored
+    bool done[U];    // it was stored, or is not to be
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       // Beyond the end the last group stands in: cheaper than a branch.
       const uint32_t group = first + u * kThreads;
-      stays[u] = u > 0 && group >= count;
-      at[u] = (stays[u] ? count - 1 : group) * G;
+      done[u] = u > 0 && group >= count;
+      at[u] = (done[u] ? count - 1 : group) * G;
       fetch<G>(x[u].grad, base.grad + at[u] * size_of(Dtypes::grad(e)), Dtypes::grad(e));
       fetch<G>(x[u].param, base.param + at[u] * size_of(Dtypes::param(e)), Dtypes::param(e));
 #pragma unroll
@@ -266,12 +266,12 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const bool right = update_group<Rule, variant, T, G, Dtypes>(x[u], work, plain_gradient, intake, c);
-      if (stays[u]) continue;
+      if (done[u]) continue;
       if (!right) {
         again = true;
         continue;
       }
-      stays[u] = true;
+      done[u] = true;
 #pragma unroll
       for (int k = 0; k < Rule::kSlots; ++k)
         if (Rule::uses(variant, k))
@@ -283,7 +283,7 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
 #pragma unroll 1
       for (int j = 0; j < U * G; ++j) {
         const bool last = j >= G * (U - 1);
-        if (last ? stays[U - 1] : stays[0]) continue;
+        if (last ? done[U - 1] : done[0]) continue;
         const int64_t i = begin + (last ? at[U - 1] + j - G * (U - 1) : at[0] + j);
         Single<T> single;
         load_operands<Rule, variant, T, false>(single, work, i, nullptr);

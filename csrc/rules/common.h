@@ -9,13 +9,14 @@
 //   M::sqrt(a) -> V       correctly rounded (IEEE 754), as is the operator /
 //   M::max(a, b) -> V     NaN if either is NaN, as torch.maximum
 //   M::clamp(a, b) -> V   a within [-b, b]; NaN if a is NaN, as torch.clamp
-// A rule says of itself:
-//   has_step, needs_norm  whether it counts steps; whether it needs the norm of the gradient first
-//   divides               whether it takes roots or quotients of elements, all of which end in the parameter
-//   powers, power_base    how many powers x^step its scalars need, the first uses of StepInputs::pow, and their bases
-//   variants, variant, uses  its variants, which one a row of hyper-parameters asks for, and that one's states
 // + - * / on V are the built-in operators. Compilers must not contract them (-ffp-contract=off, -fmad=false): every
 // fma below is spelled, because it is part of the result.
+//
+// A rule says of itself:
+//   has_step, needs_norm     whether it counts steps; whether it needs the norm of the gradient first
+//   divides                  whether it takes roots or quotients of elements, all of which end in the parameter
+//   powers, power_base       how many powers x^step its scalars need, the first uses of StepInputs::pow; their bases
+//   variants, variant, uses  its variants, which one a row of hyper-parameters asks for, and that one's states
 #pragma once
 
 #include <cmath>
