@@ -40,6 +40,10 @@ def with_hooks(step: Step) -> Step:
             or (not is_compiling() and profiling())
         ):
             return step(self, *args, **kwargs)
+        if (
+            is_compiling()
+        ):  # where no mark can be left on the optimizer; a step of the class's own is taken as around this
+            return (through_torch if type(self).step is hooked else step)(self, *args, **kwargs)
         if "_surrounded" in self.__dict__:
             return step(self, *args, **kwargs)
         self._surrounded = True  # type: ignore[attr-defined]

@@ -153,7 +153,7 @@ def test_code_for_an_amd_gpu(name: str, dtype: int) -> None:
     states = STATES[name][variant]
     asm = generate(RULES[name], (kind(dtype, dtype, dtype, variant, states),), "hip", "gfx942").asm
     code = asm["amdgcn"]
-    assert len(re.findall(r"(?:global|buffer)_load_dwordx4", code)) >= states + 2
+    assert len(re.findall(r"(?:global|buffer)_load_dwordx4", code)) >= states + (1 if name == "Clip" else 2)
     assert len(re.findall(r"(?:global|buffer)_store_dwordx4", code)) >= states + 1
     assert set(re.findall(r"= f(?:mul|add|sub|div) ((?:fast|contract|arcp|afn|reassoc)?)", asm["llir"])) == {""}
     assert "fmuladd" not in asm["llir"]
