@@ -1,7 +1,7 @@
 """What torch puts around every optimizer's step: hooks, and a range for profilers.
 
-torch's own wrapper opens that range whether or not anybody records it, for 4 to 13 us a step. It is kept for steps that
-have hooks or a profiler, so that these find what they find around torch's optimizers.
+torch's own wrapper opens that range whether or not anybody records it, which costs more than a small step.
+It is kept for steps that have hooks or a profiler, so that these find what they find around torch's optimizers.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ def with_hooks(step: Step) -> Step:
             or (not is_compiling() and profiling())
         ):
             return step(self, *args, **kwargs)
-        if (
-            is_compiling()
-        ):  # where no mark can be left on the optimizer; a step of the class's own is taken as around this
+        if is_compiling():
+            # No mark can be left on the optimizer there: a step of the class's own is taken to be around this one.
             return (through_torch if type(self).step is hooked else step)(self, *args, **kwargs)
         if "_surrounded" in self.__dict__:
             return step(self, *args, **kwargs)
