@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from . import _checks
 from ._options import GROUP_OPTIONS
 from ._rule import EMA, Group, Rule
-from ._states import as_step
+from ._states import scalars
 from ._warnings import warn
 
 #: What torch.optim makes of a group without these keys, which its older versions did not have.
@@ -120,13 +121,12 @@ class Loader:
                 raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
             group, index, i = owners[k]
             p = group["params"][i]
-            steps = as_step(values.get("step")) if self.rule.has_step else None
-            known = values if steps is None else {**values, "step": steps}
+            lent = {name for name in values if alone and held_alone(values, name)}
+            known = {**values, **scalars(values, self.rule)}
             if _is_stepped(p, known, self.rule):
                 who = _checks.describe(group, index, i)
                 self._check(known, who)
                 _checks.check_states(p, known, self.rule, who, devices=False)
-            lent = {name for name in values if alone and held_alone(values, name)}
             kept[k] = {name: Kept(value, name in lent) for name, value in known.items()}
         if not any(kept.values()):
             self._check_groups(saved_groups)
@@ -142,7 +142,7 @@ class Loader:
         names = {name for name, value in values.items() if value is not None}
         known, required = set(self.rule.state_names()), self.rule.required_states()
         another = next((o for o, states in SIGNATURES.items() if states <= names and not states <= known), None)
-        if another is not None or (required & names and not required <= names):
+        if another is not None or ((known - {EMA}) & names and not required <= names):
             whose = f"it looks like one of {another}" if another else f"{sorted(required - names)} are missing"
             raise ValueError(
                 f"this checkpoint is not one of {self.name}: its states of {who} are {sorted(names)}, {self.name} has "
@@ -276,8 +276,21 @@ def _can_be_lent(saved: Tensor, p: Tensor) -> bool:
         and saved.stride() == p.stride()
         and saved.storage_offset() == 0
         and saved.untyped_storage().nbytes() == saved.numel() * saved.element_size()
-        and saved.untyped_storage().resizable()  # memory of torch's own, not of NumPy or a file
+        and _is_torchs(saved.untyped_storage())
     )
+
+
+def _is_torchs(storage: torch.UntypedStorage) -> bool:
+    """Whether its memory is of torch's allocators, and not NumPy's, a file's or anybody's who may still use it.
+
+    ``torch.load`` makes storages that cannot be resized, as ``torch.from_numpy`` does. Within the storage, beside the
+    memory's address, is what is to be freed: that very address for memory of the CPU's allocator, another object
+    otherwise. If torch's storages look different one day, the address is found once, and states are copied.
+    """
+    if storage.resizable():
+        return True
+    words = (ctypes.c_size_t * 8).from_address(storage._cdata)
+    return storage.device.type == "cpu" and list(words).count(storage.data_ptr()) == 2
 
 
 def take_over(lent: dict[Tensor, set[str]], state: dict[Any, Any]) -> None:

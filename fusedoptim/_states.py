@@ -41,22 +41,32 @@ class Changes:
 _ABSENT = object()
 
 
-def as_step(value: Any) -> Any:
-    """The number of steps taken as torch has it: a tensor of fp32, or fp64 if it was. Checkpoints have it as integers,
-    numbers of Python and NumPy, and tensors of any dtype. What is none of these stays as it is."""
-    if isinstance(value, Tensor):
-        is_number = value.numel() == 1 and not value.is_complex()
-        return value.to(torch.float32) if is_number and value.dtype not in (torch.float32, torch.float64) else value
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        return value
-    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
+    """Those of a parameter's states that are one number, as a step has them: 0-dim tensors of fp32; ``step`` of fp64
+    stays. Checkpoints have them as numbers of Python and NumPy, and as tensors of any dtype. What is none of these is
+    left out."""
+    wanted: dict[str, tuple[torch.dtype, ...]] = {}
+    if rule.has_step:
+        wanted["step"] = (torch.float32, torch.float64)
+    if rule.scalar_state:
+        wanted[rule.scalar_state] = (torch.float32,)
+    found = {}
+    for name, dtypes in wanted.items():
+        value = values.get(name)
+        if isinstance(value, Tensor):
+            if value.numel() == 1 and not value.is_complex():
+                found[name] = value if value.dtype in dtypes else value.to(dtypes[0])
+        elif value is not None and hasattr(value, "__float__"):
+            found[name] = torch.tensor(float(value), dtype=dtypes[0], device="cpu")
+    return found
 
 
 def convert(p: Tensor, values: Mapping[str, Any], rule: Rule, changes: Changes) -> None:
     """Gives states that somebody else made the dtypes that a step needs. An average's is the compute dtype, which is
     another than before after ``model.double()``."""
-    if rule.has_step and (step := values.get("step")) is not None and (converted := as_step(step)) is not step:
-        changes.put(p, "step", converted)
+    for name, value in scalars(values, rule).items():
+        if value is not values[name]:
+            changes.put(p, name, value)
     average, dtype = values.get(EMA), compute_dtype(p)
     if isinstance(average, Tensor) and average.is_floating_point() and average.dtype != dtype:
         changes.put(p, EMA, average.to(dtype))
