@@ -196,6 +196,8 @@ class FusedOptimizer(Optimizer):
             what = type(self).__name__ if self.rule.uses_norm else "max_grad_norm, as skip_nonfinite,"
             _distributed.refuse_norm_of_shards(what)
         found = self._find_members(changes)
+        if self._measures_norm():
+            found.leave_alone_devices_without_gradients()
         members = found.by_device
         if len(members) > 1 and self._measures_norm():
             raise ValueError(

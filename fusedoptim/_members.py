@@ -29,6 +29,10 @@ class Member:
     first: bool
 
 
+def has_gradient(p: Tensor) -> bool:
+    return p.grad is not None
+
+
 @dataclass
 class Members:
     #: Those that can be stepped as they are, by device, whether or not they have a gradient now.
@@ -36,9 +40,11 @@ class Members:
     #: Those that are left alone for as long as they have no gradient.
     dormant: list[Tensor] = field(default_factory=list)
 
-
-def has_gradient(p: Tensor) -> bool:
-    return p.grad is not None
+    def leave_alone_devices_without_gradients(self) -> None:
+        """One device is kept in any case."""
+        without = [d for d, members in self.by_device.items() if not any(has_gradient(m.param) for m in members)]
+        for device in without[int(len(without) == len(self.by_device)) :]:
+            self.dormant += [m.param for m in self.by_device.pop(device)]
 
 
 def find(
