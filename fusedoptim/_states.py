@@ -20,22 +20,22 @@ class Changes:
     def __init__(self, state: State) -> None:
         self.state = state
         self._known = set(state)
-        self._log: list[tuple[Tensor, str, Any]] = []
+        self._log: list[Any] = []  # parameter, name, value before, ...: the garbage collector looks at every tuple
 
     def put(self, p: Tensor, name: str, value: Any) -> None:
         values = self.state[p]
-        self._log.append((p, name, values.get(name, _ABSENT)))
+        self._log += (p, name, values.get(name, _ABSENT))
         values[name] = value
 
     def undo(self) -> None:
-        for p, name, old in reversed(self._log):
+        while self._log:
+            old, name, p = self._log.pop(), self._log.pop(), self._log.pop()
             if old is _ABSENT:
                 del self.state[p][name]
             else:
                 self.state[p][name] = old
             if p not in self._known and not self.state[p]:
                 del self.state[p]
-        self._log.clear()
 
 
 _ABSENT = object()
