@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks, _compiled, _ema, _help, _hooks
+from . import _backends, _checkpoint, _checks, _compiled, _ema, _footprint, _help, _hooks
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
 from ._rule import EMA, FLAGS, Group, Rule, Slot
 from ._runners import Around, Member, Runner, make_runner
@@ -312,6 +312,13 @@ class FusedOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return _help.representation(super().__repr__(), self._options)
+
+    def memory(self) -> _footprint.Footprint:
+        """The bytes that parameters, gradients and every state take now, and those of states that are still to come.
+
+        ``print(optimizer.memory())`` shows a table. Tables of addresses and the scratch memory of norms are not in it.
+        """
+        return _footprint.measure(self)
 
     def _stats_on(self, members: dict[torch.device, list[Member]]) -> dict[torch.device, Tensor]:
         """For each device the norm of all gradients, and how many steps were skipped for it: so far, if parameters were
