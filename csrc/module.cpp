@@ -10,6 +10,7 @@
 #include "python/clipper.h"
 #include "python/plan.h"
 #include "python/pybind.h"
+#include "python/usual.h"
 
 namespace py = pybind11;
 using namespace fusedoptim;
@@ -47,6 +48,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::object&, int64_t>())
       .def("run", &Clipper::run)
       .def_property_readonly("address", &Clipper::address);
+  py::class_<UsualNames>(m, "UsualNames")
+      .def(py::init([](std::vector<py::object> slots, std::vector<py::object> optional, py::object step,
+                       py::object scalar, py::object ema) {
+        return UsualNames{std::move(slots), std::move(optional), std::move(step), std::move(scalar), std::move(ema)};
+      }));
+  m.def("usual", &usual);
+  m.def("apart", &apart);
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("cpu_capability", [] { return std::string(cpu_kernels().name); });
   m.def("set_cpu_capability", &set_cpu_capability);

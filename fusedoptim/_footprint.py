@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._states import Changes, StateMaker
+
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
@@ -94,19 +96,20 @@ def _parts(t: Tensor) -> Iterator[Tensor]:
 
 
 def _to_come(optimizer: FusedOptimizer) -> dict[str, int]:
-    """Sizes of new states, of parameters that have their shape and dtype, and no memory."""
-    slots = {s.name: s for s in optimizer.rule.slots}
+    """The sizes of states made for tensors like the parameters, but without memory."""
+    maker = StateMaker(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
     sizes: defaultdict[str, int] = defaultdict(int)
     for group in optimizer.param_groups:
-        names = optimizer.rule.state_names(group)
         for p in group["params"]:
             if not p.requires_grad or is_lazy(p) or p.layout != torch.strided:
                 continue
             like = torch.empty_like(p, device="meta")
-            for name in names:
-                if optimizer.state.get(p, {}).get(name) is None:
-                    new = optimizer._new_state(name, slots.get(name), like)
-                    sizes[name] += sum(part.untyped_storage().nbytes() for part in _parts(new))
+            there = optimizer.state.get(p, {})
+            state = {like: dict(there)}
+            maker.create(group, [like], Changes(state))
+            for name, value in state[like].items():
+                if value is not there.get(name):
+                    sizes[name] += sum(part.untyped_storage().nbytes() for part in _parts(value))
     return dict(sizes)
 
 

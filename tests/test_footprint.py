@@ -85,6 +85,13 @@ def test_it_creates_nothing() -> None:
     assert not o.state and p[0].grad is None
 
 
+def test_what_a_model_without_memory_would_take() -> None:
+    o = AdamW(
+        [torch.nn.Parameter(torch.empty(1 << 40, dtype=torch.bfloat16, device="meta"))], state_dtype=torch.float32
+    )
+    assert (o.memory().total, o.memory().to_come) == (0, {"step": 4, "exp_avg": 4 << 40, "exp_avg_sq": 4 << 40})
+
+
 def test_parameters_without_ordinary_memory() -> None:
     """None of which can be stepped as it is, but a frozen one may be in a group."""
     o = AdamW(parameters([(2,)]))

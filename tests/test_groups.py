@@ -182,11 +182,12 @@ def test_recurrent_biases_do_not_decay() -> None:
     assert len(decayed) == len(spared) == 4
 
 
-def test_lazy_parameters_are_judged_by_name_and_module() -> None:
+@pytest.mark.parametrize("package", [fusedoptim, torch.optim], ids=["fusedoptim", "torch"])
+def test_lazy_parameters_are_judged_by_name_and_module(package: Any) -> None:
     model = nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d(), nn.LazyConv1d(2, 1))
     expected = [["0.weight", "2.weight"], ["0.bias", "1.weight", "1.bias", "2.bias"]]
     assert names(decay_groups(model, 0.1)) == expected
-    optimizer = torch.optim.SGD(decay_groups(model, 0.1), lr=0.5)
+    optimizer = package.SGD(decay_groups(model, 0.1), lr=0.5)
     model[0](torch.ones(3, 4))
     assert optimizer.param_groups[0]["params"][0] is model[0].weight and model[0].weight.shape == (2, 4)
     assert names(decay_groups(model, 0.1)) == expected
