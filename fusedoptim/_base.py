@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks, _compiled, _distributed, _ema, _hooks, _members
+from . import _backends, _checkpoint, _checks, _compiled, _distributed, _ema, _footprint, _help, _hooks, _members
 from ._members import Member, Members
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
 from ._rule import EMA, FLAGS, Group, Rule
@@ -30,7 +30,8 @@ Scaling = tuple[Tensor | None, Tensor | None] | None
 class FusedOptimizer(Optimizer):
     """Steps all parameters of all groups in one pass.
 
-    A subclass declares its :class:`Rule` and has a constructor with a signature.
+    A subclass declares its :class:`Rule` and has a constructor with a signature. A line of its docstring that
+    reads as that on options below is replaced by a text for each option.
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim.
@@ -53,6 +54,7 @@ class FusedOptimizer(Optimizer):
         own = cls.__dict__.get("step")
         if own is not None and not hasattr(own, "hooked"):
             cls.step = _hooks.with_hooks(own)  # type: ignore[method-assign]
+        _help.complete(cls)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
         check_options(options, type(self).__name__)
@@ -229,7 +231,18 @@ class FusedOptimizer(Optimizer):
         name = type(self).__name__
         return _members.find(self.param_groups, self.rule, name, maker, changes, zero_grad=zero_grad, steps=steps)
 
-    # ---- what a step measured ----
+    # ---- what it is, and what it measured ----
+
+    def __repr__(self) -> str:
+        return _help.representation(super().__repr__(), self._options)
+
+    def memory(self) -> _footprint.Footprint:
+        """The bytes that parameters, gradients and every state take now, and those of states that are still to come.
+
+        ``print(optimizer.memory())`` shows a table. Tables of addresses and the scratch memory of norms are not in it.
+        Parameters on the meta device take nothing, so that it says what states a model would need before there is one.
+        """
+        return _footprint.measure(self)
 
     def _stats_on(self, members: dict[torch.device, list[Member]]) -> dict[torch.device, Tensor]:
         """For each device the norm of all gradients, and how many steps were skipped for it: so far, if parameters were
