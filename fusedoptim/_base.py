@@ -210,7 +210,7 @@ class FusedOptimizer(Optimizer):
         for device, of_device in members.items():
             backend = _backends.choose(self._options["backend"], device)
             if self.rule.has_step and _backends.BACKENDS[backend].steps_on_device:
-                move_steps([m.param for m in of_device], device, changes)
+                move_steps((m.states for m in of_device), device, changes)
             around = Around(stats[device], self._options["skip_nonfinite"], self._options["zero_grad_in_step"])
             runner = make_runner(backend, self.rule, device, around)
             runner.build(self.param_groups, self.state, of_device, found.dormant)
@@ -219,11 +219,14 @@ class FusedOptimizer(Optimizer):
             runners.append(runner)
         return runners
 
+    @torch.no_grad()
     def _create_states(self) -> None:
         """Makes all states before the first step, for those parameters that can have any by now."""
         maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
         for group in self.param_groups:
-            maker.create(group, filter(_members.can_have_states, group["params"]), Changes(self.state))
+            names = self.rule.state_names(group)
+            for p in filter(_members.can_have_states, group["params"]):
+                self.state[p].update(maker.missing(names, p, self.state[p]))
 
     def _find_members(self, changes: Changes, steps: Callable[[Tensor], bool] = _members.has_gradient) -> Members:
         maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._states import Changes, StateMaker
+from ._states import StateMaker
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -99,16 +99,14 @@ def _to_come(optimizer: FusedOptimizer) -> dict[str, int]:
     """The sizes of states made for tensors like the parameters, but without memory."""
     maker = StateMaker(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
     sizes: defaultdict[str, int] = defaultdict(int)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not p.requires_grad or is_lazy(p) or p.layout != torch.strided:
-                continue
-            like = torch.empty_like(p, device="meta")
-            there = optimizer.state.get(p, {})
-            state = {like: dict(there)}
-            maker.create(group, [like], Changes(state))
-            for name, value in state[like].items():
-                if value is not there.get(name):
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            names = optimizer.rule.state_names(group)
+            for p in group["params"]:
+                if not p.requires_grad or is_lazy(p) or p.layout != torch.strided:
+                    continue
+                like = torch.empty_like(p, device="meta")
+                for name, value in maker.missing(names, like, optimizer.state.get(p, {})):
                     sizes[name] += sum(part.untyped_storage().nbytes() for part in _parts(value))
     return dict(sizes)
 

@@ -17,10 +17,12 @@ class Look {
   Look(const py::dict& state, const UsualNames& names, bool writes_grads)
       : state_(state), names_(names), writes_grads_(writes_grads) {}
 
-  bool param(PyObject* p) {
-    if (!reader_.is_plain(p) || !dense_tensor(p, param_) || param_.ndim > kMaxDims) return false;
+  PyObject* param(PyObject* p) {
+    if (!reader_.is_plain(p) || !dense_tensor(p, param_) || param_.ndim > kMaxDims) return Py_False;
     compute_ = param_.dtype == DType::f64 ? DType::f64 : DType::f32;
-    return grad(p) && states(p);
+    PyObject* values = PyDict_GetItem(state_.ptr(), p);
+    if (!grad(p) || (values && !states(values))) return Py_False;
+    return values ? values : Py_None;
   }
 
  private:
@@ -36,9 +38,7 @@ class Look {
     return same_shape(v) && (v.data || numel(v) == 0) && (!writes_grads_ || is_dense(v));
   }
 
-  bool states(PyObject* p) {
-    PyObject* values = PyDict_GetItemWithError(state_.ptr(), p);
-    if (!values) return !PyErr_Occurred();
+  bool states(PyObject* values) {
     if (!PyDict_CheckExact(values)) return false;
     const auto shaped = [&](const TensorView& v) { return same_shape(v); };
     const auto average = [&](const TensorView& v) { return same_shape(v) && v.dtype == compute_; };
@@ -100,10 +100,10 @@ class Look {
 
 }  // namespace
 
-py::bytes usual(const py::list& params, const py::dict& state, const UsualNames& names, bool writes_grads) {
+py::list usual(const py::list& params, const py::dict& state, const UsualNames& names, bool writes_grads) {
   Look look(state, names, writes_grads);
-  std::string found;
-  for (py::handle p : params) found.push_back(look.param(p.ptr()) ? 1 : 0);
+  py::list found(params.size());
+  for (size_t i = 0; i < params.size(); ++i) found[i] = py::handle(look.param(py::handle(params[i]).ptr()));
   return found;
 }
 

@@ -2,7 +2,6 @@
 // takes fifteen times as long.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "pybind.h"
@@ -15,10 +14,11 @@ struct UsualNames {
   pybind11::object ema;
 };
 
-// A byte per parameter. 1: it is a plain dense tensor, and so are its gradient and its states, with shapes, devices and
-// dtypes that a step takes as they are; all states may be missing. 0: Python has to look.
-pybind11::bytes usual(const pybind11::list& params, const pybind11::dict& state, const UsualNames& names,
-                      bool writes_grads);
+// For each parameter that is a plain dense tensor, and whose gradient and states are so, too, with shapes, devices and
+// dtypes that a step takes as they are: the dict of its states, None if it has none. Some or all states may be missing,
+// but not some of those that every group needs. False for all others: Python has to look.
+pybind11::list usual(const pybind11::list& params, const pybind11::dict& state, const UsualNames& names,
+                     bool writes_grads);
 
 // Whether no two of these tensors share memory, and none has gaps. False in doubt.
 bool apart(const pybind11::list& tensors);
