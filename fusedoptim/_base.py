@@ -158,7 +158,8 @@ class FusedOptimizer(Optimizer):
         runners: list[Runner] = []
         ran = 0
         try:
-            runners = self._prepare(changes)
+            with _members.without_garbage_collection():
+                runners = self._prepare(changes)
             for runner in runners:  # one that raises has written nothing
                 if scaling is None:
                     runner.run()
