@@ -100,7 +100,7 @@ bool Look::dense_tensor(PyObject* t, TensorView& v) const {
 // What is negated lazily is every second element of a complex tensor, so that only unusual strides and single elements
 // are worth the question.
 bool Look::negated(PyObject* t, const TensorView& v) const {
-  return v.ndim > 0 && (numel(v) == 1 || !row_major(v.ndim, v.sizes, v.strides)) && reader_.is_negated(t);
+  return (numel(v) == 1 || !row_major(v.ndim, v.sizes, v.strides)) && reader_.is_negated(t);
 }
 
 bool Look::same_shape(const TensorView& v) const {
