@@ -285,7 +285,7 @@ class FusedOptimizer(Optimizer):
         if slot is None:
             if name == "step":
                 double = torch.get_default_dtype() == torch.float64
-                return torch.tensor(0.0, dtype=torch.float64 if double else torch.float32)
+                return torch.tensor(0.0, dtype=torch.float64 if double else torch.float32, device="cpu")
             if name == EMA:  # starts as the parameter
                 return p.detach().to(_checks.compute_dtype(p), copy=True, memory_format=torch.preserve_format)
             return torch.zeros((), dtype=torch.float32, device=p.device)
@@ -316,7 +316,7 @@ class FusedOptimizer(Optimizer):
         for device, of_device in members.items():
             stats = self._norm_stats.get(device)
             if stats is None:
-                stats = torch.tensor([math.nan, 0.0], dtype=torch.float64).to(device)
+                stats = torch.tensor([math.nan, 0.0], dtype=torch.float64, device=device)
                 if before is not None:
                     stats[1].copy_(before[1])
             if self._measures_norm() and all(m.param.grad is None for m in of_device):
@@ -346,7 +346,7 @@ class FusedOptimizer(Optimizer):
         GradScaler did not even call is not among them; one whose skipping it left to the step is."""
         for stats in self._norm_stats.values():
             return stats[1].to(torch.int64)
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

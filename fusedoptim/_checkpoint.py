@@ -31,7 +31,7 @@ def keep_dtypes(state_dict: dict[str, Any], groups: list[dict[str, Any]], rule: 
         if not isinstance(values, dict):
             raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
         if isinstance(values.get("step"), (int, float)):  # as torch saved it before 1.12
-            values = {**values, "step": torch.tensor(float(values["step"]), dtype=torch.float32)}
+            values = {**values, "step": torch.tensor(float(values["step"]), dtype=torch.float32, device="cpu")}
         group, index, i = owners[k]
         who = _checks.describe(group, index, i)
         _checks.check_names(values, rule, who, optimizer)

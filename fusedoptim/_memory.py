@@ -27,8 +27,8 @@ def overlaps_itself(t: Tensor) -> bool:
     else:
         return False
     # Number the elements in a map of the memory: where two lie at one place, a number is lost.
-    numbers = torch.arange(t.numel()).view(t.shape)
-    places = torch.empty(_extent(t), dtype=torch.int64).as_strided(t.shape, t.stride())
+    numbers = torch.arange(t.numel(), device="cpu").view(t.shape)
+    places = torch.empty(_extent(t), dtype=torch.int64, device="cpu").as_strided(t.shape, t.stride())
     return not torch.equal(places.copy_(numbers), numbers)
 
 
@@ -68,7 +68,7 @@ def _in_common(views: list[tuple[int, Tensor]]) -> tuple[int, int] | None:
     unit = min(t.element_size() for _, t in views)  # every offset is a multiple of it
     first = min(int(t.storage_offset()) * t.element_size() for _, t in views) // unit
     last = max((int(t.storage_offset()) + _extent(t)) * t.element_size() for _, t in views) // unit
-    owners = torch.full((last - first,), -1, dtype=torch.int32)
+    owners = torch.full((last - first,), -1, dtype=torch.int32, device="cpu")
     for k, (i, t) in enumerate(views):
         n = t.element_size() // unit
         strides = [stride * n for stride in t.stride()]

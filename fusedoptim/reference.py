@@ -121,7 +121,7 @@ def norm_adaptive(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
 def global_norm(grads: list[Tensor]) -> Tensor:
     """The norm of all gradients, each of its compute dtype: 0-dim, fp32, or fp64 if one of them has fp64. The sums of
     squares of the tensors are added one by one, in the order of the parameters."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for g in grads:
         total = total + sum_of_squares(g).to(total.device)
     wide = any(g.dtype == torch.float64 for g in grads)
