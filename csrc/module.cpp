@@ -34,7 +34,7 @@ void collect_plans(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object,
+      .def(py::init<const std::string&, const std::vector<std::tuple<std::string, int, double, double>>&, py::object,
                     std::pair<int, int>, py::object, std::tuple<int64_t, bool, bool>>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)

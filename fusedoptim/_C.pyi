@@ -5,7 +5,7 @@ class Plan:
     def __init__(
         self,
         rule: str,
-        hyper: Sequence[tuple[str, int]],
+        hyper: Sequence[tuple[str, int, float, float]],
         increment_version: Callable[[Any], None],
         device: tuple[int, int],
         launcher: Any,

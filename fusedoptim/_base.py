@@ -18,6 +18,7 @@ from . import _backends, _checkpoint, _checks, _compiled, _ema, _hooks
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
 from ._rule import EMA, FLAGS, Group, Rule, Slot
 from ._runners import Around, Member, Runner, make_runner
+from ._values import number
 
 __all__ = ["FusedOptimizer"]
 
@@ -55,7 +56,7 @@ class FusedOptimizer(Optimizer):
             cls.step = _hooks.with_hooks(own)  # type: ignore[method-assign]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
-        check_options(options, type(self).__name__)
+        check_options(options, type(self))
         defaults |= {name: options.get(name) for name in GROUP_OPTIONS}
         _switch_off(defaults)
         self._check_group(defaults)
@@ -290,7 +291,7 @@ class FusedOptimizer(Optimizer):
                 return p.detach().to(_checks.compute_dtype(p), copy=True, memory_format=torch.preserve_format)
             return torch.zeros((), dtype=torch.float32, device=p.device)
         dtype = self._options["state_dtype"] or p.dtype
-        fill = self.defaults[slot.initial] if slot.initial else 0
+        fill = number(self.defaults[slot.initial]) if slot.initial else 0
         return torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
     def _move_steps(self, params: list[Tensor], device: torch.device, created: Created) -> None:
@@ -379,8 +380,7 @@ class FusedOptimizer(Optimizer):
     # ---- groups, checkpoints, copies ----
 
     def _check_group(self, group: Group) -> None:
-        _checks.check_common(group, type(self).__name__)
-        self.rule.check(group)
+        _checks.check_common(group, self.rule, type(self).__name__)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does. Its values and parameters are checked first."""

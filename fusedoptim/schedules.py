@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import operator
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from ._values import number
 
 __all__ = ["warmup_cosine"]
 
@@ -69,18 +72,23 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min
             f"total_steps must be more than warmup_steps, but they are {total_steps} and {warmup_steps}: it counts all "
             "steps, those of the warm-up as well"
         )
+    min_lr = number(min_lr)
     if not 0 <= min_lr < math.inf:
         raise ValueError(f"min_lr must be at least 0 and finite, but is {min_lr}")
-    factors = []
+    lrs: list[float] = []
     for index, group in enumerate(optimizer.param_groups):
-        lr = float(group.get("initial_lr", group["lr"]))
+        lr = number(group.get("initial_lr", group["lr"]))
         if lr < min_lr:
             raise ValueError(
                 f"the learning rate of parameter group {index} is {lr}, below min_lr={min_lr}, to which the schedule "
                 "would have to fall: choose a smaller min_lr, or a larger learning rate for the group"
             )
-        factors.append(_WarmupCosine(warmup_steps, total_steps, float(min_lr) / lr if lr else 1.0))
-    return LambdaLR(optimizer, list(factors))
+        lrs.append(lr)
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        # LambdaLR multiplies it by floats, which neither a Decimal does, nor a NumPy scalar in double.
+        if not isinstance(group.get("initial_lr", group["lr"]), (int, float, Tensor)):
+            group["initial_lr"] = lr
+    return LambdaLR(optimizer, [_WarmupCosine(warmup_steps, total_steps, min_lr / lr if lr else 1.0) for lr in lrs])
 
 
 def _count(value: int, name: str) -> int:
