@@ -35,8 +35,8 @@ void collect_plans(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&, py::object,
-                    std::pair<int, int>, py::object, std::tuple<int64_t, bool, bool>>())
+      .def(py::init<const std::string&, const std::vector<Plan::HyperArgs>&, py::object, std::pair<int, int>,
+                    py::object, std::tuple<int64_t, bool, bool>>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
       .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)

@@ -5,13 +5,15 @@ class Plan:
     def __init__(
         self,
         rule: str,
-        hyper: Sequence[tuple[str, int]],
+        hyper: Sequence[tuple[str, int, float, float, float | None]],
         increment_version: Callable[[Any], None],
         device: tuple[int, int],
         launcher: Any,
         settings: tuple[int, bool, bool],
     ) -> None: ...
-    def build(self, groups: list[dict[str, Any]], state: dict[Any, Any], bindings: list[tuple[int, ...]]) -> None: ...
+    def build(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], bindings: list[int], dormant: list[Any]
+    ) -> None: ...
     def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool: ...
     def run(self, stream: int = 0, grad_scale: int = 0, found_inf: int = 0) -> None: ...
     def retire(self) -> None: ...
@@ -27,6 +29,20 @@ class Clipper:
     def run(self, stream: int, measure: bool, max_norm: float, limit: float) -> None: ...
     @property
     def address(self) -> int: ...
+
+class Look:
+    def __init__(
+        self,
+        state: dict[Any, Any],
+        slots: list[str],
+        optional: list[str],
+        step: str | None,
+        scalar: str | None,
+        ema: str,
+        writes_grads: bool,
+    ) -> None: ...
+    def at(self, params: list[Any]) -> list[Any]: ...
+    def all_apart(self) -> bool: ...
 
 compiler: str
 torch_version: str

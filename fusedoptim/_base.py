@@ -57,7 +57,7 @@ class FusedOptimizer(Optimizer):
         _help.complete(cls)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
-        check_options(options, type(self).__name__)
+        check_options(options, type(self))
         defaults |= {name: options.get(name) for name in GROUP_OPTIONS}
         _switch_off(defaults)
         self._check_group(defaults)
@@ -256,7 +256,7 @@ class FusedOptimizer(Optimizer):
         for device, of_device in members.items():
             stats = self._norm_stats.get(device)
             if stats is None:
-                stats = torch.tensor([math.nan, 0.0], dtype=torch.float64).to(device)
+                stats = torch.tensor([math.nan, 0.0], dtype=torch.float64, device=device)
                 if before is not None:
                     stats[1].copy_(before[1])
             if self._measures_norm() and all(m.param.grad is None for m in of_device):
@@ -266,7 +266,7 @@ class FusedOptimizer(Optimizer):
 
     def _measures_norm(self) -> bool:
         return bool(self._options["skip_nonfinite"]) or any(
-            g["max_grad_norm"] is not None and g["params"] for g in self.param_groups
+            g.get("max_grad_norm") is not None and g["params"] for g in self.param_groups
         )
 
     @property
@@ -286,7 +286,7 @@ class FusedOptimizer(Optimizer):
         GradScaler did not even call is not among them; one whose skipping it left to the step is."""
         for stats in self._norm_stats.values():
             return stats[1].to(torch.int64)
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -304,7 +304,7 @@ class FusedOptimizer(Optimizer):
             (p, self.state[p][EMA])
             for group in self.param_groups
             for p in group["params"]
-            if group["ema_decay"] is not None and self._has_average(p)
+            if group.get("ema_decay") is not None and self._has_average(p)
         ]
         if not pairs:
             raise RuntimeError("there are no moving averages: pass ema_decay= to the optimizer, and take a step first")
@@ -324,8 +324,7 @@ class FusedOptimizer(Optimizer):
     # ---- groups, checkpoints, copies ----
 
     def _check_group(self, group: Group) -> None:
-        _checks.check_common(group, type(self).__name__)
-        self.rule.check(group)
+        _checks.check_common(group, self.rule, type(self).__name__)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does. Its values and parameters are checked first."""
@@ -334,6 +333,7 @@ class FusedOptimizer(Optimizer):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
+        _checkpoint.leave_out_what_is_off(group, self.rule)
         self._all_params = [p for g in self.param_groups for p in g["params"]]
         try:
             for i, p in enumerate(group["params"]):
@@ -395,8 +395,9 @@ class FusedOptimizer(Optimizer):
         if "_name" not in self.__dict__:
             self._name = _compiled.register(self)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in self.defaults.keys() - self.rule.extensions.keys():
+                group.setdefault(key, self.defaults[key])
+            _checkpoint.leave_out_what_is_off(group, self.rule)
             _switch_off(group)
         if loader := self.__dict__.get("_loader"):
             self._lent.clear()

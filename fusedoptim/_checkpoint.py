@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import _checks
-from ._options import GROUP_OPTIONS
 from ._rule import EMA, Group, Rule
 from ._states import scalars
 from ._warnings import warn
@@ -57,25 +56,24 @@ class Kept:
         self.alone = alone
 
 
-def off(rule: Rule) -> dict[str, Any]:
-    """The keys that torch.optim's groups do not have, and what they are where they are off."""
-    return {**dict.fromkeys(GROUP_OPTIONS), **rule.extensions}
-
-
-def without_options_that_are_off(group: dict[str, Any], rule: Rule) -> dict[str, Any]:
-    """A group as it is saved: a checkpoint of a run that uses nothing but what torch.optim has is one of torch's, key
-    by key."""
-    unused = {key for key, value in off(rule).items() if key in group and group[key] is value}
-    return {key: value for key, value in group.items() if key not in unused}
+def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:
+    """Without the options of this package that are off a group has torch's keys, and so has a checkpoint of it: one of
+    torch's loads key by key, as torch.distributed.checkpoint does it, and the other way round."""
+    for key, value in rule.extensions.items():
+        if key in group and group[key] is value:
+            del group[key]
 
 
 def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
     makes of it; all else, among it an option that is off, stays as in the optimizer's group."""
-    result = without_options_that_are_off(dict(saved), rule)
-    for key in defaults:
-        if key not in result:
-            result[key] = ABSENT[key] if key in ABSENT and key not in saved else group.get(key, defaults[key])
+    result = dict(saved)
+    leave_out_what_is_off(result, rule)
+    for key in defaults.keys() - result.keys():
+        if key in ABSENT:
+            result[key] = ABSENT[key]
+        elif key in group or key not in rule.extensions:
+            result[key] = group.get(key, defaults[key])
     return result
 
 
@@ -152,7 +150,7 @@ class Loader:
     def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         """Groups without any states may be those of an optimizer that has none, as SGD without momentum."""
         for saved in saved_groups:
-            lacks = {key for key, _ in self.rule.hyper} - saved.keys() - ABSENT.keys() - off(self.rule).keys()
+            lacks = {h.key for h in self.rule.hyper} - saved.keys() - ABSENT.keys() - self.rule.extensions.keys()
             strange = saved.keys() - self.defaults.keys() - {"params", "param_names", "initial_lr"}
             if lacks and strange:
                 warn(

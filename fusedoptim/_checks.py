@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,43 +12,19 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._memory import overlaps_itself
-from ._options import DEFAULTS, GROUP_OPTIONS, check_group_options
-from ._rule import EMA, Group, Rule
+from ._options import DEFAULTS
+from ._rule import EMA, LR, REQUIRED, Group, Hyper, Rule
+from ._values import item, number
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NAMES = "float32, float64, bfloat16 or float16"
 
 
-def as_float(value: Any, what: str) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{what} too large for a float: {str(value)[:20]}...") from None
-
-
-def at_least_zero(*keys: tuple[str, str]) -> Callable[[Group], None]:
-    """Checks group values, with torch.optim's own messages. A key is (group key, its name in the message)."""
-
-    def check(group: Group) -> None:
-        for key, label in keys:
-            if group[key] is None or not 0.0 <= group[key]:
-                raise ValueError(f"Invalid {label}: {group[key]}")
-
-    return check
-
-
-def check_common(group: Group, optimizer: str) -> None:
-    """What holds for every optimizer: lr, the options of all, and those of torch.optim's that mean nothing here."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if lr.dtype not in DTYPES:
-            raise ValueError(f"Tensor lr must be {_NAMES}, but is {lr.dtype}")
-    if lr is None or not 0.0 <= lr:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    as_float(lr, "the learning rate is")
-    check_group_options(group)
+def check_common(group: Group, rule: Rule, optimizer: str) -> None:
+    """What a constructor, and whoever adds a group, has to pass: with torch.optim's own messages, where it has some."""
+    for hyper in (*rule.row, *rule.initial):
+        _check_made(hyper, group[hyper.key])
+    rule.check(group)
     for name in DEFAULTS:
         if name in group:
             raise ValueError(f"a group cannot have its own {name}: pass it to {optimizer}(), for all groups")
@@ -56,6 +32,27 @@ def check_common(group: Group, optimizer: str) -> None:
         raise ValueError(f"foreach=True: the step is fused already; leave it out, or use {torchs(optimizer)}")
     if group.get("differentiable"):
         raise ValueError(f"differentiable=True: a fused step has no backward pass; use {torchs(optimizer)} for it")
+
+
+def _check_made(hyper: Hyper, value: Any) -> None:
+    if hyper is LR and isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if value.dtype not in DTYPES:
+            raise ValueError(f"Tensor lr must be {_NAMES}, but is {value.dtype}")
+    if hyper.optional and value is None:
+        return
+    label = hyper.key
+    try:
+        value = item(value, hyper)
+        label = hyper.label or label
+        x = _number(hyper, value)
+    except ValueError as error:
+        raise ValueError(f"Invalid {label}: {_shown(value)} (it {error})") from None
+    if hyper.constructor is not None and x not in hyper.constructor:
+        raise ValueError(f"Invalid {label}: {_shown(value)}")
+    if x not in hyper.accepts:
+        raise ValueError(f"Invalid {label}: {_shown(value)} (it must be {_wanted(hyper)})")
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
@@ -74,46 +71,78 @@ def check_lists(groups: Any) -> None:
 
 
 def check_step_values(group: Group, rule: Rule, index: int) -> None:
-    """Whatever a schedule or a user wrote into a group must still be numbers."""
-    for key, item in (("lr", -1), *rule.hyper, *((key, -1) for key in GROUP_OPTIONS)):
-        if key not in group:
-            raise ValueError(f"parameter group {index} has no {key!r}; set it, or build the optimizer again")
-        value = group[key]
-        if value is None and key in GROUP_OPTIONS:
-            continue
-        if item >= 0:
-            try:
-                value = value[item]
-            except (TypeError, IndexError):
-                raise ValueError(f"parameter group {index}: {key!r} must be two numbers, but is {value!r}") from None
-        if isinstance(value, Tensor):
-            if value.numel() != 1 or value.dtype not in DTYPES:
-                raise ValueError(
-                    f"parameter group {index}: {key!r} is a tensor of shape {tuple(value.shape)} and {value.dtype}; "
-                    f"it must have one element of {_NAMES}"
-                )
-            if value.device.type != "cpu":
-                if key != "lr":
-                    raise ValueError(
-                        f"parameter group {index}: {key!r} is a tensor on {value.device}, where only lr may be; "
-                        f"use group[{key!r}] = float(group[{key!r}])"
-                    )
-                elsewhere = {str(p.device) for p in group["params"] if p.device != value.device}
-                if elsewhere:
-                    raise ValueError(
-                        f"parameter group {index}: lr is on {value.device}, but has parameters on "
-                        f"{', '.join(sorted(elsewhere))}; use group['lr'] = group['lr'].cpu(), or a group per device"
-                    )
+    """Whatever a schedule or a user wrote into a group must still be numbers that a step can mean."""
+    for hyper in rule.row:
+        if hyper.key not in group:
+            if hyper.off is not REQUIRED:
                 continue
-        if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise ValueError(f"parameter group {index}: {key!r} must be a number, but is {value!r}")
-        number = as_float(value, f"parameter group {index}: {key!r} is")
-        if math.isnan(number):
-            raise ValueError(f"parameter group {index}: {key!r} is NaN; nothing was updated")
+            raise ValueError(f"parameter group {index} has no {hyper.key!r}; set it, or build the optimizer again")
+        value = group[hyper.key]
+        if hyper.optional and value is None:
+            continue
+        what, x = f"parameter group {index}: {hyper.key!r}", 0.0
+        try:
+            value = item(value, hyper)
+            if hyper.index >= 0:
+                what += f"[{hyper.index}]"
+            if hyper is LR and isinstance(value, Tensor) and value.device.type != "cpu":
+                _check_lr_on_device(value, group)
+                continue
+            x = _number(hyper, value)
+            if x not in hyper.accepts:
+                raise ValueError(f"must be {_wanted(hyper)}")
+        except ValueError as error:
+            shown = "NaN" if math.isnan(x) else _shown(value)
+            raise ValueError(f"{what} is {shown}, but {error}; nothing was updated") from None
+
+
+def _check_lr_on_device(lr: Tensor, group: Group) -> None:
+    """Its value cannot be asked for without waiting for the device."""
+    _check_tensor(LR, lr)
+    elsewhere = {str(p.device) for p in group["params"] if p.device != lr.device}
+    if elsewhere:
+        raise ValueError(
+            f"the group has parameters on {', '.join(sorted(elsewhere))}; use group['lr'] = group['lr'].cpu(), or a "
+            "group per device"
+        )
+
+
+def _check_tensor(hyper: Hyper, value: Tensor) -> None:
+    if value.numel() != 1 or value.dtype not in DTYPES:
+        raise ValueError(f"must have one element of {_NAMES}")
+    if value.is_meta:
+        raise ValueError("must have a value, and on the meta device there is none")
+    if hyper is not LR and value.device.type != "cpu":
+        raise ValueError(f"must not be on a device, as only lr may be: use float(group[{hyper.key!r}])")
+
+
+def _number(hyper: Hyper, value: Any) -> float:
+    """Raises ValueError with what it must be instead."""
+    if isinstance(value, Tensor):
+        _check_tensor(hyper, value)
     try:
-        check_group_options(group)
-    except ValueError as error:
-        raise ValueError(f"parameter group {index}: {error}") from None
+        return number(value)
+    except OverflowError:
+        raise ValueError(f"must be {_wanted(hyper)}") from None
+    except (TypeError, ValueError, ArithmeticError):
+        raise ValueError("must be a number") from None
+
+
+def _wanted(hyper: Hyper) -> str:
+    return hyper.accepts.text + ("; None is off" if hyper.optional else "")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, as torch.optim shows it."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.device.type != "cpu"):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype} on {value.device}"
+    if isinstance(value, str):
+        return repr(value)
+    try:
+        text = f"{value}"
+    except ValueError:  # of an integer with more digits than Python prints
+        text = hex(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def describe(group: Group, index: int, i: int) -> str:

@@ -14,6 +14,7 @@ from ._checks import DTYPES, compute_dtype
 from ._distributed import refuse_norm_of_shards, sharded_by_fsdp1
 from ._memory import overlaps_itself, sharing
 from ._runners import device_guard, make_launcher, stream_of
+from ._values import number
 
 Parameters = Tensor | Iterable[Tensor]
 
@@ -58,10 +59,10 @@ def clip_grad_norm_(
         refuse_norm_of_shards("clip_grad_norm_")
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
-        return torch.tensor(0.0)
-    if float(norm_type) != 2.0 or not float(max_norm) >= 0 or not _ours(grads):
+        return torch.tensor(0.0, device="cpu")
+    max_norm = number(max_norm)
+    if float(norm_type) != 2.0 or not max_norm >= 0 or not _ours(grads):
         return utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach)
-    max_norm = float(max_norm)
     if error_if_nonfinite:
         norm = _clip(grads, backend, math.inf, None)
         if not norm.isfinite():
@@ -84,7 +85,7 @@ def clip_grad_value_(
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in params if p.grad is not None]
-    clip_value = float(clip_value)
+    clip_value = number(clip_value)
     if not grads:
         return
     if not clip_value >= 0 or not _ours(grads):
@@ -134,7 +135,7 @@ def _clip(grads: list[Tensor], backend: str | None, max_norm: float | None, limi
 
 
 def _clip_eagerly(grads: list[Tensor], max_norm: float | None, limit: float | None) -> Tensor:
-    norm = torch.tensor(math.nan)
+    norm = torch.tensor(math.nan, device="cpu")
     if max_norm is not None:
         norm = reference.global_norm([g.to(compute_dtype(g)) for g in grads])
     for g in grads:

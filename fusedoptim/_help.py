@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions
+from ._options import DEFAULTS, StepOptions
 
 #: The line of a docstring that the options' own texts take the place of.
 _REFERENCE = re.compile(r"^( *)options: see :class:`fusedoptim\.StepOptions`\.$", re.M)
@@ -47,8 +47,7 @@ def _spell_out(constructor: Any) -> None:
 
 
 def representation(of_torch: str, options: Mapping[str, Any]) -> str:
-    """torch's text of an optimizer, with what it has of its own and without what is off in its groups."""
+    """torch's text of an optimizer, with what it has of its own."""
     head, *lines = of_torch.split("\n")
-    off = {f"    {name}: None" for name in GROUP_OPTIONS}
     chosen = [f"    {name}: {value}" for name, value in options.items() if value != DEFAULTS.get(name)]
-    return "\n".join([head, *chosen, *(line for line in lines if line not in off)])
+    return "\n".join([head, *chosen, *lines])

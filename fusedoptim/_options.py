@@ -3,13 +3,15 @@ update rule."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
 
 from . import _backends
-from ._rule import Group
+from ._rule import AROUND
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
@@ -52,7 +54,7 @@ class StepOptions(TypedDict, total=False):
     state_dtype: torch.dtype | None
 
 
-GROUP_OPTIONS = ("max_grad_norm", "clip_grad_value", "ema_decay")
+GROUP_OPTIONS = tuple(hyper.key for hyper in AROUND)
 #: Those of the optimizer as a whole.
 DEFAULTS: dict[str, Any] = {
     "skip_nonfinite": False,
@@ -60,26 +62,28 @@ DEFAULTS: dict[str, Any] = {
     "backend": None,
     "state_dtype": None,
 }
+#: What other libraries call an argument, where the spelling does not tell.
+OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "rho": "alpha", "clip_norm": "max_grad_norm"}
 
 
-def check_options(options: Mapping[str, Any], optimizer: str) -> None:
+def check_options(options: Mapping[str, Any], optimizer: type) -> None:
     """Names, and the values that no group has."""
     for name in options:
         if name not in StepOptions.__annotations__:
-            raise TypeError(
-                f"{optimizer}() got an unexpected keyword argument {name!r}; beside its own it takes "
-                + ", ".join(StepOptions.__annotations__)
-            )
+            raise TypeError(_unexpected(name, optimizer))
     if options.get("state_dtype") not in STATE_DTYPES:
         raise ValueError(f"Invalid state_dtype: {options['state_dtype']}; choose torch.float32, torch.bfloat16 or None")
     _backends.check_name(options.get("backend"))
 
 
-def check_group_options(group: Group) -> None:
-    for name in ("max_grad_norm", "clip_grad_value"):
-        value = group[name]
-        if value is not None and not value > 0:
-            raise ValueError(f"Invalid {name}: {value} (it must be above 0; None is off)")
-    decay = group["ema_decay"]
-    if decay is not None and not 0.0 <= decay < 1.0:
-        raise ValueError(f"Invalid ema_decay: {decay} (it must be at least 0 and below 1; None is off)")
+def _unexpected(name: str, optimizer: type) -> str:
+    """That an optimizer takes no such argument, which one may be meant, and all that it takes."""
+    own = [p.name for p in inspect.signature(optimizer).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known = [*own[1:], *StepOptions.__annotations__]  # params comes first
+    meant = OTHER_NAMES.get(name)
+    close = [meant] if meant in known else difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return (
+        f"{optimizer.__name__}() got an unexpected keyword argument {name!r}{hint} It takes {', '.join(own)}; "
+        f"and every optimizer takes {', '.join(StepOptions.__annotations__)}"
+    )

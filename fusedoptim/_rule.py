@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,76 @@ Reference = Callable[[Tensor, Tensor, dict[str, Any], float, Group], None]
 
 #: The moving average of the parameter that any group can have.
 EMA = "ema"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from ``low`` to ``high``, both included: where an end is open, the number next to it is given. NaN is
+    in none."""
+
+    low: float
+    high: float
+    #: What a number must be, in words.
+    text: str
+
+    def __contains__(self, x: float) -> bool:
+        return self.low <= x <= self.high
+
+
+#: Scalars are rounded to fp32 and must not overflow it: up to here neither does ``lr * weight_decay`` nor
+#: ``lr / (1 - beta**t)``, whose divisor is at least 2**-53. torch raises only where one overflows, amid a step. Groups
+#: of fp64 parameters have the same limit, so that a group means the same in every dtype.
+LARGEST = 1e18
+NUMBER = Range(-LARGEST, LARGEST, f"finite, and at most {LARGEST:g} in size")
+AT_LEAST_0 = Range(0.0, LARGEST, f"at least 0 and at most {LARGEST:g}")
+BELOW_1 = Range(0.0, math.nextafter(1.0, 0.0), "at least 0 and below 1")
+#: Infinity, as a limit, limits nothing.
+ABOVE_0 = Range(math.ulp(0.0), math.inf, "above 0")
+#: torch.optim's own.
+TORCH_AT_LEAST_0 = Range(0.0, math.inf, "at least 0")
+
+
+#: Of a number that every group must have.
+REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """A number that a group has, or one of the two that it has under one key."""
+
+    key: str
+    #: Which of two, or -1 for one that is the key's value.
+    index: int = -1
+    #: What a step accepts, and so does a constructor.
+    accepts: Range = NUMBER
+    #: In a constructor's message, "Invalid <label>: <value>"; by default the key.
+    label: str = ""
+    #: What torch.optim's own constructor accepts; it refuses all else with that message. None if it checks nothing.
+    constructor: Range | None = None
+    #: Whether None turns it off.
+    optional: bool = False
+    #: For what torch.optim's groups do not have: its value where it is off, which is what a group without it has.
+    off: Any = REQUIRED
+
+    @property
+    def off_number(self) -> float | None:
+        """What a plan has in its table where it is off: options of all rules have -1. None if it never is."""
+        return None if self.off is REQUIRED else -1.0 if self.off is None else float(self.off)
+
+
+def at_least_0(key: str, label: str = "", accepts: Range = NUMBER) -> Hyper:
+    """One that torch.optim's constructor wants to be at least 0, and its step takes as it is."""
+    return Hyper(key, accepts=accepts, label=label or f"{key} value", constructor=TORCH_AT_LEAST_0)
+
+
+#: Of every rule.
+LR = at_least_0("lr", "learning rate")
+#: Of every group, beside its rule's.
+AROUND = (
+    Hyper("max_grad_norm", accepts=ABOVE_0, optional=True, off=None),
+    Hyper("clip_grad_value", accepts=ABOVE_0, optional=True, off=None),
+    Hyper("ema_decay", accepts=BELOW_1, optional=True, off=None),
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +113,12 @@ class Rule:
 
     name: str
     reference: Reference
-    #: (group key, index into its value or -1), without ``lr``, which every rule has
-    hyper: tuple[tuple[str, int], ...]
+    hyper: tuple[Hyper, ...]
     slots: tuple[Slot, ...]
-    #: Raises ValueError for values of a group that are out of range; lr is looked at for every rule.
-    check: Callable[[Group], None]
+    #: Numbers that are read where states are made, and by no step.
+    initial: tuple[Hyper, ...] = ()
+    #: Raises ValueError for values of a group that are in their ranges, but do not go together.
+    check: Callable[[Group], None] = lambda group: None
     #: Whether a 0-dim tensor ``step`` per parameter counts the steps.
     has_step: bool = True
     #: The name of a 0-dim fp32 state per parameter, or None.
@@ -55,8 +127,16 @@ class Rule:
     uses_norm: bool = False
     #: Whether an optimizer has its states before its first step.
     states_at_construction: bool = False
-    #: Keys of groups that torch.optim does not have, and what they are where they are off.
-    extensions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def row(self) -> tuple[Hyper, ...]:
+        """All that a step reads of a group, in the order of the compiled rule's rows (csrc/rules/common.h)."""
+        return (LR, *AROUND, *self.hyper)
+
+    @property
+    def extensions(self) -> dict[str, Any]:
+        """The keys that torch.optim's groups do not have, with their values where they are off."""
+        return {hyper.key: hyper.off for hyper in self.row if hyper.off is not REQUIRED}
 
     def state_names(self, group: Group | None = None) -> list[str]:
         """The names of the states, in the order in which they are created; with a group, those that it needs."""

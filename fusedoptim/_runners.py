@@ -17,6 +17,7 @@ from ._checks import compute_dtype
 from ._device_memory import DeviceMemory
 from ._members import Member
 from ._rule import EMA, Rule
+from ._values import numbers
 
 Groups = list[dict[str, Any]]
 State = dict[Any, Any]
@@ -78,7 +79,8 @@ class CompiledRunner:
         # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
         bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
         settings = (around.norm_stats.data_ptr(), around.skip_nonfinite, around.zero_grad)
-        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, device, launcher, settings)
+        hyper = [(h.key, h.index, h.accepts.low, h.accepts.high, h.off_number) for h in rule.row]
+        self.plan = _native._C.Plan(rule.name, hyper, bump, device, launcher, settings)
         self.stream = stream_of(self.device)
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
@@ -198,7 +200,8 @@ class ReferenceRunner:
         pass
 
     def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
-        self.groups, self.state, self.members = groups, state, members
+        self.groups = [numbers(group, self.rule) for group in groups]
+        self.state, self.members = state, members
         self.fresh = True
 
     @torch.no_grad()
@@ -231,7 +234,7 @@ class ReferenceRunner:
                 self.state[m.param][name].copy_(value)
             decay = self.groups[m.group]["ema_decay"]
             if decay is not None:
-                self.state[m.param][EMA].lerp_(m.param.detach().to(compute_dtype(m.param)), 1 - float(decay))
+                self.state[m.param][EMA].lerp_(m.param.detach().to(compute_dtype(m.param)), 1 - decay)
         if self.around.zero_grad:
             for m in self._active():
                 assert m.param.grad is not None

@@ -36,12 +36,12 @@ def differing(backend: str, device: str) -> list[str]:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             runs = []
             for b, where in ((backend, device), ("reference", "cpu")):
-                g = torch.Generator().manual_seed(0)
-                params = [torch.nn.Parameter(torch.randn(n, generator=g).to(where, dtype)) for n in SIZES]
+                g = torch.Generator("cpu").manual_seed(0)
+                params = [torch.nn.Parameter(torch.randn(n, generator=g, device="cpu").to(where, dtype)) for n in SIZES]
                 optimizer = make(params, backend=b)
                 for _ in range(5):
                     for p in params:
-                        p.grad = torch.randn(p.shape, generator=g).to(where, dtype)
+                        p.grad = torch.randn(p.shape, generator=g, device="cpu").to(where, dtype)
                     optimizer.step()
                 runs.append([t.cpu() for p in params for t in (p.detach(), *optimizer.state[p].values())])
             if not all(torch.equal(a, b) for a, b in zip(*runs, strict=True)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._checks import compute_dtype
 from ._rule import EMA, Rule, Slot
+from ._values import number
 
 State = dict[Any, Any]
 
@@ -104,7 +105,7 @@ class StateMaker:
             dtype = self.dtype or p.dtype
             if slot.initial is None:
                 return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-            fill = self.defaults[slot.initial]
+            fill = number(self.defaults[slot.initial])
             return torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         if name == "step":
             double = torch.get_default_dtype() == torch.float64

@@ -9,8 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._checks import at_least_zero
-from ._rule import Rule, Slot
+from ._rule import AT_LEAST_0, Hyper, Rule, Slot, at_least_0
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -46,15 +45,15 @@ class Adagrad(FusedOptimizer):
     rule = Rule(
         name="adagrad",
         reference=reference.adagrad,
-        hyper=(("lr_decay", -1), ("weight_decay", -1), ("eps", -1), ("maximize", -1)),
+        hyper=(
+            at_least_0("lr_decay", accepts=AT_LEAST_0),  # below it 1 + (t-1)*lr_decay could be 0
+            at_least_0("weight_decay"),
+            at_least_0("eps", "epsilon value"),
+            Hyper("maximize"),
+        ),
         slots=(Slot("sum", initial="initial_accumulator_value"),),
         states_at_construction=True,
-        check=at_least_zero(
-            ("lr_decay", "lr_decay value"),
-            ("weight_decay", "weight_decay value"),
-            ("initial_accumulator_value", "initial_accumulator_value value"),
-            ("eps", "epsilon value"),
-        ),
+        initial=(at_least_0("initial_accumulator_value"),),
     )
 
     def __init__(

@@ -9,24 +9,18 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._checks import at_least_zero
-from ._rule import Group, Rule, Slot
+from ._options import check_options
+from ._rule import BELOW_1, Hyper, Rule, Slot, at_least_0
+from ._values import number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import StepOptions
 
-_at_least_zero = at_least_zero(("eps", "epsilon value"), ("weight_decay", "weight_decay value"))
 
-
-def _check(group: Group) -> None:
-    _at_least_zero(group)
-    for i, beta in enumerate(group["betas"]):
-        if isinstance(beta, Tensor):
-            raise ValueError(f"betas[{i}] as a Tensor is not supported: pass float(beta), or use torch.optim.Adam")
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+def _beta(index: int) -> Hyper:
+    return Hyper("betas", index, BELOW_1, f"beta parameter at index {index}", constructor=BELOW_1)
 
 
 class Adam(FusedOptimizer):
@@ -62,22 +56,20 @@ class Adam(FusedOptimizer):
         name="adam",
         reference=reference.adam,
         hyper=(
-            ("betas", 0),
-            ("betas", 1),
-            ("eps", -1),
-            ("weight_decay", -1),
-            ("amsgrad", -1),
-            ("maximize", -1),
-            ("decoupled_weight_decay", -1),
-            ("bias_correction", -1),
+            _beta(0),
+            _beta(1),
+            at_least_0("eps", "epsilon value"),
+            at_least_0("weight_decay"),
+            Hyper("amsgrad"),
+            Hyper("maximize"),
+            Hyper("decoupled_weight_decay"),
+            Hyper("bias_correction", off=True),
         ),
         slots=(
             Slot("exp_avg"),
             Slot("exp_avg_sq"),
-            Slot("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"])),
+            Slot("max_exp_avg_sq", needed=lambda group: number(group["amsgrad"]) != 0),
         ),
-        check=_check,
-        extensions={"bias_correction": True},
     )
 
     def __init__(
@@ -145,6 +137,7 @@ class AdamW(Adam):
         bias_correction: bool = True,
         **options: Unpack[StepOptions],
     ) -> None:
+        check_options(options, type(self))  # before an argument of Adam's that this class lacks gets through to it
         super().__init__(
             params,
             lr,

@@ -9,23 +9,12 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._checks import at_least_zero
-from ._rule import Group, Rule
+from ._rule import BELOW_1, Hyper, Rule, at_least_0
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import StepOptions
-
-_at_least_zero = at_least_zero(("weight_decay", "weight_decay value"))
-
-
-def _check(group: Group) -> None:
-    _at_least_zero(group)
-    if not 0.0 <= group["beta"] < 1.0:
-        raise ValueError(f"Invalid beta parameter: {group['beta']}")
-    if not 0.0 < group["eps"]:
-        raise ValueError(f"Invalid epsilon value: {group['eps']} (it must be above 0: a gradient can be all zeros)")
 
 
 class NormAdaptive(FusedOptimizer):
@@ -44,7 +33,8 @@ class NormAdaptive(FusedOptimizer):
         params: parameters, named parameters or groups.
         lr: the learning rate, a float or a one-element tensor: the length of a step along a gradient of average norm.
         beta: the decay rate of the average, in [0, 1).
-        eps: added to the average, above 0.
+        eps: added to the average, at least 0. Where their sum is 0, because with ``eps=0`` all gradients so far were
+            zeros, no step is taken along the gradient.
         weight_decay: decoupled decay, ``p * (1 - lr * weight_decay)``.
         maximize: go up instead of down.
         foreach, differentiable: only None or False.
@@ -59,11 +49,15 @@ class NormAdaptive(FusedOptimizer):
     rule = Rule(
         name="norm_adaptive",
         reference=reference.norm_adaptive,
-        hyper=(("beta", -1), ("eps", -1), ("weight_decay", -1), ("maximize", -1)),
+        hyper=(
+            Hyper("beta", accepts=BELOW_1, label="beta parameter"),
+            at_least_0("eps", "epsilon value"),
+            at_least_0("weight_decay"),
+            Hyper("maximize"),
+        ),
         slots=(),
         scalar_state="avg_grad_norm",
         uses_norm=True,
-        check=_check,
     )
 
     def __init__(

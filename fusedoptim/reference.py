@@ -7,7 +7,8 @@ functions.
 
 Each function updates ``p`` and the tensors in ``s`` in place. All tensors are contiguous and of the compute dtype: fp64
 for fp64 parameters, fp32 for all others. 16-bit tensors are converted before and rounded once after. ``t`` is the
-number of the step, from 1, and ``h`` the parameter group. A tensor lr keeps torch's arithmetic.
+number of the step, from 1, and ``h`` the parameter group, its values Python floats. Only lr may be a tensor, which
+keeps torch's arithmetic.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def adam(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
     second = s["exp_avg_sq"]
     if h["amsgrad"]:
         second = torch.maximum(s["max_exp_avg_sq"], second, out=s["max_exp_avg_sq"])
-    corrects = h["bias_correction"]
+    corrects = h.get("bias_correction", True)
     bias_correction1 = 1 - beta1**t if corrects else 1.0
     bias_correction2 = 1 - beta2**t if corrects else 1.0
     denom = (correctly_rounded_sqrt(second) / bias_correction2**0.5).add_(h["eps"])
@@ -106,22 +107,24 @@ def adagrad(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
 
 def norm_adaptive(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
     """lr divided by a moving average of the gradient's norm: ``a = beta*a + (1-beta)*||g||``,
-    ``p = p*(1 - lr*weight_decay) - (lr/(a+eps))*g``. Scalars in double, rounded once to fp32."""
+    ``p = p*(1 - lr*weight_decay) - (lr/(a+eps))*g``, where the quotient is 0 if its divisor is. Scalars in double,
+    rounded once to fp32."""
     lr, beta = float(h["lr"]), h["beta"]
     norm = to_fp32(float(sum_of_squares(g)) ** 0.5)
     average = to_fp32(beta * s["avg_grad_norm"].item() + (1 - beta) * norm)
+    divisor = average + h["eps"]
     s["avg_grad_norm"].fill_(average)
     if h["maximize"]:
         g = -g
     if h["weight_decay"] != 0:
         p.mul_(to_fp32(1 - lr * h["weight_decay"]))
-    p.add_(g, alpha=-to_fp32(lr / (average + h["eps"])))
+    p.add_(g, alpha=-to_fp32(lr / divisor if divisor != 0 else 0.0))
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
     """The norm of all gradients, each of its compute dtype: 0-dim, fp32, or fp64 if one of them has fp64. The sums of
     squares of the tensors are added one by one, in the order of the parameters."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for g in grads:
         total = total + sum_of_squares(g).to(total.device)
     wide = any(g.dtype == torch.float64 for g in grads)
@@ -131,11 +134,13 @@ def global_norm(grads: list[Tensor]) -> Tensor:
 def clipped(g: Tensor, norm: Tensor | None, h: Group) -> Tensor:
     """The gradient that a rule gets, as torch.nn.utils.clip_grad_norm_ and then clip_grad_value_ leave it. norm: that
     of all gradients; None if no group needs it."""
-    if h["max_grad_norm"] not in (None, torch.inf):
+    if h.get("max_grad_norm") not in (None, torch.inf):
         assert norm is not None
-        g = g * torch.clamp(float(h["max_grad_norm"]) / (norm + 1e-6), max=1.0).to(g.device)
-    if h["clip_grad_value"] is not None:
-        limit = float(h["clip_grad_value"])
+        g = g * torch.clamp(h["max_grad_norm"] / (norm + 1e-6), max=1.0).to(g.device, g.dtype)
+    if h.get("clip_grad_value") is not None:
+        limit = h["clip_grad_value"]
+        if g.dtype != torch.float64:
+            limit = to_fp32(limit)  # which torch refuses to do where that is infinity
         g = g.clamp(-limit, limit)
     return g
 

@@ -9,8 +9,8 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._checks import at_least_zero
-from ._rule import Rule, Slot
+from ._rule import Hyper, Rule, Slot, at_least_0
+from ._values import number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,23 +49,17 @@ class RMSprop(FusedOptimizer):
         name="rmsprop",
         reference=reference.rmsprop,
         hyper=(
-            ("alpha", -1),
-            ("eps", -1),
-            ("weight_decay", -1),
-            ("momentum", -1),
-            ("centered", -1),
-            ("maximize", -1),
+            at_least_0("alpha"),
+            at_least_0("eps", "epsilon value"),
+            at_least_0("weight_decay"),
+            at_least_0("momentum"),
+            Hyper("centered"),
+            Hyper("maximize"),
         ),
         slots=(
             Slot("square_avg"),
-            Slot("momentum_buffer", needed=lambda group: bool(group["momentum"] > 0)),
-            Slot("grad_avg", needed=lambda group: bool(group["centered"])),
-        ),
-        check=at_least_zero(
-            ("eps", "epsilon value"),
-            ("momentum", "momentum value"),
-            ("weight_decay", "weight_decay value"),
-            ("alpha", "alpha value"),
+            Slot("momentum_buffer", needed=lambda group: number(group["momentum"]) > 0),
+            Slot("grad_avg", needed=lambda group: number(group["centered"]) != 0),
         ),
     )
 

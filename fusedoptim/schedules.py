@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import operator
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from ._values import number
 
 __all__ = ["warmup_cosine"]
 
@@ -80,25 +83,33 @@ def warmup_cosine(
             "steps, those of the warm-up as well"
         )
     ends = {"min_lr": min_lr, "start_lr": start_lr}
-    for name, end in ends.items():
-        if end is not None and not 0 <= end < math.inf:
+    bounds = {name: number(end) for name, end in ends.items() if end is not None}
+    for name, end in bounds.items():
+        if not 0 <= end < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, but is {end}")
-    factors = []
+    lrs: list[float] = []
     for index, group in enumerate(optimizer.param_groups):
-        lr = float(group.get("initial_lr", group["lr"]))
-        for name, end in ends.items():
-            if end is not None and lr < end:
+        lr = number(group.get("initial_lr", group["lr"]))
+        for name, end in bounds.items():
+            if lr < end:
                 raise ValueError(
                     f"the learning rate of parameter group {index} is {lr}, below {name}={end}, though it is the "
                     f"highest of the schedule: choose a smaller {name}, or a larger learning rate for the group"
                 )
-        start = None if start_lr is None else _multiple(start_lr, lr)
-        factors.append(_WarmupCosine(warmup_steps, total_steps, _multiple(min_lr, lr), start))
+        lrs.append(lr)
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        # LambdaLR multiplies it by floats, which neither a Decimal does, nor a NumPy scalar in double.
+        if not isinstance(group.get("initial_lr", group["lr"]), (int, float, Tensor)):
+            group["initial_lr"] = lr
+    factors = []
+    for lr in lrs:
+        start = _multiple(bounds["start_lr"], lr) if "start_lr" in bounds else None
+        factors.append(_WarmupCosine(warmup_steps, total_steps, _multiple(bounds["min_lr"], lr), start))
     return LambdaLR(optimizer, list(factors))
 
 
 def _multiple(value: float, lr: float) -> float:
-    return float(value) / lr if lr else 1.0
+    return value / lr if lr else 1.0
 
 
 def _count(value: int, name: str) -> int:

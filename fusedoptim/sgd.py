@@ -9,20 +9,18 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._checks import at_least_zero
-from ._rule import Group, Rule, Slot
+from ._rule import Group, Hyper, Rule, Slot, at_least_0
+from ._values import number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import StepOptions
 
-_at_least_zero = at_least_zero(("momentum", "momentum value"), ("weight_decay", "weight_decay value"))
-
 
 def _check(group: Group) -> None:
-    _at_least_zero(group)
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+    nesterov, momentum, dampening = (number(group[key]) for key in ("nesterov", "momentum", "dampening"))
+    if nesterov != 0 and (momentum <= 0 or dampening != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
@@ -55,8 +53,14 @@ class SGD(FusedOptimizer):
     rule = Rule(
         name="sgd",
         reference=reference.sgd,
-        hyper=(("momentum", -1), ("dampening", -1), ("weight_decay", -1), ("nesterov", -1), ("maximize", -1)),
-        slots=(Slot("momentum_buffer", needed=lambda group: bool(group["momentum"] != 0), starts_absent=True),),
+        hyper=(
+            at_least_0("momentum"),
+            Hyper("dampening"),
+            at_least_0("weight_decay"),
+            Hyper("nesterov"),
+            Hyper("maximize"),
+        ),
+        slots=(Slot("momentum_buffer", needed=lambda group: number(group["momentum"]) != 0, starts_absent=True),),
         has_step=False,
         check=_check,
     )

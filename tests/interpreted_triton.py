@@ -14,6 +14,7 @@ import triton
 from cases import FULL, Case, assert_same_optimizers, parameters, set_gradients
 from device_tests import *  # noqa: F403
 from device_tests import pair
+from number_tests import *  # noqa: F403
 
 from fusedoptim.triton_kernels import kernels as code
 

@@ -198,6 +198,60 @@ def test_safetensors_takes_states_of_any_layout_and_steps_in_one_buffer(tmp_path
     assert_same_optimizers(a, b)
 
 
+@pytest.mark.parametrize("way", [w for w in WAYS if w != "safetensors"])
+@pytest.mark.parametrize("back", [False, True], ids=["from torch", "to torch"])
+@pytest.mark.parametrize("case", [c for c in FULL if c.in_torch], ids=str)
+def test_checkpoints_move_to_and_from_torch_key_by_key(case: Case, back: bool, way: str, tmp_path: Path) -> None:
+    """torch.distributed.checkpoint asks for every key of the optimizer that loads, by name."""
+    mine, theirs = make_model(), make_model(seed=1)
+    a, b = case.make(two_groups(mine, case)), case.make_torch(two_groups(theirs, case), foreach=False)
+    source, target = ((mine, a), (theirs, b)) if back else ((theirs, b), (mine, a))
+    with ieee_sqrt():
+        train(*source, range(2))
+        WAYS[way].save(*source, tmp_path)
+        WAYS[way].load(*target, tmp_path)
+        assert_same_optimizers(a, b)
+        for model, optimizer in (source, target):
+            train(model, optimizer, range(2, 4))
+    assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w != "safetensors"])
+def test_options_that_are_on_are_carried_and_others_stay(way: str, tmp_path: Path) -> None:
+    """A checkpoint without an option leaves it as the optimizer was made."""
+    model = make_model()
+    case = Case("adamw", "AdamW", {"max_grad_norm": 2.0, "bias_correction": False})
+    saved, loaded = case.make(two_groups(model, case)), case.make(two_groups(model, case), max_grad_norm=1.0)
+    train(model, saved, range(1))
+    train(model, loaded, range(1))
+    WAYS[way].save(model, saved, tmp_path)
+    WAYS[way].load(model, loaded, tmp_path)
+    assert all(g["max_grad_norm"] == 2.0 and g["bias_correction"] is False for g in loaded.param_groups)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["as saved now", "with keys that are None"])
+def test_a_checkpoint_without_options_switches_none_off(old: bool) -> None:
+    model = make_model()
+    case = Case("adamw", "AdamW")
+    plain = case.make(two_groups(model, case))
+    train(model, plain, range(1))
+    content = plain.state_dict()
+    if old:
+        for group in content["param_groups"]:
+            group.update(max_grad_norm=None, clip_grad_value=None, ema_decay=None, bias_correction=True)
+    options = {"clip_grad_value": 0.5, "ema_decay": 0.9, "bias_correction": False}
+    groups = two_groups(model, case)
+    groups[0]["max_grad_norm"] = 1.0
+    groups[1]["clip_grad_value"] = None
+    optimizer = case.make(groups, **options)
+    optimizer.load_state_dict(content)
+    first, second = optimizer.param_groups
+    assert first["max_grad_norm"] == 1.0 and "max_grad_norm" not in second
+    assert first["clip_grad_value"] == 0.5 and "clip_grad_value" not in second
+    assert all(g["ema_decay"] == 0.9 and g["bias_correction"] is False for g in (first, second))
+    assert first["lr"] == content["param_groups"][0]["lr"]
+
+
 def test_averages_of_an_optimizer_that_has_states_from_the_start(tmp_path: Path) -> None:
     """torch.distributed.checkpoint asks for the states that are there, and Adagrad's are before any step."""
     case = Case("adagrad_ema", "Adagrad", {"lr": 0.1, "ema_decay": 0.5})

@@ -16,6 +16,7 @@ from cases import FULL, Case, assert_same_bits, parameters, set_gradients
 from cuda_host import ROOT, SANITIZE, build, sanitizers
 from device_tests import *  # noqa: F403
 from device_tests import pair
+from number_tests import *  # noqa: F403
 
 import fusedoptim
 from fusedoptim import _native

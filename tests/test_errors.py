@@ -226,11 +226,6 @@ def test_parameters_that_come_after_a_step_without_any() -> None:
     assert (p == 0.5).all()
 
 
-def test_tensor_betas_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"betas\[0\] as a Tensor is not supported"):
-        fusedoptim.Adam(parameters([(2,)]), betas=(torch.tensor(0.9), torch.tensor(0.99)))
-
-
 def test_a_tensor_lr_of_the_wrong_kind() -> None:
     with pytest.raises(ValueError, match="1-element"):
         fusedoptim.SGD(parameters([(2,)]), lr=torch.ones(2))
@@ -280,11 +275,11 @@ def test_none_is_an_option_left_out(backend: str) -> None:
 
 @pytest.mark.parametrize("options", [{"lr": None}, {"weight_decay": None}, {"lr": 10**400}], ids=str)
 def test_numbers_that_are_none_or_too_large(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"Invalid|too large"):
+    with pytest.raises(ValueError, match="Invalid"):
         fusedoptim.SGD(parameters([(3,)]), **options)
     optimizer, _ = stepped(FULL[2])
     optimizer.param_groups[0].update(options)
-    with pytest.raises(ValueError, match=r"must be a number|too large"):
+    with pytest.raises(ValueError, match=r"must be (a number|finite)"):
         optimizer.step()
 
 

@@ -105,8 +105,8 @@ def test_bits_of_large_norms(capability: str, threads: int) -> None:
             assert_same_bits(a.state[p]["avg_grad_norm"], b.state[q]["avg_grad_norm"])
 
 
-def test_eps_must_be_above_zero() -> None:
-    with pytest.raises(ValueError, match="Invalid epsilon value: 0"):
-        fusedoptim.NormAdaptive(parameters([(2,)]), eps=0)
+def test_invalid_values() -> None:
+    with pytest.raises(ValueError, match="Invalid epsilon value: -1"):
+        fusedoptim.NormAdaptive(parameters([(2,)]), eps=-1)
     with pytest.raises(ValueError, match="Invalid beta"):
         fusedoptim.NormAdaptive(parameters([(2,)]), beta=1.0)

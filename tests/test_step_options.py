@@ -113,16 +113,45 @@ def test_invalid_options(options: dict[str, Any], message: str) -> None:
         optimizer.step()
         optimizer.param_groups[0].update(options)
         before = params[0].detach().clone()
-        with pytest.raises(ValueError, match="NaN" if "nan" in message else message):
+        ((key, value),) = options.items()
+        shown = "NaN" if math.isnan(value) else value
+        with pytest.raises(ValueError, match=f"parameter group 0: '{key}' is {shown}, but must be"):
             optimizer.step()
         assert_same_bits(params[0].detach(), before)
         with pytest.raises(ValueError, match=message):
             case.make([{"params": parameters([(3,)]), **options}])
 
 
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"AdamW\(\) got an unexpected keyword argument 'max_norm'.*max_grad_norm"):
-        fusedoptim.AdamW(parameters([(3,)]), max_norm=1.0)
+@pytest.mark.parametrize(
+    ("name", "argument", "meant"),
+    [
+        ("Adam", "beta1", "betas"),
+        ("AdamW", "beta2", "betas"),
+        ("NormAdaptive", "betas", "beta"),
+        ("SGD", "learning_rate", "lr"),
+        ("RMSprop", "epsilon", "eps"),
+        ("Adagrad", "wd", "weight_decay"),
+        ("AdamW", "max_norm", "max_grad_norm"),
+        ("AdamW", "decoupled_weight_decay", "weight_decay"),  # of Adam, which AdamW calls
+        ("SGD", "betas", None),
+        ("RMSprop", "beta1", None),
+    ],
+)
+def test_unknown_arguments_are_refused_and_the_right_one_is_named(name: str, argument: str, meant: str | None) -> None:
+    """Subclasses with arguments of their own name those, too."""
+    base = getattr(fusedoptim, name)
+
+    class Own(base):  # type: ignore[misc, valid-type]
+        def __init__(self, params: Any, lr: float = 0.1, warmup: int = 3, **more: Any) -> None:
+            super().__init__(params, lr, **more)
+
+    hint = f"; did you mean {meant!r}\\?" if meant else r"\."
+    with pytest.raises(
+        TypeError, match=rf"^{name}\(\) got an unexpected keyword argument '{argument}'{hint} It takes p"
+    ):
+        base(parameters([(3,)]), **{argument: 1.0})
+    with pytest.raises(TypeError, match=r"'warmups'; did you mean 'warmup'\?.*takes.* lr.*; and every.*max_grad_norm"):
+        Own(parameters([(3,)]), warmups=3)
 
 
 def test_averages_follow_their_parameters_dtype() -> None:

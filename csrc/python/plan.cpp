@@ -10,7 +10,7 @@ namespace fusedoptim {
 
 using StableTensor = torch::stable::Tensor;
 
-Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
+Plan::Plan(const std::string& rule, const std::vector<HyperArgs>& hyper, py::object increment_version,
            std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings)
     : rule_(find_rule(rule.c_str())),
       info_(rule_ >= 0 ? rule_info(rule_) : throw py::value_error("no compiled rule is called '" + rule + "'")),
@@ -21,15 +21,14 @@ Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int
           rule_, launcher,
           {reinterpret_cast<NormStats*>(std::get<0>(settings)), std::get<1>(settings), std::get<2>(settings)})),
       increment_version_(std::move(increment_version)),
-      params_key_(py::str("params")),
-      lr_key_(py::str("lr")) {
-  if (static_cast<int>(hyper.size()) + kFirstRuleHyper != info_.hypers)
+      params_key_(py::str("params")) {
+  if (static_cast<int>(hyper.size()) + 1 != info_.hypers)
     throw py::value_error("rule '" + rule + "' was compiled with another number of hyper-parameters");
-  const auto interned = [](const char* key) {
-    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key));
-  };
-  for (const auto& [key, index] : hyper) hyper_.emplace_back(interned(key.c_str()), index);
-  for (const char* key : {"max_grad_norm", "clip_grad_value", "ema_decay"}) option_keys_.push_back(interned(key));
+  for (const auto& [key, index, low, high, off] : hyper) {
+    auto interned = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str()));
+    const int at = static_cast<int>(hyper_.size());
+    hyper_.push_back({std::move(interned), index, at < kLrDType ? at : at + 1, low, high, off});
+  }
 }
 
 void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant) {

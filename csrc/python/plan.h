@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -30,10 +31,13 @@ namespace py = pybind11;
 
 class Plan {
  public:
-  // hyper: (group key, index into its value or -1) for each hyper-parameter of the rule after lr and its dtype.
+  // A group's key, the index into its value or -1, the least and the largest number that is accepted, and the number of
+  // a group without the key, if there may be such.
+  using HyperArgs = std::tuple<std::string, int, double, double, std::optional<double>>;
+  // hyper: all that a step reads of a group, in the order of a rule's rows, which have lr's dtype after lr.
   // device: whose tensors it steps, as DLPack names it. launcher: see make_executor.h.
   // settings: the address of the optimizer's NormStats on the device, skip_nonfinite, zero_grad.
-  Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
+  Plan(const std::string& rule, const std::vector<HyperArgs>& hyper, py::object increment_version,
        std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings);
 
   // groups is optimizer.param_groups, state is optimizer.state. bindings has, one after another, for each parameter
@@ -81,6 +85,15 @@ class Plan {
     std::vector<int64_t> grad, state[kStates];
     std::unique_ptr<Layout> layout;
   };
+  struct Hyper {
+    py::object key;
+    int index;   // which of the two that are the key's value; -1 if that is one number
+    int column;  // of a row
+    double low, high;
+    std::optional<double> off;
+    bool accepts(double x) const { return low <= x && x <= high; }                   // a NaN is in no range
+    bool optional() const { return column > kLrDType && column < kFirstRuleHyper; }  // None is off
+  };
   struct Group {
     py::object dict, params;
     int64_t begin, end;  // its members
@@ -95,8 +108,9 @@ class Plan {
   bool refresh_group(Group&, HyperRow&);
   bool refresh_gradient(int64_t i, const TensorView&);
   bool written_apart();
-  bool read_hyper(PyObject* value, double& out, double* lr_dtype);
-  bool read_option(PyObject* dict, const py::object& key, double& out);
+  bool read_hyper(PyObject* dict, const Hyper&, double* row, bool& immutable);
+  bool read_number(PyObject* value, const Hyper&, double* row);
+  bool read_tensor(PyObject* value, const Hyper&, double* row);
   void bind_member(int64_t i, const std::vector<torch::stable::Tensor>& tensors, const std::vector<int>& binding);
   void prefetch_gradients(int64_t i) const;
   bool no(const char* why);
@@ -107,9 +121,8 @@ class Plan {
   const bool zero_grad_;
   const bool on_cpu_;  // the CPU's kernels run the steps
   const std::unique_ptr<Executor> executor_;
-  std::vector<std::pair<py::object, int>> hyper_;
-  py::object increment_version_, params_key_, lr_key_;
-  std::vector<py::object> option_keys_;  // of the hyper-parameters that may be None
+  std::vector<Hyper> hyper_;
+  py::object increment_version_, params_key_;
 
   py::object groups_, state_;
   std::vector<Group> group_;

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <exception>
 #include <thread>
@@ -28,45 +27,69 @@ bool Plan::no(const char* why) {
   return false;
 }
 
-bool Plan::read_hyper(PyObject* value, double& out, double* lr_dtype) {
-  if (PyFloat_CheckExact(value)) {
-    out = PyFloat_AS_DOUBLE(value);
+// As fusedoptim/_values.py does it for the reference.
+bool Plan::read_hyper(PyObject* dict, const Hyper& hyper, double* row, bool& immutable) {
+  PyObject* value = PyDict_GetItem(dict, hyper.key.ptr());
+  if (!value) {
+    if (!hyper.off) return no("a group lacks a hyper-parameter");
+    row[hyper.column] = *hyper.off;
     return true;
   }
-  if (TensorReader::get().is_tensor(value)) {
-    TensorView v;
-    if (!TensorReader::get().view(value, v)) return no("a hyper-parameter is a tensor that cannot be read");
-    for (int d = 0; d < v.ndim; ++d)
-      if (v.sizes[d] != 1) return no("a hyper-parameter is a tensor of several elements");
-    static constexpr LrDType kOf[] = {LrDType::f32, LrDType::f64, LrDType::bf16, LrDType::f16};
-    const double dtype = static_cast<double>(kOf[static_cast<int>(v.dtype)]);
-    if (lr_dtype && executor_->reads_lr_on_device() && v.device == device_) {
-      std::memcpy(&out, &v.data, sizeof(out));
-      *lr_dtype = dtype + kLrOnDevice;
+  immutable = immutable && is_immutable(value);
+  if (hyper.index < 0) {
+    if (hyper.optional() && value == Py_None) {
+      row[hyper.column] = -1;
       return true;
     }
-    if (v.device.type != dlpack::kCpu) return no("a hyper-parameter is a tensor on another device");
-    out = load_element<double>(v.data, v.dtype, 0);
-    if (lr_dtype) *lr_dtype = dtype;
-    return true;
+    return read_number(value, hyper, row);
   }
-  out = PyFloat_AsDouble(value);
-  if (out == -1.0 && PyErr_Occurred()) {
-    forget_python_error();
-    return no("a hyper-parameter is not a number");
+  const auto index = py::reinterpret_steal<py::object>(PyLong_FromLong(hyper.index));
+  const Py_ssize_t size = PyObject_Size(value);
+  const auto item = py::reinterpret_steal<py::object>(size == 2 ? PyObject_GetItem(value, index.ptr()) : nullptr);
+  if (!item) {
+    if (PyErr_Occurred()) forget_python_error();
+    return no("a hyper-parameter is not one of two");
   }
-  return true;
+  return read_number(item.ptr(), hyper, row);
 }
 
-// None is off.
-bool Plan::read_option(PyObject* dict, const py::object& key, double& out) {
-  out = -1;
-  PyObject* value = PyDict_GetItem(dict, key.ptr());
-  if (!value) return no("a group lacks an option");
-  if (value == Py_None) return true;
-  if (!read_hyper(value, out, nullptr)) return false;
-  const bool valid = key.ptr() == option_keys_.back().ptr() ? out >= 0 && out < 1 : out > 0;
-  return valid || no("a group's option is out of range");
+bool Plan::read_number(PyObject* value, const Hyper& hyper, double* row) {
+  if (hyper.column == kLr) row[kLrDType] = static_cast<double>(LrDType::python);
+  double& out = row[hyper.column];
+  if (PyFloat_CheckExact(value)) {
+    out = PyFloat_AS_DOUBLE(value);
+  } else if (TensorReader::get().is_tensor(value)) {
+    return read_tensor(value, hyper, row);
+  } else {
+    out = PyFloat_AsDouble(value);
+    if (out == -1.0 && PyErr_Occurred()) {
+      forget_python_error();
+      return no("a hyper-parameter is not a number");
+    }
+  }
+  return hyper.accepts(out) || no("a hyper-parameter is out of its range");
+}
+
+bool Plan::read_tensor(PyObject* value, const Hyper& hyper, double* row) {
+  double& out = row[hyper.column];
+  const bool is_lr = hyper.column == kLr;
+  TensorView v;
+  if (!TensorReader::get().view(value, v) || !v.data) return no("a hyper-parameter is a tensor that cannot be read");
+  for (int d = 0; d < v.ndim; ++d)
+    if (v.sizes[d] != 1) return no("a hyper-parameter is a tensor of several elements");
+  const bool on_host = v.device.type == dlpack::kCpu;
+  const bool by_address = is_lr && executor_->reads_lr_on_device() && v.device == device_;
+  if (!on_host && !by_address) return no("a hyper-parameter is a tensor on another device");
+  if (on_host) {
+    out = load_element<double>(v.data, v.dtype, 0);
+    if (!hyper.accepts(out)) return no("a hyper-parameter is out of its range");
+  }
+  if (is_lr) {
+    static constexpr LrDType kOf[] = {LrDType::f32, LrDType::f64, LrDType::bf16, LrDType::f16};
+    row[kLrDType] = static_cast<double>(kOf[static_cast<int>(v.dtype)]) + (by_address ? kLrOnDevice : 0);
+  }
+  if (by_address) std::memcpy(&out, &v.data, sizeof(out));
+  return true;
 }
 
 // Items are compared by identity, which for numbers and tuples of them means equality.
@@ -87,34 +110,9 @@ bool Plan::Group::unchanged() {
 bool Plan::refresh_group(Group& g, HyperRow& row) {
   PyObject* dict = g.dict.ptr();
   double* h = row.value;
-  PyObject* lr = PyDict_GetItem(dict, lr_key_.ptr());
-  if (!lr) return no("a group has no 'lr'");
-  h[kLrDType] = static_cast<double>(LrDType::python);
-  if (!read_hyper(lr, h[kLr], &h[kLrDType])) return false;
-  bool nan = std::isnan(h[kLr]), immutable = is_immutable(lr);
-  for (size_t k = 0; k < option_keys_.size(); ++k) {
-    if (!read_option(dict, option_keys_[k], h[kMaxGradNorm + k])) return false;
-    nan = nan || std::isnan(h[kMaxGradNorm + k]);
-    immutable = immutable && is_immutable(PyDict_GetItem(dict, option_keys_[k].ptr()));
-  }
-  for (size_t k = 0; k < hyper_.size(); ++k) {
-    PyObject* value = PyDict_GetItem(dict, hyper_[k].first.ptr());
-    if (!value) return no("a group lacks a hyper-parameter");
-    immutable = immutable && is_immutable(value);
-    double& out = h[kFirstRuleHyper + k];
-    if (hyper_[k].second >= 0) {
-      py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, hyper_[k].second));
-      if (!item) {
-        forget_python_error();
-        return no("a hyper-parameter has too few items");
-      }
-      if (!read_hyper(item.ptr(), out, nullptr)) return false;
-    } else if (!read_hyper(value, out, nullptr)) {
-      return false;
-    }
-    nan = nan || std::isnan(out);
-  }
-  if (nan) return no("a hyper-parameter is NaN");
+  bool immutable = true;
+  for (const Hyper& hyper : hyper_)
+    if (!read_hyper(dict, hyper, h, immutable)) return false;
   const int variant = info_.variant(h);
   if (variant != g.variant) {
     g.variant = variant;

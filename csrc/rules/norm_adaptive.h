@@ -1,7 +1,7 @@
 // A step whose length is normalised by a moving average of the tensor's gradient norm:
 //   n = ||g||_2,  a = beta*a + (1-beta)*n from a = 0,  p = p*(1 - lr*weight_decay) - (lr / (a + eps)) * g
 // The average is one fp32 scalar per tensor; it and the step length are computed in double and rounded once to fp32,
-// whatever the dtype of the parameter.
+// whatever the dtype of the parameter. Where a + eps is 0, the step length is 0.
 #pragma once
 
 #include "common.h"
@@ -34,8 +34,8 @@ struct NormAdaptive {
   template <class T>
   FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
     const double* h = in.hyper;
-    const double average = next_scalar_state(in);
-    const float step_size = static_cast<float>(h[kLr] / (average + h[kEps]));
+    const double divisor = static_cast<double>(next_scalar_state(in)) + h[kEps];
+    const float step_size = divisor != 0 ? static_cast<float>(h[kLr] / divisor) : 0.0f;
     Scalars<T> c;
     c.decay = h[kWeightDecay] != 0 ? static_cast<float>(1.0 - h[kLr] * h[kWeightDecay]) : 1.0f;
     c.neg_step_size = h[kMaximize] != 0 ? step_size : -step_size;

@@ -18,8 +18,8 @@ def next_scalar_state(row, sum_of_squares, scalar_state):
 @triton.jit
 def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
     lr, weight_decay = lr_value(row), hyper(row, 2)
-    average = next_scalar_state(row, sum_of_squares, scalar_state).to(tl.float64)
-    step_size = (lr / (average + hyper(row, 1))).to(tl.float32)
+    divisor = next_scalar_state(row, sum_of_squares, scalar_state).to(tl.float64) + hyper(row, 1)
+    step_size = tl.where(divisor != 0.0, lr / tl.where(divisor != 0.0, divisor, 1.0), 0.0).to(tl.float32)
     decay = tl.where(weight_decay != 0.0, (1.0 - lr * weight_decay).to(tl.float32), 1.0)
     return decay.to(T), tl.where(flag(row, 3), step_size, step_size * -1.0).to(T)
 
