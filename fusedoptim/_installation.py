@@ -37,12 +37,12 @@ def build_again(**environment: str) -> str:
     """A command for a shell, in any folder, that builds this copy again; where its sources are not known, a sentence
     with one."""
     settings = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
-    pip = f"{settings}{shlex.quote(sys.executable or 'python')} -m pip install"
+    pip = f"{shlex.quote(sys.executable or 'python')} -m pip install"
     missing = [name for name in ("setuptools", "ninja") if importlib.util.find_spec(name) is None]
     first = f"{pip} {' '.join(missing)} && " if missing else ""
     if SOURCE_FOLDER is not None:
-        return f"{first}{pip} --no-build-isolation -e {shlex.quote(str(SOURCE_FOLDER))}"
-    again, origin = f"{first}{pip} --no-build-isolation --force-reinstall --no-deps", _origin()
+        return f"{first}{settings}{pip} --no-build-isolation -e {shlex.quote(str(SOURCE_FOLDER))}"
+    again, origin = f"{first}{settings}{pip} --no-build-isolation --force-reinstall --no-deps", _origin()
     return f"{again} {shlex.quote(origin)}" if origin else f"in the folder with fusedoptim's sources: {again} ."
 
 
