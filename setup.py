@@ -160,7 +160,8 @@ def build_cuda(target: Path, memory: Path) -> str | None:
         return None
     print(line, flush=True)
     targets = ", ".join(re.findall(r"code=(\w+)", line))
-    say(f"nvcc compiles the CUDA kernels for {targets}, in minutes; FUSEDOPTIM_BUILD_CUDA=0 leaves them out")
+    say(f"nvcc compiles the CUDA kernels for {targets}: half a minute of one core for each")
+    say("FUSEDOPTIM_BUILD_CUDA=0 leaves them out; TORCH_CUDA_ARCH_LIST=9.0 is for one kind of GPU")
     code, output = run_and_say(command, "nvcc")
     if code != 0:
         print(output, flush=True)
@@ -180,7 +181,7 @@ class BuildWhatCanBeBuilt(BuildExtension):
         self.write_header(digest)
         target = (HERE if self.inplace or self.editable_mode else Path(self.build_lib)) / "fusedoptim"
         target.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(1) as beside:  # a GPU is minutes of work for one core
+        with ThreadPoolExecutor(1) as beside:  # half a minute of one core for each kind of GPU
             cuda = beside.submit(build_cuda, target, Path(self.build_temp) / "_C_cuda.command")
             try:
                 if missing is not None:
