@@ -1,13 +1,18 @@
 """Builds the compiled part of fusedoptim. Installing never fails for want of a compiler: what could not be built is
-left out, said here and, with its cause, by ``python -m fusedoptim``."""
+left out, said here and, with its cause, by ``python -m fusedoptim``.
+
+Environment: FUSEDOPTIM_BUILD_CUDA=0 leaves the CUDA kernels out, 1 builds them for a torch without CUDA, too;
+TORCH_CUDA_ARCH_LIST says for which GPUs, MAX_JOBS how many processes compile at once."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +30,7 @@ try:
     if shutil.which(get_cxx_compiler()) is None:
         missing = (
             f"no C++ compiler called {get_cxx_compiler()!r} was found: "
-            "install one (Debian, Ubuntu: apt-get install g++) or set CXX, then install fusedoptim again"
+            "install one (Debian, Ubuntu: apt-get install g++) or set CXX"
         )
 except ImportError as error:
     BuildExtension = build_ext
@@ -33,9 +38,9 @@ except ImportError as error:
     def CppExtension(name: str, sources: list[str], **_: object) -> Extension:
         return Extension(name, sources)
 
-    missing = f"torch could not be imported while building ({error}): use pip install --no-build-isolation"
+    missing = f"torch could not be imported while building ({error}): install it first (pip install torch)"
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.absolute()
 SOURCES = sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").rglob("*.cpp"))
 FLAGS = [
     "-O3",
@@ -66,13 +71,21 @@ if os.environ.get("FUSEDOPTIM_SANITIZE") == "1":
 # ---- the CUDA kernels: a library of its own, which needs nothing of torch ----
 
 CUDA_SOURCE = HERE / "csrc" / "cuda" / "launch.cu"
+#: Unless the environment says otherwise, they are built where torch is a CUDA build.
+BUILD_CUDA = os.environ.get("FUSEDOPTIM_BUILD_CUDA", "")
+if BUILD_CUDA not in ("", "0", "1"):
+    raise SystemExit(
+        f"FUSEDOPTIM_BUILD_CUDA={BUILD_CUDA!r} is unknown: 0 leaves the CUDA kernels out, 1 builds them in any case, "
+        "and without it they are built where torch is a CUDA build and nvcc is found"
+    )
 NVCC_FLAGS = [
     *("-shared", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     # Exact results, as above. Division and square roots are IEEE by default.
     "-fmad=false",
     # The driver is all that it needs to find when it runs.
     *("-cudart", "static"),
-    *("--threads", "0"),
+    # GPUs side by side.
+    *("--threads", os.environ.get("MAX_JOBS") or "0"),
 ]
 
 
@@ -109,15 +122,35 @@ def architectures(nvcc: str) -> list[str]:
     return options
 
 
+def say(text: str) -> None:
+    print(f"fusedoptim: {text}", flush=True)
+
+
+def run_and_say(command: list[str], name: str, every: float = 30.0) -> tuple[int, str]:
+    """Runs a command, and shows that it still does. Returns its exit code and what it printed."""
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while True:
+        try:
+            output, _ = process.communicate(timeout=every)
+        except subprocess.TimeoutExpired:
+            say(f"{name} has run for {time.monotonic() - start:.0f} s")
+        else:
+            say(f"{name} took {time.monotonic() - start:.0f} s")
+            return process.returncode, output
+
+
 def build_cuda(target: Path, memory: Path) -> str | None:
     """Builds target/_C_cuda.so; returns why that was not possible. ``memory`` keeps the command of the last build."""
+    if BUILD_CUDA == "0":
+        return "FUSEDOPTIM_BUILD_CUDA=0 left them out: unset it"
     if torch_version is None or missing is not None:
         return missing
-    if torch.version.cuda is None and os.environ.get("FUSEDOPTIM_BUILD_CUDA") != "1":
-        return "torch is not a CUDA build: install one (https://pytorch.org), then fusedoptim again"
+    if torch.version.cuda is None and BUILD_CUDA != "1":
+        return "torch is not a CUDA build: install one (https://pytorch.org)"
     nvcc = find_nvcc()
     if nvcc is None:
-        return "no nvcc was found: install the CUDA toolkit or set CUDA_HOME, then install fusedoptim again"
+        return "no nvcc was found: install the CUDA toolkit or set CUDA_HOME"
     library = target / "_C_cuda.so"
     command = [nvcc, *NVCC_FLAGS, *architectures(nvcc), str(CUDA_SOURCE), "-o", str(library)]
     newest = max(p.stat().st_mtime for p in (HERE / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu"))
@@ -126,11 +159,14 @@ def build_cuda(target: Path, memory: Path) -> str | None:
     if unchanged and library.exists() and library.stat().st_mtime > newest:
         return None
     print(line, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        print(done.stdout + done.stderr, flush=True)
-        errors = [text for text in (done.stdout + done.stderr).splitlines() if "error" in text.lower()]
-        return f"nvcc failed: {errors[0] if errors else done.stderr.strip()[:500]}"
+    targets = ", ".join(re.findall(r"code=(\w+)", line))
+    say(f"nvcc compiles the CUDA kernels for {targets}: half a minute of one core for each")
+    say("FUSEDOPTIM_BUILD_CUDA=0 leaves them out; TORCH_CUDA_ARCH_LIST=9.0 is for one kind of GPU")
+    code, output = run_and_say(command, "nvcc")
+    if code != 0:
+        print(output, flush=True)
+        errors = [text for text in output.splitlines() if "error" in text.lower()]
+        return f"nvcc failed: {errors[0] if errors else output.strip()[-500:]}"
     memory.parent.mkdir(parents=True, exist_ok=True)
     memory.write_text(line)
     return None
@@ -140,10 +176,12 @@ class BuildWhatCanBeBuilt(BuildExtension):
     """torch's own build command, which here reports instead of failing."""
 
     def run(self) -> None:
-        report = {"torch": torch_version, "cpu": None, "cuda": None}
+        digest = runpy.run_path(str(HERE / "fusedoptim" / "_digest.py"))["sources"](HERE)
+        report = {"torch": torch_version, "sources": digest, "cpu": None, "cuda": None}
+        self.write_header(digest)
         target = (HERE if self.inplace or self.editable_mode else Path(self.build_lib)) / "fusedoptim"
         target.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(1) as beside:  # nvcc takes a minute on one core; the others are for C++
+        with ThreadPoolExecutor(1) as beside:  # half a minute of one core for each kind of GPU
             cuda = beside.submit(build_cuda, target, Path(self.build_temp) / "_C_cuda.command")
             try:
                 if missing is not None:
@@ -152,16 +190,28 @@ class BuildWhatCanBeBuilt(BuildExtension):
             except Exception as error:
                 traceback.print_exc()
                 report["cpu"] = f"{type(error).__name__}: {error}".strip()[:2000]
+                (target.parent / self.get_ext_filename("fusedoptim._C")).unlink(missing_ok=True)  # it would not fit
                 self.extensions = []
-                self.announce(f"\nfusedoptim: installing without its compiled kernels: {report['cpu']}\n", level=3)
+                say(f"installing without its compiled kernels: {report['cpu']}")
         try:
             report["cuda"] = cuda.result()
         except Exception as error:
             report["cuda"] = f"{type(error).__name__}: {error}"
         if report["cuda"]:
-            (target / "_C_cuda.so").unlink(missing_ok=True)  # one of an older build would not fit
-            self.announce(f"\nfusedoptim: installing without its CUDA kernels: {report['cuda']}\n", level=3)
+            (target / "_C_cuda.so").unlink(missing_ok=True)  # it would not fit
+            say(f"installing without its CUDA kernels: {report['cuda']}")
         (target / "_build.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def write_header(self, digest: str) -> None:
+        """Tells module.cpp what the library is made from. As an option of the compiler's, it would make it compile
+        all files anew."""
+        header = Path(self.build_temp).absolute() / "generated" / "fusedoptim_sources.h"
+        text = f'#define FUSEDOPTIM_SOURCES "{digest}"\n'
+        if not header.exists() or header.read_text() != text:
+            header.parent.mkdir(parents=True, exist_ok=True)
+            header.write_text(text)
+        for extension in self.extensions:
+            extension.include_dirs.append(str(header.parent))
 
 
 setup(

@@ -7,10 +7,10 @@ puts them in place if they are of its sources and load there, and builds otherwi
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,20 +26,15 @@ from .files import make_folder
 from .gpu_check import GPU_TESTS, QUOTIENTS
 
 ROOT = Path(__file__).parent.parent
-REPORT, CUDA, SOURCES = "_build.json", "_C_cuda.so", (".h", ".cuh", ".cpp", ".cu")
+REPORT, CUDA = "_build.json", "_C_cuda.so"
 PACKAGES = ("setuptools", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "hypothesis")
 #: The CUDA kernels in other ways, for benchmarks.ab: what nvcc is told.
 VARIANTS = {"branching": "-DFUSEDOPTIM_BRANCHING_QUOTIENTS", "six-blocks": "-DFUSEDOPTIM_BLOCKS=6"}
 #: Exits with the reason if one of the libraries does not load, which needs no GPU.
 LOADS = "import sys; from fusedoptim import _native; sys.exit(_native.problem or _native.cuda_problem())"
 
-
-def sources(root: Path) -> str:
-    """A digest of all that the libraries are made from."""
-    digest = hashlib.sha256()
-    for path in [root / "setup.py", *sorted(p for p in (root / "csrc").rglob("*") if p.suffix in SOURCES)]:
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+#: The digest of all that libraries are made from, in a folder. By its file, because the package needs torch.
+sources = runpy.run_path(str(ROOT / "fusedoptim" / "_digest.py"))["sources"]
 
 
 def libraries(folder: Path) -> list[Path]:
@@ -153,7 +148,7 @@ def build(python: Path, out: Path, architectures: str, dirty: bool) -> None:
             (tree / "fusedoptim" / CUDA).unlink()
             say(python, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, **options, NVCC_APPEND_FLAGS=flags)
             shutil.copy(tree / "fusedoptim" / CUDA, out / f"_C_cuda.{variant}.so")
-        marked = {**report, "commit": name, "sources": sources(tree), "architectures": architectures}
+        marked = {**report, "commit": name, "architectures": architectures}
         (out / REPORT).write_text(json.dumps(marked, indent=1) + "\n")
 
 

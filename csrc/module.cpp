@@ -7,6 +7,7 @@
 #include "cuda/library_launcher.h"
 #include "cuda/table_layout.h"
 #include "cuda/tuning.h"
+#include "fusedoptim_sources.h"  // made by setup.py
 #include "python/clipper.h"
 #include "python/look.h"
 #include "python/plan.h"
@@ -89,4 +90,5 @@ PYBIND11_MODULE(_C, m) {
   });
   m.attr("compiler") = __VERSION__;
   m.attr("torch_version") = TORCH_VERSION;
+  m.attr("sources") = FUSEDOPTIM_SOURCES;
 }

@@ -46,6 +46,8 @@ class Look:
 
 compiler: str
 torch_version: str
+#: The digest of what the library was built from, as _digest.sources gives it.
+sources: str
 
 def cpu_capabilities() -> list[str]: ...
 def cpu_capability() -> str: ...

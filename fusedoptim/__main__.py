@@ -1,5 +1,6 @@
 """``python -m fusedoptim``: what is installed, which backends work here and why the others do not, and whether the
-results are right. Exits with 1 if they are not."""
+results are right. Exits with 1 if they are not, or if no compiled backend steps the parameters of a device here (the
+CPU, a GPU), even where that was wanted."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import time
 
 import torch
 
-from . import __version__, _native
-from ._backends import BACKENDS, cuda_on_host
+from . import __version__, _installation, _native
+from ._backends import BACKENDS, cuda_on_host, with_kernels
 from ._selfcheck import OPTIMIZERS, differing
 
 
@@ -18,17 +19,20 @@ def main() -> int:
     print(
         f"fusedoptim {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
-    built = _native.build_report()
+    kind = "installed" if _installation.SOURCE_FOLDER is None else "a source folder"
+    print(f"package: {_installation.PACKAGE} ({kind})")
     if _native._C is not None:
         c = _native._C
         print(f"library: built with torch {c.torch_version} and compiler {c.compiler}, for torch >= 2.10")
         others = ", ".join(n for n in c.cpu_capabilities() if n != c.cpu_capability())
         print(f"CPU: {c.cpu_capability()} (also here: {others or 'none'}), {torch.get_num_threads()} threads")
     else:
-        print(f"library: none (built with torch {built.get('torch', 'unknown')}), {torch.get_num_threads()} threads")
+        print(f"library: not available: {_native.problem}")
     print("backends:")
     for backend in BACKENDS.values():
         problem = backend.problem(None)
+        if problem is not None and _native.problem is not None:
+            problem = problem.replace(_native.problem, "see the library")
         print(f"  {backend.name:<10} {'available' if problem is None else f'not available: {problem}'}")
     failed = False
     for name, device in (("cuda", "cpu" if cuda_on_host() else "cuda"), ("cpu", "cpu")):
@@ -42,7 +46,16 @@ def main() -> int:
         failed = failed or bool(bad)
     if failed:
         print("Results are wrong on this machine: use backend='reference', and please report this output.")
-    return int(failed)
+    slow = [
+        kind for kind in ("cpu", "cuda", "xpu") if _present(kind) and with_kernels(torch.device(kind, 0))[0] is None
+    ]
+    if slow:
+        print(f"Parameters on {' and '.join(slow)} are stepped by the eager reference, slowly. The causes stand above.")
+    return int(failed or bool(slow))
+
+
+def _present(kind: str) -> bool:
+    return kind == "cpu" or bool(getattr(torch, kind).is_available())
 
 
 if __name__ == "__main__":

@@ -102,19 +102,27 @@ def choose(name: str | None, device: torch.device) -> str:
         if problem is not None:
             raise RuntimeError(f"backend={name!r} cannot be used: {problem}")
         return name
+    found, causes = with_kernels(device)
+    if found is None:
+        causes = causes or [f"no backend has kernels for {device.type!r} devices"]
+        _warn(device, "its eager reference, correctly and slowly", causes)
+        return "reference"
+    if causes:
+        _warn(device, f"its {found.capitalize()} kernels, which are nearly as fast", causes)
+    return found
+
+
+def with_kernels(device: torch.device) -> tuple[str | None, list[str]]:
+    """The first backend that can step a device's parameters with kernels, and why those before it cannot."""
     causes: list[str] = []
     for backend in BACKENDS.values():
         if backend.devices is None or not backend.takes(device):
             continue
         problem = backend.problem(device)
         if problem is None:
-            if causes:
-                _warn(device, f"its {backend.name.capitalize()} kernels, which are nearly as fast", causes)
-            return backend.name
+            return backend.name, causes
         causes.append(f"{backend.name}: {problem}")
-    causes = causes or [f"no backend has kernels for {device.type!r} devices"]
-    _warn(device, "its eager reference, correctly and slowly", causes)
-    return "reference"
+    return None, causes
 
 
 def _warn(device: torch.device, how: str, causes: list[str]) -> None:

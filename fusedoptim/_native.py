@@ -4,54 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
-import json
 import os
-import platform
 import shutil
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps fusedoptim"
+from . import _installation
 
 _C: ModuleType | None = None
 #: Why there is no compiled library, and the remedy; None if there is.
 problem: str | None = None
 
-
-def build_report() -> dict[str, str | None]:
-    """What the installation wrote about itself: torch's version at build time, and why kernels were left out."""
-    path = Path(__file__).with_name("_build.json")
+if not _installation.has_library():
+    problem = _installation.absent()
+else:
     try:
-        report: dict[str, str | None] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return report
-
-
-def _explain(error: ImportError) -> str:
-    built = build_report()
-    if built.get("cpu"):
-        return f"they were not built: {built['cpu']}"
-    if isinstance(error, ModuleNotFoundError):
-        return (
-            f"no library for Python {platform.python_version()} is in {Path(__file__).parent}; "
-            f"from the source folder run: pip install --no-build-isolation ."
-        )
-    return (
-        f"the library, built with torch {built.get('torch', 'unknown')}, does not load under torch {torch.__version__} "
-        f"({error}); torch >= 2.10 is needed, or build again: {INSTALL}"
-    )
-
-
-try:
-    from . import _C as _loaded
-
-    _C = _loaded
-except ImportError as error:
-    problem = _explain(error)
+        _loaded = importlib.import_module(f"{__package__}._C")
+        problem = _installation.mismatch(_loaded.__file__, getattr(_loaded, "sources", None))
+        _C = _loaded if problem is None else None
+    except ImportError as error:
+        problem = _installation.unloadable(error)
 
 
 def cuda_library() -> Path:
@@ -77,13 +53,15 @@ def cuda_problem() -> str | None:
     if _C is None:
         return problem
     path = cuda_library()
+    named = "unset FUSEDOPTIM_CUDA_LIBRARY" if os.environ.get("FUSEDOPTIM_CUDA_LIBRARY") else None
     if not path.exists():
-        cause = build_report().get("cuda") or f"there is no {path}; build again: {INSTALL}"
-        return f"they were not built: {cause}"
+        if named:
+            return f"there is no {path}: {named}"
+        return _installation.not_built(_installation.build_report().get("cuda"))
     try:
         load_cuda(path)
     except (OSError, AttributeError, RuntimeError) as error:
-        return f"{path} does not load ({error}); build again: {INSTALL}"
+        return f"{path} does not load ({error}). {named or f'Build again: {_installation.build_again()}'}"
     return None
 
 
@@ -97,7 +75,7 @@ def tune(name: str, value: int) -> int:
 def triton_problem() -> str | None:
     """Why Triton's kernels cannot be compiled, and the remedy; None if they can. Does not import Triton."""
     if _C is None:
-        return f"the library that keeps their tables is missing: {problem}"
+        return f"the library keeps their tables, and is not available: {problem}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     compilers = [os.environ.get("CC"), "cc", "gcc", "clang"]
@@ -114,7 +92,5 @@ def cuda_device_problem(index: int) -> str | None:
     if cause is None or _C.cuda_on_host():
         return cause
     major, minor = torch.cuda.get_device_capability(index)
-    return (
-        f"on {torch.cuda.get_device_name(index)}: {cause}. If they lack code for it, build again with "
-        f"TORCH_CUDA_ARCH_LIST={major}.{minor} {INSTALL}"
-    )
+    again = _installation.build_again(TORCH_CUDA_ARCH_LIST=f"{major}.{minor}")
+    return f"on {torch.cuda.get_device_name(index)}: {cause}. If they lack code for it, build again: {again}"
