@@ -13,7 +13,8 @@ from pathlib import Path
 
 from . import arguments
 from .results import OURS, Result, Results, load
-from .tables import header, line, ms
+from .tables import header, line
+from .units import number
 
 Key = tuple[str, ...]
 
@@ -60,7 +61,7 @@ def changes(old: Results, new: Results) -> list[Change]:
 def table(found: list[Change]) -> str:
     lines = header(["row", "old ms", "new ms", "machine", "change without it"], 1)
     for c in found:
-        cells = [ms(c.old["median"]), ms(c.new["median"]), f"{c.machine:.2f}x", f"{c.own:.2f}x"]
+        cells = [number(c.old["median"]), number(c.new["median"]), f"{c.machine:.2f}x", f"{c.own:.2f}x"]
         lines.append(line([" ".join(c.key), *cells]))
     return "\n".join(lines)
 

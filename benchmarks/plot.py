@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,16 +20,21 @@ from .optimizers import DTYPES, SETTINGS
 from .results import COPY, OURS, STREAM, Result, Results, load, ratio_of
 from .scaling import points, slopes
 from .tables import peers_of
+from .units import duration
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 #: Large enough that the caches do not matter, the largest first choice.
-LARGE_CASES = ("llama3-8b-shard", "gpt2-xl", "gpt2-small", "64M")
+LARGE_CASES = ("llama3-8b-shard", "gpt2-xl", "gpt2-small", "64M", "resnet50")
 #: What the speed-up is shown for: memory-bound, many tensors, many groups.
 SPEEDUP_CASES = ("gpt2-small", "64M", "vit-l16", "resnet50", "2000x1024", "2000x64", "5000-odd", "465-groups")
+STREAM_SAYS = "plain pass with the same reads and writes"
 COLOURS = dict(zip(DTYPES, ("#2171b5", "#d94801", "#238b45"), strict=True))
 
 
@@ -45,7 +51,7 @@ def _machine(results: Results) -> str:
 
 
 def bandwidth(results: Results) -> Figure | None:
-    """Bars per optimizer and dtype, the plain pass as a mark, the copy as a line."""
+    """A bar per optimizer and dtype, the plain pass as a mark, the copy as a line."""
     rows = _kept(results)
     covered = {c: sum(k[2] == c for k in rows) for c in LARGE_CASES}
     case = max(LARGE_CASES, key=lambda c: covered[c])
@@ -54,84 +60,114 @@ def bandwidth(results: Results) -> Figure | None:
     }
     if not found:
         return None
-    optimizers = [o for o in SETTINGS if any(k[0] == o for k in found)]
-    figure, axes = plt.subplots(figsize=(9, 4.5), dpi=110)
-    width = 0.27
-    for i, dtype in enumerate(DTYPES):
-        places = [(x + (i - 1) * width, found[o, dtype]) for x, o in enumerate(optimizers) if (o, dtype) in found]
-        heights = [c[OURS][f"share_of_{COPY}"] for _, c in places]
-        bars = axes.bar([x for x, _ in places], heights, width * 0.92, color=COLOURS[dtype], label=f"{dtype}")
-        axes.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=8, padding=2)
-        limits = [(x, c[STREAM]["gb_s"] / c[COPY]["gb_s"]) for x, c in places if "gb_s" in c.get(STREAM, {})]
-        label = "plain pass with the same reads and writes" if i == 0 else None
-        if limits:
-            xs, ys = zip(*limits, strict=True)
-            axes.scatter(xs, ys, s=330, marker="_", color="black", zorder=3, label=label)
-    axes.axhline(1.0, color="#555555", linestyle="--", linewidth=1, label="copy within the memory, same run")
-    axes.set_xticks(range(len(optimizers)), optimizers)
-    axes.set_ylabel("share of the copy's bandwidth")
+    keys = [(o, d) for o in SETTINGS for d in DTYPES if (o, d) in found]
+    shares = [found[k][OURS][f"share_of_{COPY}"] for k in keys]
+    optimizers = list(dict.fromkeys(o for o, _ in keys))
+    places = [y + 0.6 * optimizers.index(o) for y, (o, _) in enumerate(keys)]
+    labels = [(y, " ".join(k), f"{share:.2f}") for y, k, share in zip(places, keys, shares, strict=True)]
+    figure, axes = _lanes(labels, 0.22, 8.5)
+    axes.barh(places, shares, 0.85, color=[COLOURS[d] for _, d in keys])
+    speeds = [[found[k].get(limit, {}).get("gb_s") for limit in (STREAM, COPY)] for k in keys]
+    marks = [(stream / copy, y) for y, (stream, copy) in zip(places, speeds, strict=True) if stream and copy]
+    if marks:
+        axes.scatter(*zip(*marks, strict=True), s=130, marker="|", color="black", linewidth=2, label=STREAM_SAYS)
+    axes.axvline(1.0, color="#555555", linestyle="--", linewidth=1, label="copy within the memory, same run")
+    axes.set_xlim(0, 1.05 * max([1.0, *shares, *(x for x, _ in marks)]))
+    axes.set_xlabel("share of the copy's bandwidth")
     axes.set_title(f"Bandwidth of a step, {case}\n{_machine(results)}", fontsize=10)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.28)
-    axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
+    _legend_below(axes, 2)
     return figure
 
 
 def speedup(results: Results) -> Figure | None:
-    """AdamW fp32: a group of bars per case, a bar per peer, on a logarithmic axis."""
+    """AdamW fp32: below each case's name a bar per peer, on a logarithmic axis that shows both sides of 1."""
     rows = {k[2]: r for k, r in _kept(results).items() if k[:2] == ("AdamW", "fp32")}
-    cases = [c for c in SPEEDUP_CASES if c in rows]
-    peers = peers_of([rows[c] for c in cases])
-    if not peers:
-        return None
-    figure, axes = plt.subplots(figsize=(10.5, 4.8), dpi=110)
-    width = 0.86 / len(peers)
+    peers = peers_of(list(rows.values()))
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    for i, peer in enumerate(peers):
-        offset = (i - (len(peers) - 1) / 2) * width
-        bars = [(x + offset, r) for x, c in enumerate(cases) if (r := ratio_of(rows[c], peer)) is not None]
-        axes.bar(
-            [x for x, _ in bars],
-            [r - 1 for _, r in bars],
-            width * 0.92,
-            bottom=1,
-            color=colours[i % len(colours)],
-            label=f"over {peer}",
-        )
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_ylabel("speed-up of fusedoptim (below 1: slower)")
+    labels: list[tuple[float, str, str]] = []
+    bars: list[tuple[float, float, Any]] = []
+    for case in (c for c in SPEEDUP_CASES if c in rows):
+        found = [(p, r) for p in peers if (r := ratio_of(rows[case], p)) is not None]
+        if found:
+            labels.append((labels[-1][0] + 1.5 if labels else 0.0, case, ""))
+        for peer, ratio in found:
+            labels.append((labels[-1][0] + 1, peer, f"{ratio:.2f}x"))
+            bars.append((labels[-1][0], ratio, colours[peers.index(peer) % len(colours)]))
+    if not bars:
+        return None
+    figure, axes = _lanes(labels, 0.14, 7.5)
+    for (_, _, value), text in zip(labels, axes.get_yticklabels(), strict=True):
+        text.set_weight("normal" if value else "bold")
+    places, ratios, colour = zip(*bars, strict=True)
+    axes.barh(places, [r - 1 for r in ratios], 0.7, left=1, color=colour)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.5, 0.9 * min(ratios)), max(2.0, 1.1 * max(ratios)))
+    axes.axvspan(axes.get_xlim()[0], 1, color="black", alpha=0.06, linewidth=0, zorder=0)
+    axes.axvline(1.0, color="black", linewidth=1)
+    _label_axis(axes.xaxis, lambda value, _: f"{value:g}x")
+    axes.set_xlabel("time of the peer over fusedoptim's (in the grey part the peer is faster)")
     axes.set_title(f"AdamW fp32, speed-up over each peer\n{_machine(results)}", fontsize=10)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, ncols=2, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
     return figure
 
 
+def _lanes(labels: Sequence[tuple[float, str, str]], inches: float, size: float) -> tuple[Figure, Axes]:
+    """Axes with a lane per (place, name, value): names on the left, values on the right, nothing in between that bars
+    could hide. The first is on top, and the height grows with their number."""
+    places = [place for place, _, _ in labels]
+    figure, axes = plt.subplots(figsize=(9, inches * (places[-1] + 2) + 1.6), dpi=110)
+    axes.set_ylim(places[-1] + 1, -1)
+    axes.set_yticks(places, [name for _, name, _ in labels], fontsize=size)
+    axes.tick_params(axis="y", length=0)
+    right = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
+    for place, _, value in labels:
+        axes.annotate(value, (1, place), xytext=(6, 0), va="center", fontsize=size, **right)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
 def scaling(results: Results) -> Figure | None:
-    if not results.scaling:
+    rows = [r for r in results.scaling if "contenders" in r]
+    curves = list(dict.fromkeys(r["curve"] for r in rows))
+    if not curves:
         return None
-    curves = list(dict.fromkeys(r["curve"] for r in results.scaling))
-    figure, all_axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4.5), dpi=110, squeeze=False)
+    figure, all_axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 5.2), dpi=110, squeeze=False)
     for axes, curve in zip(all_axes[0], curves, strict=True):
-        _curve(axes, [r for r in results.scaling if r["curve"] == curve], curve)
+        _curve(axes, [r for r in rows if r["curve"] == curve], curve)
     figure.suptitle(f"AdamW fp32, time of a step\n{_machine(results)}", fontsize=10)
     return figure
 
 
 def _curve(axes: Axes, rows: Sequence[Result], curve: str) -> None:
-    fitted = {name: f"{value:.3g} {unit}" for _, name, unit, value in slopes(rows)}
+    fitted = {name: f": {duration(seconds)} per {what}" for _, name, what, seconds in slopes(rows)}
     for name in [OURS, *peers_of(rows)]:
         places = points(rows, curve, name)
         if places:
             style = {"color": "black", "linewidth": 2.0, "zorder": 3} if name == OURS else {"linewidth": 1.2}
-            slope = f": {fitted[name]}" if name in fitted else ""
-            axes.plot(*zip(*places, strict=True), "o-", markersize=3.5, label=f"{name}{slope}", **style)
-    axes.set(xscale="log", yscale="log", xlabel=rows[0]["says"], ylabel="ms")
+            xs, ms = zip(*places, strict=True)
+            seconds = [t * 1e-3 for t in ms]
+            axes.plot(xs, seconds, "o-", markersize=3.5, label=f"{name}{fitted.get(name, '')}", **style)
+    axes.set(xscale="log", yscale="log", xlabel=rows[0]["says"])
+    _label_axis(axes.yaxis, lambda value, _: duration(value))
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    _legend_below(axes, 1)
+
+
+def _label_axis(axis: Axis, text: Callable[[float, int | None], str]) -> None:
+    """Of a logarithmic one: at 1, 2, 5 and their multiples by powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=30))
+    axis.set_major_formatter(text)
+    axis.set_minor_locator(NullLocator())
+
+
+def _legend_below(axes: Axes, columns: int) -> None:
+    """Where it hides nothing."""
+    below = axes.transAxes + ScaledTranslation(0, -0.55, axes.get_figure(root=True).dpi_scale_trans)  # in inches
+    axes.legend(
+        frameon=False, fontsize=8, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below
+    )
 
 
 PICTURES: dict[str, Callable[[Results], Figure | None]] = {

@@ -2,22 +2,25 @@
 limits, interleaved in one process.
 
 Without a selection it runs a choice of rows, and how time grows with the number and size of tensors; with one, all
-combinations of what is selected. An option that takes names can be repeated.
+combinations of what is selected. An option that takes names can be repeated. ``--quick`` without a selection is a rough
+look, over in less than a minute, which says what it leaves out.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import gc
+import math
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import FrameType
 
 from fusedoptim import _backends
 
-from . import arguments, plan, scaling
+from . import arguments, plan, rough, scaling
 from .cases import CASES
 from .devices import DEVICES, Device
 from .environment import environment
@@ -37,7 +40,9 @@ FULL, QUICK = Budget(7.0, without_slow=15), Budget(1.0, at_most=31)
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = arguments.Parser(prog="python -m benchmarks.run", description=__doc__)
     p.add_argument("--device", default="cpu", help=f"one of {', '.join(DEVICES)} (default: cpu)")
-    p.add_argument("--quick", action="store_true", help="fewer rows, and a second for each instead of seven")
+    p.add_argument(
+        "--quick", action="store_true", help="a second for a row instead of seven; without a selection, few rows"
+    )
     p.add_argument("--optimizer", action="append", help=f"of {', '.join(SETTINGS)}")
     p.add_argument("--case", action="append", help=f"of {', '.join(CASES)}")
     p.add_argument("--dtype", action="append", help=f"parameters, or parameters+states, of {', '.join(DTYPES)}")
@@ -57,6 +62,10 @@ def _selection(args: argparse.Namespace) -> bool:
     return bool(args.optimizer or args.case or args.dtype or args.condition)
 
 
+def _rough(args: argparse.Namespace) -> bool:
+    return args.quick and not args.goals and not _selection(args)
+
+
 def selected_rows(args: argparse.Namespace) -> list[Row]:
     optimizers = arguments.known("--optimizer", args.optimizer, SETTINGS)
     cases = arguments.known("--case", args.case, CASES)
@@ -70,14 +79,15 @@ def selected_rows(args: argparse.Namespace) -> list[Row]:
     elif _selection(args):
         keys = plan.combinations(optimizers, dtypes, cases, conditions)
     else:
-        keys = plan.chosen(args.quick)
+        keys = rough.chosen() if _rough(args) else plan.chosen()
     return plan.rows(reversed(keys) if args.reverse else keys)
 
 
 def selected_peers(args: argparse.Namespace) -> list[Peer]:
     if args.peer == ["none"]:
         return []
-    return [PEERS[name] for name in arguments.known("--peer", args.peer, PEERS)]
+    asked = args.peer or (rough.CHOSEN_PEERS if _rough(args) else None)
+    return [PEERS[name] for name in arguments.known("--peer", asked, PEERS)]
 
 
 def beside(row: Row, peers: list[Peer], args: argparse.Namespace) -> list[Peer]:
@@ -91,10 +101,7 @@ def beside(row: Row, peers: list[Peer], args: argparse.Namespace) -> list[Peer]:
 def selected_curves(args: argparse.Namespace) -> list[scaling.Curve]:
     if args.no_scaling or ((_selection(args) or args.goals) and not args.scaling):
         return []
-    curves = scaling.curves(args.device)
-    if args.quick:  # every other point
-        curves = [dataclasses.replace(c, cases=c.cases[::2]) for c in curves]
-    return curves
+    return rough.curves(args.device) if args.quick else scaling.curves(args.device)
 
 
 def device_named(name: str) -> Device:
@@ -120,7 +127,14 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(environment(device), len(rows) + len(points), args.out)
     results.environment["backend"] = _backends.choose(None, device.torch_device)
     results.save()
-    budget = QUICK if args.quick else FULL
+    budget, per_point = (rough.BUDGET,) * 2 if _rough(args) else (QUICK if args.quick else FULL, QUICK)
+    end = time.monotonic() + (rough.SECONDS if _rough(args) else math.inf)
+
+    def in_time(row: Row, contenders: list[Peer], budget: Budget) -> Result:
+        if time.monotonic() > end:
+            return {**row.describe(), "skipped": rough.TIME_IS_UP}
+        return measure(row, device, contenders, budget)
+
     few = [p for p in peers if p.name in scaling.PEERS]
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -128,12 +142,12 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # the peers' own
             for row in rows:
                 progress.now(" ".join(row.key))
-                results.rows.append(measure(row, device, beside(row, peers, args), budget))
+                results.rows.append(in_time(row, beside(row, peers, args), budget))
                 results.save()
                 progress.advance()
             for curve, row in points:
                 progress.now(f"{curve.name} {row.case.name}")
-                point: Result = {"curve": curve.name, **curve.labels(), **measure(row, device, few, QUICK)}
+                point: Result = {"curve": curve.name, **curve.labels(), **in_time(row, few, per_point)}
                 results.scaling.append(point)
                 results.save()
                 progress.advance()
@@ -143,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_where(args.out)}", file=sys.stderr)
     print(everything(results))
+    if _rough(args):
+        print(f"\n{rough.says(rows, len(points), peers, args.device)}\n")
     print(f"{sum('contenders' in r for r in results.rows)} of {len(rows)} rows measured")
     if not results.finished:
         return 130
@@ -154,4 +170,5 @@ def _where(out: Path | None) -> str:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what imports have left need not be looked through before every row
     arguments.run(main)

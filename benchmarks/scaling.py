@@ -21,13 +21,10 @@ class Curve:
     says: str
     #: The number in a row that the time is set against.
     over: str
-    #: Seconds per unit of that number, in the slope's unit.
-    unit: str
-    scale: float
     cases: tuple[Case, ...]
 
     def labels(self) -> Result:
-        return {"says": self.says, "over": self.over, "unit": self.unit, "scale": self.scale}
+        return {"says": self.says, "over": self.over}
 
     def rows(self) -> list[Row]:
         return [Row(Work(SETTINGS["AdamW"], DTYPES["fp32"]), case, CONDITIONS["kept"]) for case in self.cases]
@@ -45,16 +42,12 @@ def curves(device: str) -> list[Curve]:
             "tensors",
             f"number of tensors, {total >> 20} M elements in all",
             "tensors",
-            "ns per tensor",
-            1e6,
             tuple(evenly(1 << k, total) for k in range(0, 15, 2)),
         ),
         Curve(
             "elements",
             f"elements in all, {TENSORS} tensors",
             "elements",
-            "ps per element",
-            1e9,
             tuple(evenly(TENSORS, largest >> k) for k in range(10, -1, -2)),
         ),
     ]
@@ -80,13 +73,13 @@ def points(rows: Sequence[Result], curve: str, contender: str) -> list[tuple[flo
 
 
 def slopes(rows: Sequence[Result]) -> list[tuple[str, str, str, float]]:
-    """(curve, contender, unit, slope) for every contender that has one."""
+    """(curve, contender, what, seconds per one of it) for every contender that has a slope."""
     out = []
     for curve in dict.fromkeys(r["curve"] for r in rows):
         of_curve = [r for r in rows if r["curve"] == curve]
-        unit, scale = of_curve[0]["unit"], of_curve[0]["scale"]
+        what = of_curve[0]["over"].removesuffix("s")
         for name in dict.fromkeys(n for r in of_curve for n in r.get("contenders", {})):
             value = slope(points(rows, curve, name)) if name not in ("copy", "stream") else None
             if value is not None:
-                out.append((curve, name, unit, value * scale))
+                out.append((curve, name, what, value * 1e-3))
     return out

@@ -9,6 +9,7 @@ from .goals import GOALS, Goal, key
 from .load import DISTURBING
 from .results import COPY, OURS, STREAM, Result, Results, ratio_of
 from .scaling import slopes
+from .units import duration, number
 
 #: A peer counts as faster from here on; below, the order changes from run to run.
 FASTER = 0.97
@@ -22,10 +23,6 @@ COLUMNS = (
     "eager reference",
     "Triton backend",
 )
-
-
-def ms(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def time_of(row: Result, name: str) -> float | None:
@@ -115,7 +112,7 @@ def comparison(results: Results, rows: Sequence[Result], narrow: bool = False) -
             lines.append(line([_label(row), _case(row), f"failed: {mine['failed']}", *[""] * (len(names) - 3)]))
             continue
         text = "; ".join(filter(None, (_goal(g, row) for g in goals.get(key(row), ()))))
-        cells = [ms(mine["ms"]["median"]), f"{mine['gb_s']:.3g}", _share(row, COPY), _share(row, STREAM)]
+        cells = [number(mine["ms"]["median"]), number(mine["gb_s"]), _share(row, COPY), _share(row, STREAM)]
         cells += [*_ratio_cells(row, peers), *([_best_of_the_rest(row, rest)] if rest else [])]
         lines.append(line([_label(row), _case(row), *cells, text, fastest(row) or "none"]))
     return "\n".join(lines)
@@ -127,9 +124,9 @@ def device_details(rows: Sequence[Result]) -> str:
     for row in rows:
         for name, c in row.get("contenders", {}).items():
             if "launches" in c:
-                graph = ms(c["graph_ms"]) if "graph_ms" in c else ""
-                memory = f"{c['peak_extra_bytes'] / 2**20:.3g}"
-                cells = [str(c["launches"]), str(c["copies"]), ms(c["host_ms"]), graph, memory]
+                graph = number(c["graph_ms"]) if "graph_ms" in c else ""
+                memory = number(c["peak_extra_bytes"] / 2**20)
+                cells = [str(c["launches"]), str(c["copies"]), number(c["host_ms"]), graph, memory]
                 lines.append(line([_label(row), _case(row), name, *cells]))
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -157,7 +154,7 @@ def reasons(rows: Sequence[Result]) -> str:
 def flat(rows: Sequence[Result]) -> str:
     """Rows of names and values, whatever these are."""
     names = list(dict.fromkeys(n for r in rows for n in r))
-    cells = [[f"{v:.3g}" if isinstance(v := r.get(n, ""), float) else str(v) for n in names] for r in rows]
+    cells = [[number(v) if isinstance(v := r.get(n, ""), float) else str(v) for n in names] for r in rows]
     return "\n".join([*header(names, 1), *map(line, cells)]) if rows else ""
 
 
@@ -182,10 +179,10 @@ def other_commits(results: Results, rows: Sequence[Result]) -> str:
 
 
 def scaling(results: Results) -> str:
-    lines = header(["AdamW fp32", "slope", ""], 1)
+    lines = header(["AdamW fp32", "slope"], 1)
     says = {r["curve"]: r["says"] for r in results.scaling}
-    for curve, name, unit, value in slopes(results.scaling):
-        lines.append(line([f"{name}: {says[curve]}", f"{value:.3g}", unit]))
+    for curve, name, what, seconds in slopes(results.scaling):
+        lines.append(line([f"{name}: {says[curve]}", f"{duration(seconds)} per {what}"]))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

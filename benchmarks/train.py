@@ -1,7 +1,8 @@
 """``python -m benchmarks.train``: trains a small GPT on text, with any of the optimizers.
 
 ``--compare`` trains a second model beside it with torch.optim, on the same batches, and says whether the losses are the
-same to the last bit. For the time, fusedoptim and the fastest that torch has step copies of the parameters, in turn.
+same to the last bit. For the time, fusedoptim and the fastest that torch has step copies of the parameters, in turn;
+what torch.optim's second model takes is not measured, since its for-loop is there for its bits.
 Under ``torchrun --nproc_per_node N -m benchmarks.train`` N processes share every batch.
 """
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import fusedoptim
 
-from . import checkpoint, choices, parallel, witness
+from . import checkpoint, choices, parallel, train_times, witness
 from .checkpoint import Progress
 from .errors import UsageError
 from .files import make_folder, write_atomically
@@ -125,9 +126,9 @@ class Comparison:
         self.learner = Learner(model, choices.make_witness(args.optimizer, model.parameters(), args.lr), args)
         self.params = params
         ours, theirs = ([torch.nn.Parameter(p.detach().clone()) for p in params] for _ in range(2))
-        self.fastest_name, fastest = choices.make_fastest(args.optimizer, theirs, args.lr)
-        self.timed = [(choices.make(args.optimizer, ours, args.lr), ours), (fastest, theirs)]
-        self.seconds: tuple[list[float], list[float]] = ([], [])
+        name, fastest = choices.make_fastest(args.optimizer, theirs, args.lr)
+        self.timed = [("fusedoptim", choices.make(args.optimizer, ours, args.lr), ours), (name, fastest, theirs)]
+        self.seconds: dict[str, list[float]] = {"fusedoptim": [], name: []}
         self.first_difference: int | None = None
 
     def step(self, text: Text, step: int, loss: float) -> None:
@@ -142,12 +143,12 @@ class Comparison:
 
     def time_steps(self, step: int) -> None:
         for i in (0, 1) if step % 2 else (1, 0):  # whoever comes second finds warm gradients
-            optimizer, copies = self.timed[i]
+            name, optimizer, copies = self.timed[i]
             for p, q in zip(self.params, copies, strict=True):
                 q.grad = p.grad
             start = time.perf_counter()
             optimizer.step()
-            self.seconds[i].append(time.perf_counter() - start)
+            self.seconds[name].append(time.perf_counter() - start)
 
 
 def limit_of(args: argparse.Namespace) -> float:
@@ -260,19 +261,16 @@ def summary(args: argparse.Namespace, progress: Progress, entropy: float, compar
     from .curves import plot_training
 
     plot_training(args.out / "loss.png", args.optimizer, vars(progress), entropy)
-    mine = statistics.median(t["optimizer_s"] for t in progress.train) * 1e3
     best = min(v["loss"] for v in progress.validation)
     print(f"validation loss {progress.validation[-1]['loss']:.4f}, best {best:.4f}; unigram entropy {entropy:.4f}")
     if args.ema is not None:
         print(f"validation loss of the averaged weights {progress.validation[-1]['loss_of_averages']:.4f}")
-    print(f"optimizer: {mine:.3f} ms per step (median). Written to {args.out}: latest.pt best.pt history.json loss.png")
+    print(
+        *train_times.says(args, [t["optimizer_s"] for t in progress.train], comparison and comparison.seconds), sep="\n"
+    )
+    print(f"Written to {args.out}: latest.pt best.pt history.json loss.png")
     if comparison is None:
         return 0
-    mine, theirs = (statistics.median(s) * 1e3 for s in comparison.seconds)
-    print(
-        f"optimizer, interleaved: fusedoptim {mine:.3f} ms, {comparison.fastest_name} {theirs:.3f} ms: "
-        f"{theirs / mine:.2f}x (medians, on copies of the parameters)"
-    )
     first = comparison.first_difference
     if first is not None:
         print(f"first step at which the losses differ: {first}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import fusedoptim
 
@@ -119,10 +120,42 @@ def parameters(shapes: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -
 
 def gradient(p: torch.Tensor, step: int, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A gradient that depends on nothing but shape, step and index, over many orders of magnitude, with some zeros."""
-    g = torch.Generator().manual_seed(1000 * step + index)
-    x = torch.randn(p.shape, generator=g, dtype=torch.float64) * 10.0 ** (-(index % 5))
-    x[torch.rand(p.shape, generator=g) < 0.05] = 0.0
-    return x.to(dtype or p.dtype)
+    return _drawn.values(p.shape, step, index).to(dtype or p.dtype, copy=True)
+
+
+class Drawn:
+    """Numbers that were drawn before: to draw them takes longer than most of the steps that are tested."""
+
+    def __init__(self, most: int) -> None:
+        """Keeps ``most`` elements; then it starts anew."""
+        self.most, self.elements = most, 0
+        self.kept: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def values(self, *key: Any) -> torch.Tensor:
+        """In fp64, by shape, step and index. The caller must not write to them."""
+        if _get_current_dispatch_mode() is not None:  # which may make other tensors than ordinary ones
+            return self._draw(*key)
+        full_key = (*key, torch.get_default_dtype())
+        if full_key not in self.kept:
+            x = self._draw(*key)
+            if x.numel() > self.most // 4:
+                return x
+            if self.elements + x.numel() > self.most:
+                self.kept.clear()
+                self.elements = 0
+            self.kept[full_key] = x
+            self.elements += x.numel() + 100  # as much as a tensor takes besides
+        return self.kept[full_key]
+
+    @staticmethod
+    def _draw(shape: torch.Size, step: int, index: int) -> torch.Tensor:
+        g = torch.Generator().manual_seed(1000 * step + index)
+        x = torch.randn(shape, generator=g, dtype=torch.float64, device="cpu") * 10.0 ** (-(index % 5))
+        x[torch.rand(shape, generator=g, device="cpu") < 0.05] = 0.0
+        return x
+
+
+_drawn = Drawn(1 << 24)  # 128 MB
 
 
 def set_gradients(params: list[torch.nn.Parameter], step: int, dtype: torch.dtype | None = None) -> None:
@@ -142,16 +175,16 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
     )
 
 
-def assert_same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+def assert_same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer, what: str = "") -> None:
     """Parameters and every state, bit for bit."""
     pairs = zip(_params(a), _params(b), strict=True)
     for i, (p, q) in enumerate(pairs):
-        assert_same_bits(p.detach(), q.detach(), f"parameter {i}")
+        assert_same_bits(p.detach(), q.detach(), f"{what}parameter {i}")
         left, right = a.state.get(p, {}), b.state.get(q, {})
         assert {k for k, v in left.items() if v is not None} == {k for k, v in right.items() if v is not None}
         for name, value in left.items():
             if value is not None:
-                assert_same_bits(torch.as_tensor(value), torch.as_tensor(right[name]), f"{name} of parameter {i}")
+                assert_same_bits(torch.as_tensor(value), torch.as_tensor(right[name]), f"{what}{name} of parameter {i}")
 
 
 def _params(o: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -49,7 +49,7 @@ def results(*rows: Result, scaling: list[Result] | None = None, **environment: A
 
 
 def curve(name: str = "tensors") -> list[Result]:
-    labels = {"curve": name, "says": f"number of {name}", "over": name, "unit": "ns per tensor", "scale": 1e6}
+    labels = {"curve": name, "says": f"number of {name}", "over": name}
     points = []
     for n in (1, 10, 100):
         row = a_row(1 + 0.01 * n, {"torch fused": 1 + 0.02 * n}, ("AdamW", "fp32", f"{n} of {name}", "kept"))
@@ -185,7 +185,7 @@ def test_report_prints_writes_and_checks(
     assert report.main([str(path)]) == 0
     shown = capsys.readouterr().out
     assert "| AdamW fp32 | 64M | 2 | 50 |" in shown and "olmoe" not in shown
-    assert "| fusedoptim: number of tensors | 1e+04 | ns per tensor |" in shown
+    assert "| fusedoptim: number of tensors | 10 us per tensor |" in shown
     assert (
         "A CPU, 2 threads, avx2; torch 2.12.3; Python 3.12.1, Linux x86_64; commit 0123456789ab, 2031-02-03;" in shown
     )
@@ -332,7 +332,7 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(capsys.readouterr().out.split()) == [str(folder / n) for n in names]
     for name in names:
         pixels = image.imread(folder / name)
-        assert pixels.shape[0] > 300 and pixels.shape[1] > 600
+        assert pixels.shape[0] > 180 and pixels.shape[1] > 600
         assert ((pixels[..., :3].min(axis=2) < 0.9).mean()) > 0.01, "an empty picture"
 
 
@@ -344,14 +344,15 @@ def test_a_picture_shows_what_was_measured(tmp_path: Path) -> None:
 
     content = results(a_row(2.0, {"torch fused": 3.0, "optimi": 1.0}), scaling=curve())
     figure = plot.bandwidth(content)
-    assert [round(bar.get_height(), 3) for bar in figure.axes[0].patches] == [0.875]
+    assert [round(bar.get_width(), 3) for bar in figure.axes[0].patches] == [0.875]
     figure = plot.speedup(content)
-    ends = sorted(round(bar.get_y() + bar.get_height(), 3) for bar in figure.axes[0].patches)
+    bars = [bar for bar in figure.axes[0].patches if bar.get_height() < 1]
+    ends = sorted(round(bar.get_x() + bar.get_width(), 3) for bar in bars)
     assert ends == [0.5, 1.5], "above 1 for a peer that is slower, below for one that is faster"
     figure = plot.scaling(content)
     [ours, fused] = figure.axes[0].lines
-    assert list(ours.get_xdata()) == [1, 10, 100] and list(fused.get_ydata()) == pytest.approx([1.02, 1.2, 3.0])
-    assert fused.get_label() == "torch fused: 2e+04 ns per tensor"
+    assert list(ours.get_xdata()) == [1, 10, 100] and list(fused.get_ydata()) == pytest.approx([1.02e-3, 1.2e-3, 3e-3])
+    assert fused.get_label() == "torch fused: 20 us per tensor"
     pyplot.close("all")
 
 

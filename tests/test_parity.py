@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -32,48 +33,51 @@ def schedule(step: int, lr: float) -> float:
 
 
 def run_against_torch(
-    case: Case, dtype: torch.dtype, backend: str, steps: int, shapes: list, tensor_lr: object = None
+    case: Case, dtype: torch.dtype, backends: Sequence[str], steps: int, shapes: list, tensor_lr: object = None
 ) -> None:
-    mine, theirs = parameters(shapes, dtype), parameters(shapes, dtype)
-    a = case.make(mine, backend=backend)
-    b = case.make_torch(theirs, foreach=False)
-    base = a.defaults["lr"]
+    """One witness for all backends, of which each has parameters and gradients of its own."""
+    every = [parameters(shapes, dtype) for _ in (*backends, "torch")]
+    mine = [case.make(params, backend=backend) for params, backend in zip(every, backends, strict=False)]
+    witness = case.make_torch(every[-1], foreach=False)
+    base = mine[0].defaults["lr"]
     if tensor_lr is not None:
-        for o in (a, b):
+        for o in (*mine, witness):
             o.param_groups[0]["lr"] = torch.tensor(base, dtype=tensor_lr)
     for step in range(steps):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        for o in (a, b):
+        for params in every:
+            set_gradients(params, step)
+        for o in (*mine, witness):
             if tensor_lr is not None:
                 o.param_groups[0]["lr"].fill_(schedule(step, base))
             else:
                 o.param_groups[0]["lr"] = schedule(step, base)
-        a.step()
+        for o in mine:
+            o.step()
         with ieee_sqrt():
-            b.step()
+            witness.step()
         if step in (0, 1, steps - 1):
-            assert_same_optimizers(a, b)
+            for o, backend in zip(mine, backends, strict=True):
+                assert_same_optimizers(o, witness, f"{backend}: ")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", IN_TORCH, ids=str)
-def test_equals_torch_for_loop(case: Case, dtype: torch.dtype, backend: str) -> None:
-    run_against_torch(case, dtype, backend, STEPS, SHAPES)
+def test_equals_torch_for_loop(case: Case, dtype: torch.dtype) -> None:
+    """For a while in all shapes; a schedule to its end in one."""
+    run_against_torch(case, dtype, BACKENDS, 30, SHAPES)
+    run_against_torch(case, dtype, BACKENDS, STEPS, [(33,)])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", [c for c in FULL if c.in_torch] + [BY_NAME["adamw"], BY_NAME["rmsprop"]], ids=str)
-def test_equals_torch_with_a_tensor_lr(case: Case, dtype: torch.dtype, lr_dtype: torch.dtype, backend: str) -> None:
-    run_against_torch(case, dtype, backend, 12, SHAPES[-4:], tensor_lr=lr_dtype)
+def test_equals_torch_with_a_tensor_lr(case: Case, dtype: torch.dtype, lr_dtype: torch.dtype) -> None:
+    run_against_torch(case, dtype, BACKENDS, 12, SHAPES[-4:], tensor_lr=lr_dtype)
 
 
 @pytest.mark.parametrize("case", [c for c in FULL if c.in_torch], ids=str)
 def test_equals_torch_on_large_tensors(case: Case) -> None:
-    run_against_torch(case, torch.float32, "cpu", 3, [(3_000_017,), (1_000_003,), (129, 1031)])
+    run_against_torch(case, torch.float32, ["cpu"], 3, [(3_000_017,), (1_000_003,), (129, 1031)])
 
 
 # torch's fused kernels take the scalar path for what is left of each thread's share after whole vectors, and round
@@ -223,12 +227,11 @@ def test_not_a_number_and_infinity_pass_through(case: Case) -> None:
         assert_same_optimizers(copy.copy(a), copy.copy(b))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [c for c in FULL if c.in_torch], ids=str)
-def test_default_dtype_double_counts_steps_in_double(case: Case, backend: str) -> None:
+def test_default_dtype_double_counts_steps_in_double(case: Case) -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        run_against_torch(case, torch.float64, backend, 3, [(17,)])
+        run_against_torch(case, torch.float64, BACKENDS, 3, [(17,)])
     finally:
         torch.set_default_dtype(torch.float32)
 

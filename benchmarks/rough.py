@@ -1,0 +1,55 @@
+"""A rough look at a machine: what ``python -m benchmarks.run --quick`` measures, in less than a minute, and what it
+leaves out of a full run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from . import plan, scaling
+from .measure import Budget
+from .optimizers import SETTINGS
+from .peers import PEERS, Peer
+from .rows import Row
+
+#: For a row, and for a point of a curve.
+BUDGET = Budget(0.5, at_most=31)
+#: No row begins later, so that a slow or busy machine ends the look as soon as another.
+SECONDS = 45.0
+TIME_IS_UP = f"{SECONDS:g} s, the time of a rough look, were up"
+#: torch's own codes and what is closest to them. Others compile for seconds in every row, or take as long as all of
+#: these together.
+CHOSEN_PEERS = (*scaling.PEERS, "eager reference")
+
+
+def chosen() -> list[plan.Key]:
+    """Rows of a full run, for every optimizer one: most of a model whose tensors exceed the caches by little more than
+    they have to."""
+    keys: list[plan.Key] = [("AdamW", "fp32", case, "kept") for case in (plan.MEDIUM, plan.LARGE, *plan.SMALL)]
+    keys += [("AdamW", "bf16", plan.LARGE, "kept"), ("SGD", "fp32", plan.SMALL[0], "kept")]
+    keys += [(optimizer, "fp32", plan.MEDIUM, "kept") for optimizer in SETTINGS]
+    return list(dict.fromkeys(keys))
+
+
+def curves(device: str) -> list[scaling.Curve]:
+    """Every other point of the curves."""
+    return [dataclasses.replace(c, cases=c.cases[::2]) for c in scaling.curves(device)]
+
+
+def says(rows: Sequence[Row], points: int, peers: Sequence[Peer], device: str) -> str:
+    """What a run of these rows, points and peers is, and what it has nothing of."""
+    full = plan.chosen()
+    all_points = sum(len(c.cases) for c in scaling.curves(device))
+    left = {}
+    for i, kind in enumerate(("optimizers", "dtypes", "cases", "conditions")):
+        has = {row.key[i] for row in rows}
+        left[kind] = [name for name in dict.fromkeys(key[i] for key in full) if name not in has]
+    left["peers"] = [p.name for p in PEERS.values() if device in p.devices and p not in peers]
+    return "\n".join(
+        [
+            f"A rough look: {len(rows)} of the {len(full)} rows of a full run and {points} of its {all_points} points "
+            f"of curves, {BUDGET.seconds:g} s and {BUDGET.at_least} to {BUDGET.at_most} steps for each. Left out:",
+            *(f"- {kind}: {', '.join(names)}" for kind, names in left.items() if names),
+            "Without --quick they take part; --optimizer, --case, --dtype, --condition and --peer choose some of them.",
+        ]
+    )

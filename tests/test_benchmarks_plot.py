@@ -1,0 +1,118 @@
+"""Pictures of results: no text hides another, and both sides of 1 are seen."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_benchmarks_results import a_row, curve, results
+
+from benchmarks.optimizers import DTYPES, SETTINGS
+from benchmarks.results import Results
+
+pytest.importorskip("matplotlib")
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from benchmarks import curves, plot
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    pyplot.close("all")
+
+
+def with_peers(*ratios: float) -> dict[str, float]:
+    return {f"a peer with a long name {i}": 2.0 * ratio for i, ratio in enumerate(ratios)}
+
+
+FEW = results(a_row(2.0, {"torch fused": 3.0}), scaling=curve())
+NEAR = results(a_row(2.0, with_peers(0.97, 0.99, 1.0, 1.01, 1.02, 1.05)), scaling=curve())
+PEERS = with_peers(*(0.05 * 2.2**i for i in range(14)))
+MANY = results(
+    *(a_row(2.0, PEERS, ("AdamW", "fp32", c, "kept")) for c in plot.SPEEDUP_CASES[:5]),
+    *(a_row(2.0, {}, (o, d, "gpt2-small", "kept")) for o in SETTINGS for d in DTYPES if (o, d) != ("AdamW", "fp32")),
+    scaling=[*curve(), *curve("elements")],
+    cpu="Some(R) Processor(TM) Platinum 8481C CPU @ 2.70GHz",
+    threads=208,
+)
+
+
+def texts(figure: Figure) -> list[Text]:
+    """That are drawn."""
+    figure.tight_layout()
+    figure.canvas.draw()
+    return [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and shown(t, figure)]
+
+
+def shown(text: Text, figure: Figure) -> bool:
+    """A tick beyond the limits has a label that is not drawn."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            for tick in axis.get_major_ticks():
+                if text is tick.label1:
+                    low, high = sorted(axis.get_view_interval())
+                    return bool(low * 0.999 <= tick.get_loc() <= high * 1.001)
+                if text is tick.label2:
+                    return False
+    return True
+
+
+@pytest.mark.parametrize("content", [FEW, NEAR, MANY], ids=["few", "near", "many"])
+@pytest.mark.parametrize("name", list(plot.PICTURES))
+def test_no_text_hides_another_a_bar_or_a_mark_or_leaves_the_picture(name: str, content: Results) -> None:
+    figure = plot.PICTURES[name](content)
+    assert figure is not None
+    found = texts(figure)
+    boxes = [(t.get_text(), t.get_window_extent()) for t in found]
+    assert len(boxes) > 5
+    for (a, box), (b, other) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other), (a, b)
+    for text, box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
+        for axes in figure.axes:
+            assert not box.overlaps(axes.get_window_extent()), f"{text} is where bars, marks and curves are"
+
+
+@pytest.mark.parametrize("ratios", [(1.05, 1.04, 400.0), (0.97, 0.3), (1.0,)], ids=str)
+def test_both_sides_of_1_are_in_the_picture(ratios: tuple[float, ...]) -> None:
+    """What is near 1 has a bar that is seen, at least in width of a few hundredths of an inch, on its side."""
+    figure = plot.speedup(results(a_row(2.0, with_peers(*ratios))))
+    [axes] = figure.axes
+    texts(figure)
+    low, high = axes.get_xlim()
+    assert axes.get_xscale() == "log" and low <= 0.5 and high >= 2 and low < min(ratios) and max(ratios) < high
+    assert "1x" in [t.get_text() for t in axes.get_xticklabels()]
+    bars = [b for b in axes.patches if b.get_height() < 1]  # the other patch is the grey one
+    ends = {round(b.get_x() + b.get_width(), 9): b.get_window_extent() for b in bars}
+    for ratio in ratios:
+        box = ends[ratio]
+        assert box.width / figure.dpi > 0.02 or ratio == 1
+    [grey] = [b for b in axes.patches if b not in bars]
+    assert (grey.get_x(), grey.get_x() + grey.get_width()) == (low, 1)
+
+
+def test_times_on_axes_have_their_unit() -> None:
+    figure = plot.scaling(FEW)
+    labels = [t.get_text() for t in texts(figure)]
+    assert {"1 ms", "2 ms", "torch fused: 20 us per tensor"} <= set(labels), labels
+
+
+def test_the_last_loss_stands_where_no_curve_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Figure] = []
+    monkeypatch.setattr(plot.plt, "close", kept.append)
+    progress = {
+        "train": [{"loss": 5.0 - 0.01 * i + 0.2 * (-1) ** i} for i in range(300)],
+        "validation": [{"step": s, "loss": 5.0 - 0.01 * s} for s in (100, 200, 300)],
+    }
+    curves.plot_training(tmp_path / "loss.png", "AdamW", progress, 3.0)
+    [axes] = kept[0].axes
+    [last] = [t for t in texts(kept[0]) if t.get_text() == "2.00"]
+    ends = max(x for line in axes.lines[:3] for x in line.get_xdata())
+    assert last.get_window_extent().x0 > axes.transData.transform((ends, 0))[0]
+    assert last.get_window_extent().x1 < axes.get_window_extent().x1

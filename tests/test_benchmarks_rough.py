@@ -1,0 +1,84 @@
+"""``python -m benchmarks.run --quick``: a rough look that is over in less than a minute and says what it leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_benchmarks import Options, _small, measured  # noqa: F401
+
+from benchmarks import plan, rough, run, scaling
+from benchmarks.cases import CASES
+from benchmarks.optimizers import SETTINGS
+from benchmarks.peers import PEERS
+from benchmarks.rows import WARM_UP
+
+QUICK = run.parse(["--quick"])
+
+
+def test_its_work_is_bounded() -> None:
+    """By the clock, and by the elements that contenders step through when the clock leaves off: a CPU steps 0.3 to 2
+    G elements in a second."""
+    rows, peers = run.selected_rows(QUICK), run.selected_peers(QUICK)
+    points = [row for curve in run.selected_curves(QUICK) for row in curve.rows()]
+    assert rough.BUDGET.seconds * (len(rows) + len(points)) <= 12 and rough.SECONDS <= 45
+    elements = 0
+    for row in [*rows, *points]:
+        able = sum(p.has.get(row.work.setting.name) is not None and "cpu" in p.devices for p in peers)
+        elements += row.case.elements * (1 + able) * (WARM_UP + rough.BUDGET.at_least)
+    assert elements < 16e9
+    assert not any(p.most_tensors or p.most_shapes for p in peers), "these compile for every row"
+
+
+def test_its_rows_are_some_of_a_full_run_and_of_every_optimizer() -> None:
+    rows, full = (set(r.key for r in run.selected_rows(run.parse(o))) for o in (["--quick"], []))
+    assert rows < full and {key[0] for key in rows} == set(SETTINGS)
+    points, all_points = (
+        {(c.name, case.name) for c in run.selected_curves(run.parse(o)) for case in c.cases} for o in (["--quick"], [])
+    )
+    assert points < all_points
+    assert all(sum(name == c.name for name, _ in points) >= 3 for c in scaling.curves("cpu")), "too few for a slope"
+
+
+def test_a_selection_is_no_rough_look() -> None:
+    for options in (["--case", "64M"], ["--goals"]):
+        args = run.parse(["--quick", *options])
+        assert run.selected_rows(args) and run.selected_peers(args) == list(PEERS.values())
+    assert [p.name for p in run.selected_peers(run.parse(["--quick", "--peer", "optimi"]))] == ["optimi"]
+
+
+def test_it_says_what_it_leaves_out() -> None:
+    rows, peers = run.selected_rows(QUICK), run.selected_peers(QUICK)
+    text = rough.says(rows, 7, peers, "cpu")
+    assert text.startswith(f"A rough look: {len(rows)} of the {len(plan.chosen())} rows of a full run and 7 of its ")
+    left = dict(line.removeprefix("- ").split(": ") for line in text.splitlines()[1:-1])
+    assert left.keys() == {"dtypes", "cases", "conditions", "peers"}
+    assert left["dtypes"] == "bf16+fp32" and left["conditions"] == "recreated, warm"
+    assert set(left["cases"].split(", ")) == set(CASES) - {row.case.name for row in rows}
+    assert {"torch compiled", "bitsandbytes"} <= set(left["peers"].split(", "))
+    assert "apex" not in left["peers"], "it is for GPUs alone"
+
+
+def test_a_run_ends_in_time_and_with_what_it_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Options,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keys = [(name, "fp32", "tiny", "kept") for name in ("AdamW", "SGD", "Adagrad")]
+    monkeypatch.setattr(rough, "chosen", lambda: keys)
+    clock = iter([0.0, 0.0, rough.SECONDS - 1, *[rough.SECONDS + 1] * 9])
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    code, content = measured("--quick", "--peer", "none")
+    assert code == 0 and content["finished"] is True
+    assert ["skipped" in row for row in content["rows"]] == [False, False, True]
+    assert all("were up" in row["skipped"] for row in [content["rows"][-1], *content["scaling"]])
+    shown = capsys.readouterr().out
+    assert "| Adagrad fp32 | tiny | not measured: 45 s, the time of a rough look, were up |" in shown
+    assert "A rough look: 3 of the " in shown and shown.endswith("2 of 3 rows measured\n")
+
+
+def test_the_committed_results_are_no_rough_look() -> None:
+    content = json.loads((Path(run.__file__).parent / "results" / "cpu.json").read_text())
+    assert "--quick" not in content["environment"]["command"]
