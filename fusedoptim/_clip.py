@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import utils
 
-from . import _backends, _native, reference
+from . import _backends, _native, _versions, reference
 from ._checks import DTYPES, compute_dtype
 from ._memory import overlaps_itself, sharing
 from ._runners import device_guard, make_launcher, stream_of
@@ -114,7 +114,7 @@ def _clip(grads: list[Tensor], backend: str | None, max_norm: float | None, limi
     stats = torch.empty(2, dtype=torch.float64, device=device)
     with device_guard(device):
         clipper = _native._C.Clipper(make_launcher(chosen, device), stats.data_ptr())
-        torch.ops.fusedoptim._bind_clipper(grads, clipper.address)
+        torch.ops.fusedoptim._hand_over(grads, clipper.number)
         scales = max_norm is not None and max_norm != math.inf
         clipper.run(
             stream_of(device)(),
@@ -123,7 +123,7 @@ def _clip(grads: list[Tensor], backend: str | None, max_norm: float | None, limi
             -1.0 if limit is None else limit,
         )
     if scales or limit is not None:
-        torch.autograd.graph.increment_version(grads)
+        _versions.by_torch(grads)
     return stats[0].to(dtype)
 
 

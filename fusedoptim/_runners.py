@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _native, reference
+from . import _native, _versions, reference
 from ._checks import compute_dtype
 from ._device_memory import DeviceMemory
 from ._rule import EMA, Rule
@@ -82,10 +82,8 @@ class CompiledRunner:
     def __init__(self, rule: Rule, around: Around, device: tuple[int, int] = (1, 0), launcher: Any = None) -> None:
         assert _native._C is not None
         self.rule, self.around = rule, around  # which the plan has the address of
-        # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
-        bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
         settings = (around.norm_stats.data_ptr(), around.skip_nonfinite, around.zero_grad)
-        self.plan = _native._C.Plan(rule.name, rule.hyper, bump, device, launcher, settings)
+        self.plan = _native._C.Plan(rule.name, rule.hyper, _versions.by_torch, device, launcher, settings)
         self.stream = stream_of(self.device)
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
@@ -131,8 +129,8 @@ class CompiledRunner:
                 step = index(s.get("step")) if self.rule.has_step else -1
                 scalar = index(s.get(self.rule.scalar_state)) if self.rule.scalar_state else -1
                 bindings.append((index(p), *slots, index(s.get(EMA)), step, scalar, int(ours[p])))
-        self.plan.build(groups, state, bindings)
-        torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
+        self.plan.build(groups, state, bindings, None if _versions.found() else tensors)
+        torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
 
 def make_launcher(backend: str, device: torch.device) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from cases import (
+    ALL,
     BY_NAME,
     CASES,
     FULL,
@@ -21,6 +22,7 @@ from cases import (
 )
 from test_amp import train
 from test_parity import force_grad
+from versions import check_versions
 
 import fusedoptim
 
@@ -78,6 +80,12 @@ def test_mixed_dtypes_take_one_launch_and_fp64_a_second(kernels: Kernels, case: 
             assert kernels.launches(a) == expected
             b.step()
         assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all options"])
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_versions_of_all_that_a_step_writes(kernels: Kernels, case: Case, options: dict[str, Any]) -> None:
+    check_versions(case, kernels.backend, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
