@@ -10,6 +10,7 @@
 #include "python/clipper.h"
 #include "python/plan.h"
 #include "python/pybind.h"
+#include "python/usual.h"
 #include "python/version_probe.h"
 
 namespace py = pybind11;
@@ -54,6 +55,13 @@ PYBIND11_MODULE(_C, m) {
       .def("raise_", &VersionProbe::raise)
       .def("adopt", &VersionProbe::adopt)
       .def_property_readonly("number", &VersionProbe::number);
+  py::class_<UsualNames>(m, "UsualNames")
+      .def(py::init([](std::vector<py::object> slots, std::vector<py::object> optional, py::object step,
+                       py::object scalar, py::object ema) {
+        return UsualNames{std::move(slots), std::move(optional), std::move(step), std::move(scalar), std::move(ema)};
+      }));
+  m.def("usual", &usual);
+  m.def("apart", &apart);
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("cpu_capability", [] { return std::string(cpu_kernels().name); });
   m.def("set_cpu_capability", &set_cpu_capability);

@@ -17,7 +17,8 @@ class Plan:
         self,
         groups: list[dict[str, Any]],
         state: dict[Any, Any],
-        bindings: list[tuple[int, ...]],
+        bindings: list[int],
+        dormant: list[Tensor],
         counted: list[Tensor] | None,
     ) -> None: ...
     def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool: ...

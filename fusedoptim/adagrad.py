@@ -48,6 +48,7 @@ class Adagrad(FusedOptimizer):
         reference=reference.adagrad,
         hyper=(("lr_decay", -1), ("weight_decay", -1), ("eps", -1), ("maximize", -1)),
         slots=(Slot("sum", initial="initial_accumulator_value"),),
+        states_at_construction=True,
         check=at_least_zero(
             ("lr_decay", "lr_decay value"),
             ("weight_decay", "weight_decay value"),
@@ -84,9 +85,7 @@ class Adagrad(FusedOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, options)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._create_missing_states(group, p)
+        self._create_states()
 
     def share_memory(self) -> None:
         """Moves the sums to shared memory, for training by several processes."""

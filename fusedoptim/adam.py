@@ -77,6 +77,7 @@ class Adam(FusedOptimizer):
             Slot("max_exp_avg_sq", needed=lambda group: bool(group["amsgrad"])),
         ),
         check=_check,
+        extensions={"bias_correction": True},
     )
 
     def __init__(

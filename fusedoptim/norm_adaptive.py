@@ -60,6 +60,7 @@ class NormAdaptive(FusedOptimizer):
         hyper=(("beta", -1), ("eps", -1), ("weight_decay", -1), ("maximize", -1)),
         slots=(),
         scalar_state="avg_grad_norm",
+        uses_norm=True,
         check=_check,
     )
 

@@ -370,6 +370,16 @@ def test_zero_gradients_and_zero_lr_change_nothing(case: Case) -> None:
         assert torch.isfinite(s).all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_empty_states_are_left(backend: str) -> None:
+    params = parameters([(3,), (4,)])
+    optimizer = fusedoptim.SGD(params, backend=backend)
+    for _ in range(2):
+        set_gradients(params[:1], 0)
+        optimizer.step()
+    assert optimizer.state_dict()["state"] == torch.optim.SGD(params).state_dict()["state"] == {}
+
+
 def test_zero_grad_and_repr() -> None:
     p = parameters([(5,)])
     o = BY_NAME["adamw"].make(p)

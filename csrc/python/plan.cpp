@@ -1,6 +1,8 @@
 // How a plan is made, and let go of.
 #include "plan.h"
 
+#include <unordered_set>
+
 #include "make_executor.h"
 #include "tensor_facts.h"
 
@@ -30,7 +32,8 @@ Plan::Plan(const std::string& rule, const std::vector<std::pair<std::string, int
   for (const char* key : {"max_grad_norm", "clip_grad_value", "ema_decay"}) option_keys_.push_back(interned(key));
 }
 
-void Plan::build(py::list groups, py::dict state, py::list bindings, std::optional<py::list> counted) {
+void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
+                 std::optional<py::list> counted) {
   if (!counted && !VersionCounters::known()) throw std::runtime_error("nobody has looked for the version counters yet");
   counted_ = std::move(counted);
   groups_ = groups;
@@ -53,9 +56,16 @@ void Plan::build(py::list groups, py::dict state, py::list bindings, std::option
   strides_.resize(params_.size());
   grads_.resize(params_.size());
   rows_.resize(group_.size());
-  for (size_t i = 0; i < params_.size(); ++i) member_[i].param = params_[i].ptr();
-  for (py::handle b : bindings) bindings_.push_back(b.cast<std::vector<int>>());
-  if (bindings_.size() != member_.size()) throw std::runtime_error("a plan needs one binding per parameter");
+  std::unordered_set<PyObject*> asleep;
+  for (py::handle p : dormant) asleep.insert(p.ptr());
+  for (size_t i = 0; i < params_.size(); ++i) {
+    member_[i].param = params_[i].ptr();
+    member_[i].dormant = asleep.count(params_[i].ptr()) > 0;
+  }
+  bindings_.resize(params_.size());
+  const size_t width = 6 + info_.slots;
+  if (bindings.size() % width != 0) throw std::runtime_error("a plan's bindings have another width");
+  for (auto b = bindings.begin(); b != bindings.end(); b += width) bindings_.at(*b).assign(b + 1, b + width);
   for (size_t i = 0; i < group_.size(); ++i) {
     Group& g = group_[i];
     for (int64_t k = g.begin; k < g.end; ++k) g.ours = g.ours || !bindings_[k].empty();
@@ -65,7 +75,8 @@ void Plan::build(py::list groups, py::dict state, py::list bindings, std::option
   const TensorReader& reader = TensorReader::get();
   for (const py::object& x : snapshot_.held())
     plain_ = plain_ && (reader.is_plain(x.ptr()) || !reader.is_tensor(x.ptr()));
-  for (const py::object& p : params_) plain_ = plain_ && reader.is_plain(p.ptr());
+  for (size_t i = 0; i < params_.size(); ++i)
+    plain_ = plain_ && (bindings_[i].empty() || reader.is_plain(params_[i].ptr()));
 }
 
 void Plan::bind(const std::vector<StableTensor>& tensors) {

@@ -39,11 +39,13 @@ class Plan {
   Plan(const std::string& rule, const std::vector<std::pair<std::string, int>>& hyper, py::object increment_version,
        std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings);
 
-  // groups is optimizer.param_groups, state is optimizer.state. bindings has one tuple per parameter, in order:
-  // indices into the list of tensors that is handed over then, or -1 where there is none: (param, slots...,
-  // ema, step, scalar_state), then 1 if its states count as absent in the coming step. An empty tuple: not this plan's.
+  // groups is optimizer.param_groups, state is optimizer.state. bindings has, one after another, for each parameter
+  // that this plan steps: its position among all, then indices into the list of tensors that is handed over then, or -1
+  // where there is none (param, slots..., ema, step, scalar_state), then 1 if its states count as absent in the coming
+  // step. dormant: parameters that no plan steps, for as long as they have no gradient.
   // counted: that list, to have torch's own function raise their version counters; None if they can be raised here.
-  void build(py::list groups, py::dict state, py::list bindings, std::optional<py::list> counted);
+  void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
+             std::optional<py::list> counted);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
@@ -74,7 +76,8 @@ class Plan {
     const int64_t* last_grad_sizes = nullptr;  // likewise
     int32_t ndim = 0;
     int64_t written_begin = 0, written_end = 0;  // in written_: what a step writes to
-    bool ours = false;                           // on this plan's device
+    bool ours = false;                           // in this plan's table
+    bool dormant = false;                        // in no plan's
     bool ready = false;                          // its states exist
     bool linear = false;                         // parameter and states share one dense memory order
     bool logical = false;                        // which is the logical one
