@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, overload
 
@@ -14,8 +14,9 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks, _compiled, _distributed, _ema, _hooks, _members
+from . import _backends, _checkpoint, _checks, _compiled, _distributed, _ema, _fakes, _hooks, _members, _modes
 from ._members import Member, Members
+from ._modes import PRE_DISPATCH, count_modes
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
 from ._rule import EMA, FLAGS, Group, Rule
 from ._runners import Around, Runner, make_runner
@@ -47,6 +48,8 @@ class FusedOptimizer(Optimizer):
     #: the ordinary way, which PyTorch Lightning's gradient clipping asks for.
     _step_supports_amp_scaling: bool = False
     found_inf: Tensor | None
+    #: Its steps in compiled code, one for each set of parameters with gradients, however often it is compiled.
+    _traced_steps: dict[Hashable, _compiled.Traced]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -115,7 +118,10 @@ class FusedOptimizer(Optimizer):
     # trace, unless this says that it notes it already.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _step(self) -> None:
+    def _step(self, in_operator: bool = False) -> None:
+        if (count_modes() or PRE_DISPATCH[0]) and not in_operator:
+            _modes.step(self)
+            return
         self._check_not_averaging()
         self._opt_called = True
         runners = self._runners
@@ -144,11 +150,17 @@ class FusedOptimizer(Optimizer):
 
     def _step_afresh(self, scaling: Scaling) -> None:
         """Validates everything, creates missing states and runners, and steps; or raises, having changed nothing."""
+        if _modes.is_transformed():  # what is made here would be wrapped, and of no use outside
+            with _modes.untransformed():
+                self._step_afresh(scaling)
+            return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
                 "this step cannot be captured in a CUDA graph, because it sets up states and tables: take a step before"
                 " the capture, and none that changes groups, states, dtypes or memory layouts in between"
             )
+        if _modes.step_of_fakes(self):
+            return
         self._drop_runners()
         self._all_params = [p for group in self.param_groups for p in group["params"]]
         _checkpoint.take_over(self._lent, self.state)
@@ -219,7 +231,9 @@ class FusedOptimizer(Optimizer):
         """Makes all states before the first step, for those parameters that can have any by now."""
         maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
         for group in self.param_groups:
-            maker.create(group, filter(_members.can_have_states, group["params"]), Changes(self.state))
+            for p in filter(_members.can_have_states, group["params"]):
+                with _fakes.alike(p):
+                    maker.create(group, [p], Changes(self.state))
 
     def _find_members(self, changes: Changes, steps: Callable[[Tensor], bool] = _members.has_gradient) -> Members:
         maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
@@ -255,8 +269,10 @@ class FusedOptimizer(Optimizer):
         """The norm of all gradients in the last step, unscaled and not clipped: a 0-dim tensor on their device, fp32,
         or fp64 if a parameter has fp64. Reading it waits for nothing. Steps measure it with ``max_grad_norm`` or
         ``skip_nonfinite``: None without, and NaN until the first such step."""
-        if not self._measures_norm() or not self._norm_stats:
+        if not self._measures_norm():
             return None
+        if not self._norm_stats:
+            return _modes.norm_of_fakes(self._all_params)
         (stats,) = self._norm_stats.values()
         wide = any(p.dtype == torch.float64 for p in self._all_params)
         return stats[0].to(torch.float64 if wide else torch.float32, copy=True)

@@ -13,6 +13,7 @@ from . import _backends, _native, _versions, reference
 from ._checks import DTYPES, compute_dtype
 from ._distributed import refuse_norm_of_shards, sharded_by_fsdp1
 from ._memory import overlaps_itself, sharing
+from ._modes import PRE_DISPATCH, count_modes, is_transformed
 from ._runners import device_guard, make_launcher, stream_of
 
 Parameters = Tensor | Iterable[Tensor]
@@ -51,7 +52,8 @@ def clip_grad_norm_(
         ValueError: for parameters of FullyShardedDataParallel in several processes, each of which has a part of them.
 
     Sparse and complex gradients, subclasses of tensors, gradients that share memory or lie on several devices go to
-    torch's function, and all do within torch.compile or the capture of a CUDA graph.
+    torch's function, and all do within torch.compile, the capture of a CUDA graph, ``torch.func``'s transforms and
+    any ``TorchDispatchMode``.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if sharded_by_fsdp1(params):  # in every process, also in one that has no gradients
@@ -95,9 +97,9 @@ def clip_grad_value_(
 
 def _ours(grads: list[Tensor]) -> bool:
     """Whether the kernels can take them: plain tensors on one device, no two elements at one place. Their tables are
-    made anew at every call, which no CUDA graph could hold."""
+    made anew at every call, which no CUDA graph could hold; a mode that watches or traces would not see them."""
     device = grads[0].device
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or count_modes() or PRE_DISPATCH[0] or is_transformed():
         return False
     with device_guard(device):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

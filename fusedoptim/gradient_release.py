@@ -21,6 +21,7 @@ from . import _checks
 from ._base import FusedOptimizer
 from ._members import is_materialised
 from ._rule import Group
+from ._stateless import twin
 from ._states import Changes
 
 __all__ = ["StepInBackward", "step_in_backward"]
@@ -151,7 +152,7 @@ class _Part:
     def __init__(self, owner: StepInBackward, param: Tensor) -> None:
         self.owner, self.param = owner, param
         self.group: dict[str, Any] = {"params": [param]}
-        self.optimizer = _for_one(owner.optimizer, self.group)
+        self.optimizer = twin(owner.optimizer, [self.group], defaultdict(dict))
         frozen = not param.requires_grad
         param.requires_grad_(True)  # torch hooks no frozen parameter, and this one may thaw
         try:
@@ -226,13 +227,6 @@ class _Hook:
 
 #: Keys of a group that have an item per parameter.
 _OWN = ("params", "param_names")
-
-
-def _for_one(owner: FusedOptimizer, group: dict[str, Any]) -> FusedOptimizer:
-    """As a copy of the owner would be, with one group and no states. A copy proper would walk over all parameters."""
-    one = type(owner).__new__(type(owner))
-    one.__setstate__({**owner.__getstate__(), "state": defaultdict(dict), "param_groups": [group]})
-    return one
 
 
 def _can_be_hooked(p: Tensor) -> bool:

@@ -57,7 +57,7 @@ def check_versions(case: Case, backend: str, options: dict[str, Any]) -> None:
         assert step == 0 or (0, "ema") in saved
         optimizer.step()
         for (i, name), s in saved.items():
-            if name == "ema" and step == 0:  # made with the optimizer: replaced, because it starts before the first step
+            if name == "ema" and step == 0:  # the one made with the optimizer is replaced then
                 continue
             written = i in active and name != unused
             if name == "gradient":
