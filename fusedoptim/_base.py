@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 from . import _backends, _checkpoint, _checks, _compiled, _distributed, _ema, _fakes, _hooks, _members, _modes
 from ._members import Member, Members
 from ._modes import PRE_DISPATCH, count_modes
-from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
+from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options, scales_in_step
 from ._rule import EMA, FLAGS, Group, Rule
 from ._runners import Around, Runner, make_runner
 from ._states import Changes, StateMaker, move_steps
@@ -44,8 +44,7 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
-    #: Set it to True on an optimizer to have GradScaler leave unscaling and skipping to the step. False, as here, is
-    #: the ordinary way, which PyTorch Lightning's gradient clipping asks for.
+    #: GradScaler looks for it. True with ``amp_in_step`` or ``zero_grad_in_step``.
     _step_supports_amp_scaling: bool = False
     found_inf: Tensor | None
     #: Its steps in compiled code, one for each set of parameters with gradients, however often it is compiled.
@@ -69,7 +68,7 @@ class FusedOptimizer(Optimizer):
         self._lent: dict[Tensor, set[str]] = {}
         self._loader: _checkpoint.Loader | None = None  # while a state_dict is loaded
         self._in_parts = False  # whether parameters may be parts of tensors
-        if self._options["zero_grad_in_step"]:  # a scaler that skips the step itself would leave the gradients
+        if scales_in_step(self._options):
             self._step_supports_amp_scaling = True
         self._runners: list[Runner] | None = None
         self._captured: list[Runner] = []
@@ -383,7 +382,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_lent", {})
         self.__dict__.setdefault("_loader", None)
         self.__dict__.setdefault("_in_parts", False)
-        if self._options["zero_grad_in_step"]:
+        if scales_in_step(self._options):
             self._step_supports_amp_scaling = True
         self.__dict__.setdefault("_runners", None)
         self.__dict__.setdefault("_captured", [])

@@ -16,7 +16,8 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 class StepOptions(TypedDict, total=False):
     """Keyword arguments of every optimizer. The first three are values of groups, too: a loaded checkpoint brings its
-    own, as it does for lr.
+    own, as it does for lr. The others are of the optimizer as a whole and in no state_dict, because they describe the
+    program and not the training: pass them again where a run is resumed. Copies and pickles keep them.
 
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
     updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
@@ -35,8 +36,11 @@ class StepOptions(TypedDict, total=False):
     #: A step whose norm of all gradients is not finite changes nothing, and is counted in ``optimizer.skipped_steps``.
     skip_nonfinite: bool
     #: Leaves zeros in all gradients, also if the step is skipped, so that no zero_grad() is needed. A GradScaler then
-    #: has to leave skipping to the step: ``_step_supports_amp_scaling`` is on.
+    #: has to leave skipping to the step, as with ``amp_in_step``.
     zero_grad_in_step: bool
+    #: Has a GradScaler leave unscaling and skipping to the step, which need not wait for the device then. With the
+    #: default, as with torch's optimizers unless they are fused, the scaler does both before it.
+    amp_in_step: bool
     #: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
     backend: str | None
     #: The dtype of states with the parameter's shape: torch.float32, torch.bfloat16, or None for the parameter's own.
@@ -48,9 +52,16 @@ GROUP_OPTIONS = ("max_grad_norm", "clip_grad_value", "ema_decay")
 DEFAULTS: dict[str, Any] = {
     "skip_nonfinite": False,
     "zero_grad_in_step": False,
+    "amp_in_step": False,
     "backend": None,
     "state_dtype": None,
 }
+
+
+def scales_in_step(options: Mapping[str, Any]) -> bool:
+    """Whether a GradScaler leaves unscaling and skipping to the step. One that skips a step itself would leave the
+    gradients as they are."""
+    return bool(options["amp_in_step"] or options["zero_grad_in_step"])
 
 
 def check_options(options: Mapping[str, Any], optimizer: str) -> None:

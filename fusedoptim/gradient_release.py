@@ -64,7 +64,7 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
     Raises:
         TypeError: for another optimizer.
         ValueError: for what cannot be combined with it: ``max_grad_norm`` in a group, ``skip_nonfinite``,
-            ``zero_grad_in_step``, step pre-hooks, ``_step_supports_amp_scaling``, parameters that are stepped in the
+            ``zero_grad_in_step``, step pre-hooks, ``amp_in_step``, parameters that are stepped in the
             backward pass already; and for parameters and values that cannot be stepped. The optimizer is as it was
             then. Where one of these is set later, ``backward()`` raises it.
     """
@@ -267,7 +267,7 @@ def _check_combination(optimizer: Optimizer, group: Group) -> None:
         )
     if optimizer._step_supports_amp_scaling:  # type: ignore[attr-defined]
         raise ValueError(
-            "_step_supports_amp_scaling=True cannot be combined with steps in the backward pass: a GradScaler's scale, "
+            "amp_in_step=True cannot be combined with steps in the backward pass: a GradScaler's scale, "
             "and whether it overflowed, are known only at its end; train in bfloat16, which needs no scaler"
         )
     if optimizer._optimizer_step_pre_hooks:

@@ -243,8 +243,7 @@ def test_scalars_agree_with_the_cpu_over_many_steps(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_unscaling_and_skipping_in_the_kernel(kernels: Kernels, case: Case) -> None:
-    mine, theirs, a, b = pair(kernels, case, [(5,), (40,), (20_000,)], torch.float32)
-    a._step_supports_amp_scaling = b._step_supports_amp_scaling = True
+    mine, theirs, a, b = pair(kernels, case, [(5,), (40,), (20_000,)], torch.float32, amp_in_step=True)
     overflow = {0, 4, 5}
     assert train(a, mine, 10, overflow) == train(b, theirs, 10, overflow)
     assert_same_optimizers(a, b)

@@ -90,9 +90,7 @@ def test_an_error_under_a_mode_is_the_ordinary_one() -> None:
 
 
 def test_a_scaler_and_a_closure_under_a_mode() -> None:
-    mine, theirs, a, b = pair(FULL[1])
-    for o in (a, b):
-        o._step_supports_amp_scaling = True
+    mine, theirs, a, b = pair(FULL[1], amp_in_step=True)
     for params, o, mode in ((mine, a, Log()), (theirs, b, nullcontext())):
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         for step in range(3):
@@ -190,8 +188,7 @@ def test_a_traced_step_is_no_dead_code() -> None:
 
 def test_a_traced_step_leaves_no_scaling_out() -> None:
     params = parameters(SHAPES)
-    optimizer = fusedoptim.AdamW(params)
-    optimizer._step_supports_amp_scaling = True
+    optimizer = fusedoptim.AdamW(params, amp_in_step=True)
     set_gradients(params, 0)
     optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.ones(())
     with pytest.raises(RuntimeError, match="GradScaler"):
