@@ -8,8 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._fakes import is_fake
-
 
 def _extent(t: Tensor) -> int:
     """How many elements of its storage a tensor spans."""
@@ -44,7 +42,7 @@ def sharing(tensors: Iterable[Tensor]) -> tuple[int, int] | None:
     """
     by_device: dict[torch.device, list[tuple[int, int, int, Tensor]]] = {}
     for i, t in enumerate(tensors):
-        if t.numel() == 0 or t.device.type == "meta" or is_fake(t):
+        if t.numel() == 0 or t.device.type == "meta":
             continue
         begin = t.data_ptr()
         by_device.setdefault(t.device, []).append((begin, begin + _extent(t) * t.element_size(), i, t))

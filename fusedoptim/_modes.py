@@ -44,15 +44,13 @@ untransformed = pyfunctorch.temporarily_clear_interpreter_stack
 
 def step(optimizer: FusedOptimizer) -> None:
     """Makes a step where a mode is active."""
-    if is_transformed() and not any(
-        map(_is_wrapped, _params(optimizer))
-    ):  # functionalize takes no operator that writes
-        with untransformed():
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if is_transformed() and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, params)):
+        with untransformed():  # functionalize refuses operators that write, and nothing of its own is written here
             step(optimizer)
         return
     optimizer._check_not_averaging()
     optimizer._opt_called = True
-    params = _params(optimizer)
     active = tuple(i for i, p in enumerate(params) if p.grad is not None)
     tracer = PRE_DISPATCH[0] or _get_dispatch_mode(_TorchDispatchModeKey.PROXY)
     if tracer is not None:
@@ -77,14 +75,6 @@ def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, .
         optimizer._all_params = params
     number = _compiled.kept(optimizer, active, _compiled.Traced(optimizer, active)).number
     _compiled.call(optimizer, number, params, _gradients(params, active))
-
-
-def _params(optimizer: FusedOptimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _is_wrapped(t: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 
 def _gradients(params: list[Tensor], active: Iterable[int]) -> list[Tensor]:

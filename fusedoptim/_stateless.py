@@ -95,7 +95,8 @@ def twin(optimizer: FusedOptimizer, groups: list[dict[str, Any]], state: dict[An
 
 def _step(number: int, params: list[Tensor], grads: list[Tensor], states: list[Tensor], values: list[Tensor]) -> None:
     given = _compiled.find(number)
-    assert isinstance(given, Given)
+    if not isinstance(given, Given):
+        raise RuntimeError(f"number {number} stands for a step with the optimizer's own states: use fusedoptim::step_")
     optimizer = given.optimizer
     own = [p.detach() for p in params]  # the same memory and version counters
     for i, grad in zip(given.active, grads, strict=True):

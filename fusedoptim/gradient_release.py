@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from . import _checks
 from ._base import FusedOptimizer
+from ._fakes import is_fake
 from ._members import is_materialised
 from ._rule import Group
 from ._stateless import twin
@@ -243,7 +244,7 @@ def _check_all(optimizer: FusedOptimizer) -> None:
     """Everything that a first step would check, parameters that share memory among them, which one alone cannot see."""
     changes = Changes(optimizer.state)
     try:
-        optimizer._find_members(changes, steps=lambda p: p.requires_grad and is_materialised(p))
+        optimizer._find_members(changes, steps=lambda p: p.requires_grad and is_materialised(p) and not is_fake(p))
     finally:
         changes.undo()
 

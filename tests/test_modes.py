@@ -474,6 +474,24 @@ def test_real_parameters_in_a_mode_for_fakes() -> None:
     assert a.last_grad_norm == b.last_grad_norm
 
 
+def test_fake_parameters_without_gradients_are_left_alone() -> None:
+    mode = FakeTensorMode()
+    params = fakes(mode)
+    for p in params:
+        p.grad = None
+    for within in (mode, nullcontext(), Log()):
+        optimizer = fusedoptim.AdamW(params, max_grad_norm=1.0)
+        with within:
+            optimizer.step()
+        assert not optimizer.state
+    real = parameters(SHAPES)
+    set_gradients(real, 0)
+    optimizer = fusedoptim.AdamW([*params, *real])
+    for _ in range(2):
+        optimizer.step()
+    assert [len(optimizer.state[p]) for p in real] == [3, 3, 3] and len(optimizer.state) == 3
+
+
 def test_fake_and_real_tensors_are_not_mixed() -> None:
     mode = FakeTensorMode()
     real = parameters(SHAPES)
