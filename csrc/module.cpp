@@ -12,6 +12,7 @@
 #include "python/look.h"
 #include "python/plan.h"
 #include "python/pybind.h"
+#include "python/version_probe.h"
 
 namespace py = pybind11;
 using namespace fusedoptim;
@@ -43,12 +44,18 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
       .def("retire", &Plan::retire)
       .def_property_readonly("reason", &Plan::reason)
-      .def_property_readonly("address", &Plan::address)
+      .def_property_readonly("number", &Plan::number)
       .def_property_readonly("captured", &Plan::captured);
   py::class_<Clipper>(m, "Clipper")
       .def(py::init<const py::object&, int64_t>())
       .def("run", &Clipper::run)
-      .def_property_readonly("address", &Clipper::address);
+      .def_property_readonly("number", &Clipper::number);
+  py::class_<VersionProbe>(m, "VersionProbe")
+      .def(py::init<>())
+      .def("find", &VersionProbe::find)
+      .def("raise_", &VersionProbe::raise)
+      .def("adopt", &VersionProbe::adopt)
+      .def_property_readonly("number", &VersionProbe::number);
   py::class_<Look>(m, "Look")
       .def(py::init([](py::dict state, std::vector<py::object> slots, std::vector<py::object> optional, py::object step,
                        py::object scalar, py::object ema, bool writes_grads) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, overload
 
@@ -14,9 +14,23 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks, _compiled, _distributed, _ema, _footprint, _help, _hooks, _members
+from . import (
+    _backends,
+    _checkpoint,
+    _checks,
+    _compiled,
+    _distributed,
+    _ema,
+    _fakes,
+    _footprint,
+    _help,
+    _hooks,
+    _members,
+    _modes,
+)
 from ._members import Member, Members
-from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
+from ._modes import PRE_DISPATCH, count_modes
+from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options, scales_in_step
 from ._rule import EMA, FLAGS, Group, Rule
 from ._runners import Around, Runner, make_runner
 from ._states import Changes, StateMaker, move_steps
@@ -44,10 +58,11 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
-    #: Set it to True on an optimizer to have GradScaler leave unscaling and skipping to the step. False, as here, is
-    #: the ordinary way, which PyTorch Lightning's gradient clipping asks for.
+    #: GradScaler looks for it. True with ``amp_in_step`` or ``zero_grad_in_step``.
     _step_supports_amp_scaling: bool = False
     found_inf: Tensor | None
+    #: Its steps in compiled code, one for each set of parameters with gradients, however often it is compiled.
+    _traced_steps: dict[Hashable, _compiled.Traced]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,7 +83,7 @@ class FusedOptimizer(Optimizer):
         self._lent: dict[Tensor, set[str]] = {}
         self._loader: _checkpoint.Loader | None = None  # while a state_dict is loaded
         self._in_parts = False  # whether parameters may be parts of tensors
-        if self._options["zero_grad_in_step"]:  # a scaler that skips the step itself would leave the gradients
+        if scales_in_step(self._options):
             self._step_supports_amp_scaling = True
         self._runners: list[Runner] | None = None
         self._captured: list[Runner] = []
@@ -117,7 +132,10 @@ class FusedOptimizer(Optimizer):
     # trace, unless this says that it notes it already.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _step(self) -> None:
+    def _step(self, in_operator: bool = False) -> None:
+        if (count_modes() or PRE_DISPATCH[0]) and not in_operator:
+            _modes.step(self)
+            return
         self._check_not_averaging()
         self._opt_called = True
         runners = self._runners
@@ -146,11 +164,17 @@ class FusedOptimizer(Optimizer):
 
     def _step_afresh(self, scaling: Scaling) -> None:
         """Validates everything, creates missing states and runners, and steps; or raises, having changed nothing."""
+        if _modes.is_transformed():  # what is made here would be wrapped, and of no use outside
+            with _modes.untransformed():
+                self._step_afresh(scaling)
+            return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
                 "this step cannot be captured in a CUDA graph, because it sets up states and tables: take a step before"
                 " the capture, and none that changes groups, states, dtypes or memory layouts in between"
             )
+        if _modes.step_of_fakes(self):
+            return
         self._drop_runners()
         self._all_params = [p for group in self.param_groups for p in group["params"]]
         _checkpoint.take_over(self._lent, self.state)
@@ -227,7 +251,8 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             names = self.rule.state_names(group)
             for p in filter(_members.can_have_states, group["params"]):
-                self.state[p].update(maker.missing(names, p, self.state[p]))
+                with _fakes.alike(p):
+                    self.state[p].update(maker.missing(names, p, self.state[p]))
 
     def _find_members(self, changes: Changes, steps: Callable[[Tensor], bool] = _members.has_gradient) -> Members:
         maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
@@ -274,8 +299,10 @@ class FusedOptimizer(Optimizer):
         """The norm of all gradients in the last step, unscaled and not clipped: a 0-dim tensor on their device, fp32,
         or fp64 if a parameter has fp64. Reading it waits for nothing. Steps measure it with ``max_grad_norm`` or
         ``skip_nonfinite``: None without, and NaN until the first such step."""
-        if not self._measures_norm() or not self._norm_stats:
+        if not self._measures_norm():
             return None
+        if not self._norm_stats:
+            return _modes.norm_of_fakes(self._all_params)
         (stats,) = self._norm_stats.values()
         wide = any(p.dtype == torch.float64 for p in self._all_params)
         return stats[0].to(torch.float64 if wide else torch.float32, copy=True)
@@ -386,7 +413,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_lent", {})
         self.__dict__.setdefault("_loader", None)
         self.__dict__.setdefault("_in_parts", False)
-        if self._options["zero_grad_in_step"]:
+        if scales_in_step(self._options):
             self._step_supports_amp_scaling = True
         self.__dict__.setdefault("_runners", None)
         self.__dict__.setdefault("_captured", [])

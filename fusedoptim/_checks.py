@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._fakes import is_fake
 from ._memory import overlaps_itself
 from ._options import DEFAULTS
 from ._rule import EMA, LR, REQUIRED, Group, Hyper, Rule
@@ -184,7 +185,7 @@ def check_param(p: Tensor, who: str, optimizer: str) -> None:
         raise ValueError(f"{who} has {p.dim()} dimensions, at most 64 are supported: reshape it")
     if p.device.type == "meta":
         raise ValueError(f"{who} is on the meta device and has no memory: materialise it first, with to_empty()")
-    if not has_memory(p):
+    if not is_fake(p) and not has_memory(p):
         raise ValueError(f"{who} is a {type(p).__name__} without memory of its own: use {torchs(optimizer)}")
     if overlaps_itself(p):
         raise ValueError(f"{who} has elements that share memory, as an expanded tensor has: use parameter.contiguous()")
@@ -208,7 +209,7 @@ def check_grad(p: Tensor, who: str, optimizer: str) -> None:
         raise ValueError(
             f"{who} has a sparse gradient ({g.layout}): use torch.optim.{instead} for it, or Embedding(sparse=False)"
         )
-    if is_traceable_wrapper_subclass(g) or g._is_zerotensor():
+    if is_traceable_wrapper_subclass(g) or g._is_zerotensor() or is_fake(g):
         raise ValueError(f"{who} has a gradient without memory of its own ({type(g).__name__}): give it a plain tensor")
     if g.is_complex() or g.dtype not in DTYPES:
         raise ValueError(f"{who} has a gradient of unsupported dtype {g.dtype}: it must be {_NAMES}")
@@ -249,6 +250,8 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
         wanted = torch.device("cpu") if name == "step" and value.device.type == "cpu" else p.device
         if devices and value.device != wanted:
             raise ValueError(f"state {name!r} of {who} is on {value.device}: move it with .to({str(p.device)!r})")
+        if is_fake(value) and not is_fake(p):
+            raise ValueError(f"state {name!r} of {who} is a fake tensor, which has no memory: {remedy}")
         if value.layout != torch.strided or overlaps_itself(value) or value.is_neg():
             raise ValueError(f"state {name!r} of {who} has no dense memory of its own: use .contiguous()")
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import utils
 
-from . import _backends, _native, reference
+from . import _backends, _native, _versions, reference
 from ._checks import DTYPES, compute_dtype
 from ._distributed import refuse_norm_of_shards, sharded_by_fsdp1
 from ._memory import overlaps_itself, sharing
+from ._modes import PRE_DISPATCH, count_modes, is_transformed
 from ._runners import device_guard, make_launcher, stream_of
 from ._values import number
 
@@ -52,7 +53,8 @@ def clip_grad_norm_(
         ValueError: for parameters of FullyShardedDataParallel in several processes, each of which has a part of them.
 
     Sparse and complex gradients, subclasses of tensors, gradients that share memory or lie on several devices go to
-    torch's function, and all do within torch.compile or the capture of a CUDA graph.
+    torch's function, and all do within torch.compile, the capture of a CUDA graph, ``torch.func``'s transforms and
+    any ``TorchDispatchMode``.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if sharded_by_fsdp1(params):  # in every process, also in one that has no gradients
@@ -96,9 +98,9 @@ def clip_grad_value_(
 
 def _ours(grads: list[Tensor]) -> bool:
     """Whether the kernels can take them: plain tensors on one device, no two elements at one place. Their tables are
-    made anew at every call, which no CUDA graph could hold."""
+    made anew at every call, which no CUDA graph could hold; a mode that watches or traces would not see them."""
     device = grads[0].device
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or count_modes() or PRE_DISPATCH[0] or is_transformed():
         return False
     with device_guard(device):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -121,7 +123,7 @@ def _clip(grads: list[Tensor], backend: str | None, max_norm: float | None, limi
     stats = torch.empty(2, dtype=torch.float64, device=device)
     with device_guard(device):
         clipper = _native._C.Clipper(make_launcher(chosen, device), stats.data_ptr())
-        torch.ops.fusedoptim._bind_clipper(grads, clipper.address)
+        torch.ops.fusedoptim._hand_over(grads, clipper.number)
         scales = max_norm is not None and max_norm != math.inf
         clipper.run(
             stream_of(device)(),
@@ -130,7 +132,7 @@ def _clip(grads: list[Tensor], backend: str | None, max_norm: float | None, limi
             -1.0 if limit is None else limit,
         )
     if scales or limit is not None:
-        torch.autograd.graph.increment_version(grads)
+        _versions.by_torch(grads)
     return stats[0].to(dtype)
 
 

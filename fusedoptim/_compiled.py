@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,17 +21,51 @@ if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
 
-_optimizers: weakref.WeakValueDictionary[str, FusedOptimizer] = weakref.WeakValueDictionary()
-#: An optimizer's name here, and which of its parameters had gradients when a step of it was traced.
-_traced: list[tuple[str, tuple[int, ...]]] = []
+class Traced:
+    """What an operator's number stands for: the step of an optimizer, for those of its parameters that had gradients.
+
+    The number is good for as long as this lives. It is never given again, so that code which outlives the optimizer
+    finds nothing, rather than another's step.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer, active: tuple[int, ...]) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.active = active
+        self.number = next(_numbers)
+        _traced[self.number] = self
+
+    @property
+    def optimizer(self) -> FusedOptimizer:
+        found = self._optimizer()
+        assert found is not None  # see find()
+        return found
+
+
 _numbers = itertools.count()
+_traced: weakref.WeakValueDictionary[int, Traced] = weakref.WeakValueDictionary()
+_optimizers: weakref.WeakValueDictionary[str, FusedOptimizer] = weakref.WeakValueDictionary()
 
 
 def register(optimizer: FusedOptimizer) -> str:
     """Returns the optimizer's name here. A text, because a compiler might take a number for one that varies."""
     name = f"{type(optimizer).__name__}-{next(_numbers)}"
     _optimizers[name] = optimizer
+    optimizer._traced_steps = {}
     return name
+
+
+def kept(optimizer: FusedOptimizer, key: Hashable, new: Traced) -> Traced:
+    """The first that was given for a key. It lives as long as its optimizer."""
+    return optimizer._traced_steps.setdefault(key, new)
+
+
+def find(number: int) -> Traced:
+    found = _traced.get(number)
+    if found is None or found._optimizer() is None:
+        raise RuntimeError(
+            f"the optimizer of this compiled step (number {number}) is gone: keep it as long as the compiled code"
+        )
+    return found
 
 
 _library = torch.library.Library("fusedoptim", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -51,17 +86,20 @@ def trace(optimizer: FusedOptimizer) -> None:
             grads.append(grad)
             active.append(i)
     if active:
-        with torch.no_grad():
-            number = _remember(optimizer._name, tuple(active))
-            if optimizer._options["zero_grad_in_step"]:
-                torch.ops.fusedoptim.step_and_zero_(number, params, grads)
-            else:
-                torch.ops.fusedoptim.step_(number, params, grads)
+        call(optimizer, _remember(optimizer._name, tuple(active)), params, grads)
+
+
+def call(optimizer: FusedOptimizer, number: int, params: list[Tensor], grads: list[Tensor]) -> None:
+    with torch.no_grad():
+        if optimizer._options["zero_grad_in_step"]:
+            torch.ops.fusedoptim.step_and_zero_(number, params, grads)
+        else:
+            torch.ops.fusedoptim.step_(number, params, grads)
 
 
 def _remember(name: str, active: tuple[int, ...]) -> int:
-    _traced.append((name, active))
-    return len(_traced) - 1
+    optimizer = _optimizers[name]
+    return kept(optimizer, active, Traced(optimizer, active)).number
 
 
 # As torch.compiler.assume_constant_result does, without importing the compiler, which takes a second: it is called
@@ -70,10 +108,8 @@ _remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
-    name, active = _traced[number]
-    optimizer = _optimizers.get(name)
-    if optimizer is None:
-        raise RuntimeError(f"the optimizer {name} of this compiled step is gone: keep it as long as the compiled code")
+    traced = find(number)
+    optimizer = traced.optimizer
     own = [p for group in optimizer.param_groups for p in group["params"]]
     if len(own) != len(params) or list(map(id, own)) != list(map(id, optimizer._all_params)):
         optimizer._all_params = own
@@ -81,7 +117,7 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
             "the optimizer's parameters changed since its step was compiled, and nothing was stepped: call it again, "
             "which compiles it for them. add_param_group() makes such changes known at once"
         )
-    given_grads = dict(zip(active, grads, strict=True))
+    given_grads = dict(zip(traced.active, grads, strict=True))
     before = [p.grad for p in own]
     # A compiler may hand over copies, to be written to in the parameters' stead.
     copies = [(p, q, p.detach().clone()) for p, q in zip(own, params, strict=True) if p is not q and not _same(p, q)]
@@ -91,7 +127,7 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
         for i, p in enumerate(own):
             if p.grad is not given_grads.get(i):
                 p.grad = given_grads.get(i)
-        optimizer._step()
+        optimizer._step(in_operator=True)
     finally:
         for p, grad in zip(own, before, strict=True):
             if p.grad is not grad:
@@ -105,10 +141,14 @@ def _same(p: Tensor, q: Tensor) -> bool:
     return p.data_ptr() == q.data_ptr() and p.shape == q.shape and p.stride() == q.stride()
 
 
-for _operator, _schema in OPERATORS.items():
+def define(name: str, schema: str, kernel: object) -> None:
     # A CUDA graph would hold on to the hyper-parameters of the step that it recorded.
     _library.define(  # type: ignore[no-untyped-call]
-        _operator + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+        name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     )
-    _library.impl(_operator, _step, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fusedoptim::{_operator}", lambda traced, params, grads: None, lib=_library)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fusedoptim::{name}", lambda *_: None, lib=_library)
+
+
+for _operator, _schema in OPERATORS.items():
+    define(_operator, _schema, _step)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import _checks, _native
+from ._fakes import is_fake
 from ._memory import sharing
 from ._rule import EMA, Group, Rule
 from ._states import Changes, StateMaker, convert, new_average
@@ -132,6 +133,8 @@ def _validate(
     """Raises ValueError, or makes what belongs to a parameter such that it can be stepped. Returns its states."""
     who = _checks.describe(group, index, i)
     _checks.check_param(p, who, optimizer)
+    if is_fake(p):
+        raise ValueError(f"{who} is a fake tensor, which has no memory")
     if p.grad is not None:
         _checks.check_grad(p, who, optimizer)
         if p.grad.is_neg():  # the kernels read memory, which does not show a negation still owed

@@ -18,7 +18,8 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 class StepOptions(TypedDict, total=False):
     """Keyword arguments of every optimizer. The first three are values of groups, too: a loaded checkpoint brings its
-    own, as it does for lr.
+    own, as it does for lr. The others are of the optimizer as a whole and in no state_dict, because they describe the
+    program and not the training: pass them again where a run is resumed. Copies and pickles keep them.
 
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
     updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
@@ -37,7 +38,9 @@ class StepOptions(TypedDict, total=False):
         skip_nonfinite: a step whose norm of all gradients is not finite changes nothing, and is counted in
             ``optimizer.skipped_steps``.
         zero_grad_in_step: leaves zeros in all gradients, also if the step is skipped, so that no zero_grad() is needed.
-            A GradScaler then has to leave skipping to the step: ``_step_supports_amp_scaling`` is on.
+            A GradScaler then has to leave skipping to the step, as with ``amp_in_step``.
+        amp_in_step: has a GradScaler leave unscaling and skipping to the step, which need not wait for the device then.
+            With the default, as with torch's optimizers unless they are fused, the scaler does both before it.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
         state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16, or None for the
             parameter's own. Whatever it is, a 16-bit parameter is not moved by an update of less than half a unit in
@@ -50,6 +53,7 @@ class StepOptions(TypedDict, total=False):
     ema_decay: float | None
     skip_nonfinite: bool
     zero_grad_in_step: bool
+    amp_in_step: bool
     backend: str | None
     state_dtype: torch.dtype | None
 
@@ -59,11 +63,18 @@ GROUP_OPTIONS = tuple(hyper.key for hyper in AROUND)
 DEFAULTS: dict[str, Any] = {
     "skip_nonfinite": False,
     "zero_grad_in_step": False,
+    "amp_in_step": False,
     "backend": None,
     "state_dtype": None,
 }
 #: What other libraries call an argument, where the spelling does not tell.
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "rho": "alpha", "clip_norm": "max_grad_norm"}
+
+
+def scales_in_step(options: Mapping[str, Any]) -> bool:
+    """Whether a GradScaler leaves unscaling and skipping to the step. One that skips a step itself would leave the
+    gradients as they are."""
+    return bool(options["amp_in_step"] or options["zero_grad_in_step"])
 
 
 def check_options(options: Mapping[str, Any], optimizer: type) -> None:

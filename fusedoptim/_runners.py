@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _native, reference
+from . import _native, _versions, reference
 from ._checks import compute_dtype
 from ._device_memory import DeviceMemory
 from ._members import Member
@@ -76,11 +76,9 @@ class CompiledRunner:
     def __init__(self, rule: Rule, around: Around, device: tuple[int, int] = (1, 0), launcher: Any = None) -> None:
         assert _native._C is not None
         self.rule, self.around = rule, around  # which the plan has the address of
-        # The C function behind it, where torch has it: within a Python function a signal handler could raise, halfway.
-        bump = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
         settings = (around.norm_stats.data_ptr(), around.skip_nonfinite, around.zero_grad)
         hyper = [(h.key, h.index, h.accepts.low, h.accepts.high, h.off_number) for h in rule.row]
-        self.plan = _native._C.Plan(rule.name, hyper, bump, device, launcher, settings)
+        self.plan = _native._C.Plan(rule.name, hyper, _versions.by_torch, device, launcher, settings)
         self.stream = stream_of(self.device)
         # The two calls of every step, without a Python frame of their own.
         self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
@@ -123,8 +121,8 @@ class CompiledRunner:
                     bindings.append(len(tensors))
                     tensors.append(value)
             bindings.append(m.first)
-        self.plan.build(groups, state, bindings, list(dormant))
-        torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
+        self.plan.build(groups, state, bindings, list(dormant), None if _versions.found() else tensors)
+        torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
 
 def make_launcher(backend: str, device: torch.device) -> Any:

@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 
 from . import _checks
 from ._base import FusedOptimizer
+from ._fakes import is_fake
 from ._members import is_materialised
 from ._rule import Group
+from ._stateless import twin
 from ._states import Changes
 
 __all__ = ["StepInBackward", "step_in_backward"]
@@ -63,7 +65,7 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
     Raises:
         TypeError: for another optimizer.
         ValueError: for what cannot be combined with it: ``max_grad_norm`` in a group, ``skip_nonfinite``,
-            ``zero_grad_in_step``, step pre-hooks, ``_step_supports_amp_scaling``, parameters that are stepped in the
+            ``zero_grad_in_step``, step pre-hooks, ``amp_in_step``, parameters that are stepped in the
             backward pass already; and for parameters and values that cannot be stepped. The optimizer is as it was
             then. Where one of these is set later, ``backward()`` raises it.
     """
@@ -151,7 +153,7 @@ class _Part:
     def __init__(self, owner: StepInBackward, param: Tensor) -> None:
         self.owner, self.param = owner, param
         self.group: dict[str, Any] = {"params": [param]}
-        self.optimizer = _for_one(owner.optimizer, self.group)
+        self.optimizer = twin(owner.optimizer, [self.group], defaultdict(dict))
         frozen = not param.requires_grad
         param.requires_grad_(True)  # torch hooks no frozen parameter, and this one may thaw
         try:
@@ -228,13 +230,6 @@ class _Hook:
 _OWN = ("params", "param_names")
 
 
-def _for_one(owner: FusedOptimizer, group: dict[str, Any]) -> FusedOptimizer:
-    """As a copy of the owner would be, with one group and no states. A copy proper would walk over all parameters."""
-    one = type(owner).__new__(type(owner))
-    one.__setstate__({**owner.__getstate__(), "state": defaultdict(dict), "param_groups": [group]})
-    return one
-
-
 def _can_be_hooked(p: Tensor) -> bool:
     """Others never have a gradient, or not before they are materialised; ``optimizer.step()`` takes those then."""
     return is_materialised(p) and (p.requires_grad or (p.is_floating_point() and type(p) in (Tensor, Parameter)))
@@ -249,7 +244,7 @@ def _check_all(optimizer: FusedOptimizer) -> None:
     """Everything that a first step would check, parameters that share memory among them, which one alone cannot see."""
     changes = Changes(optimizer.state)
     try:
-        optimizer._find_members(changes, steps=lambda p: p.requires_grad and is_materialised(p))
+        optimizer._find_members(changes, steps=lambda p: p.requires_grad and is_materialised(p) and not is_fake(p))
     finally:
         changes.undo()
 
@@ -273,7 +268,7 @@ def _check_combination(optimizer: Optimizer, group: Group) -> None:
         )
     if optimizer._step_supports_amp_scaling:  # type: ignore[attr-defined]
         raise ValueError(
-            "_step_supports_amp_scaling=True cannot be combined with steps in the backward pass: a GradScaler's scale, "
+            "amp_in_step=True cannot be combined with steps in the backward pass: a GradScaler's scale, "
             "and whether it overflowed, are known only at its end; train in bfloat16, which needs no scaler"
         )
     if optimizer._optimizer_step_pre_hooks:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from cases import (
+    ALL,
     BY_NAME,
     CASES,
     FULL,
@@ -21,6 +22,7 @@ from cases import (
 )
 from test_amp import train
 from test_parity import force_grad
+from versions import check_versions
 
 import fusedoptim
 
@@ -78,6 +80,12 @@ def test_mixed_dtypes_take_one_launch_and_fp64_a_second(kernels: Kernels, case: 
             assert kernels.launches(a) == expected
             b.step()
         assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all options"])
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_versions_of_all_that_a_step_writes(kernels: Kernels, case: Case, options: dict[str, Any]) -> None:
+    check_versions(case, kernels.backend, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,8 +243,7 @@ def test_scalars_agree_with_the_cpu_over_many_steps(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_unscaling_and_skipping_in_the_kernel(kernels: Kernels, case: Case) -> None:
-    mine, theirs, a, b = pair(kernels, case, [(5,), (40,), (20_000,)], torch.float32)
-    a._step_supports_amp_scaling = b._step_supports_amp_scaling = True
+    mine, theirs, a, b = pair(kernels, case, [(5,), (40,), (20_000,)], torch.float32, amp_in_step=True)
     overflow = {0, 4, 5}
     assert train(a, mine, 10, overflow) == train(b, theirs, 10, overflow)
     assert_same_optimizers(a, b)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Iterable
 
 import pytest
@@ -32,8 +35,7 @@ def train(optimizer: torch.optim.Optimizer, params: list, steps: int, overflow: 
 @pytest.mark.parametrize("case", [c for c in CASES if c.in_torch], ids=str)
 def test_the_same_as_torch_under_the_same_scaler(case: Case, backend: str, in_step: bool) -> None:
     mine, theirs = parameters([(5,), (40,)]), parameters([(5,), (40,)])
-    a, b = case.make(mine, backend=backend), case.make_torch(theirs, foreach=False)
-    a._step_supports_amp_scaling = in_step
+    a, b = case.make(mine, backend=backend, amp_in_step=in_step), case.make_torch(theirs, foreach=False)
     overflow = {0, 4, 5}
     scales = train(a, mine, 12, overflow)
     with ieee_sqrt():
@@ -47,8 +49,7 @@ def test_the_same_as_torch_under_the_same_scaler(case: Case, backend: str, in_st
 def test_overflow_on_the_first_step_leaves_nothing(case: Case) -> None:
     params = parameters([(5,), (40,)])
     before = [p.detach().clone() for p in params]
-    optimizer = case.make(params)
-    optimizer._step_supports_amp_scaling = True
+    optimizer = case.make(params, amp_in_step=True)
     states = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
     train(optimizer, params, 1, {0})
     assert all(torch.equal(p.detach(), q) for p, q in zip(params, before, strict=True))
@@ -56,6 +57,42 @@ def test_overflow_on_the_first_step_leaves_nothing(case: Case) -> None:
     for p, state in states.items():
         for name, value in state.items():
             assert_same_bits(optimizer.state[p][name], value)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_the_option_is_the_programs_and_not_the_trainings(case: Case) -> None:
+    """Copies and pickles keep it; a state_dict, which others may load, has no trace of it."""
+    for option in ("amp_in_step", "zero_grad_in_step"):  # the second asks for the first
+        params = parameters([(5,)])
+        optimizer = case.make(params, **{option: True})
+        buffer = io.BytesIO()
+        torch.save(optimizer, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+        for o in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), loaded):
+            assert o._step_supports_amp_scaling
+        assert not any(option in group for group in optimizer.state_dict()["param_groups"])
+        plain = case.make(parameters([(5,)]))
+        plain.load_state_dict(optimizer.state_dict())
+        assert not plain._step_supports_amp_scaling and not type(optimizer)._step_supports_amp_scaling
+        optimizer.load_state_dict(plain.state_dict())
+        assert optimizer._step_supports_amp_scaling
+    with pytest.raises(ValueError, match="a group cannot have its own amp_in_step"):
+        case.make([{"params": parameters([(5,)]), "amp_in_step": True}])
+
+
+def test_the_scalers_own_mark_can_still_be_set() -> None:
+    both = []
+    for mark in (True, False):
+        params = parameters([(5,), (40,)])
+        optimizer = FULL[1].make(params, amp_in_step=not mark)
+        optimizer._step_supports_amp_scaling = mark
+        found: list[bool] = []
+        optimizer.register_step_pre_hook(lambda o, *_, found=found: found.append(hasattr(o, "found_inf")))
+        train(optimizer, params, 4, {2})
+        assert found == ([True] * 4 if mark else [False] * 3)  # else the scaler skips the step itself
+        both.append(optimizer)
+    assert_same_optimizers(*both)
 
 
 # ---- training a model under autocast ----
@@ -136,8 +173,7 @@ def replay(
 def check_autocast(case: Case, device: str, dtype: torch.dtype, clip: bool, in_step: bool, **options: object) -> None:
     model = small_model(device)
     mine, theirs = list(model.parameters()), list(small_model("cpu").parameters())
-    a = case.make(mine, **options)
-    a._step_supports_amp_scaling = in_step
+    a = case.make(mine, amp_in_step=in_step, **options)
     b = case.make_torch(theirs, foreach=False) if case.in_torch else case.make(theirs, backend="reference")
     left, stepped, scales = train_under_autocast(model, a, device, dtype, clip)
     assert scales == replay(theirs, b, left, stepped, clip) == SCALES

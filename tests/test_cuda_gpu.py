@@ -369,8 +369,8 @@ def test_beyond_two_to_the_32_elements(backend: str, name: str) -> None:
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_grad_scaler(backend: str, case: Case) -> None:
     """Overflow on the first step and later; the kernel unscales and skips."""
-    mine, theirs, a, b = pair(backend, case, [(50,), (20_000,)], torch.float32)
-    a._step_supports_amp_scaling = True
+    mine, theirs, a, b = pair(backend, case, [(50,), (20_000,)], torch.float32, amp_in_step=True)
+    b._step_supports_amp_scaling = False  # the scaler itself unscales and skips
     scalers = [torch.amp.GradScaler(d, init_scale=1024.0, growth_interval=3) for d in ("cuda", "cpu")]
     for step in range(10):
         for params, optimizer, scaler in ((mine, a, scalers[0]), (theirs, b, scalers[1])):

@@ -438,7 +438,7 @@ CANNOT_BE_COMBINED = {
     ),
     "skip_nonfinite": (lambda o: o._options.update(skip_nonfinite=True), "skip_nonfinite=True cannot.*without it"),
     "zero_grad": (lambda o: o._options.update(zero_grad_in_step=True), "zero_grad_in_step=True cannot.*without it"),
-    "scaling": (lambda o: setattr(o, "_step_supports_amp_scaling", True), "_step_supports_amp_scaling.*bfloat16"),
+    "scaling": (lambda o: setattr(o, "_step_supports_amp_scaling", True), "amp_in_step=True cannot.*bfloat16"),
     "pre-hook": (lambda o: o.register_step_pre_hook(lambda *a: None), "pre-hooks cannot.*remove them"),
 }
 

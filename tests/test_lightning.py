@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,28 +168,18 @@ def test_two_optimizers_stepped_by_hand(tmp_path: Path) -> None:
 ACCELERATORS = pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 
 
-class Unscaling(Regression):
-    """Its optimizer unscales gradients in the step, or, told otherwise, leaves that to the scaler."""
-
-    def __init__(self, case: Case, in_step: bool = True) -> None:
-        super().__init__(case)
-        self.in_step = in_step
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        configured = super().configure_optimizers()
-        configured["optimizer"]._step_supports_amp_scaling = True
-        if not self.in_step:
-            configured["optimizer"]._step_supports_amp_scaling = False
-        return configured
+def unscaling(case: Case, in_step: bool = True) -> Regression:
+    """Its optimizer unscales gradients in the step, or leaves that to the scaler."""
+    return Regression(replace(case, options={**case.options, "amp_in_step": in_step}))
 
 
 @ACCELERATORS
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_16_mixed_refuses_to_clip_where_the_step_unscales(case: Case, accelerator: str, tmp_path: Path) -> None:
-    """One line mends that; it is the default, too."""
+    """Without the option it clips, which is the default, too."""
     with pytest.raises(RuntimeError, match=f"{case.optimizer}, does not allow for gradient clipping"):
-        fit(Unscaling(case), tmp_path, precision="16-mixed", accelerator=accelerator)
-    mended, default = Unscaling(case, in_step=False), Regression(case)
+        fit(unscaling(case), tmp_path, precision="16-mixed", accelerator=accelerator)
+    mended, default = unscaling(case, in_step=False), Regression(case)
     a, b = (fit(module, tmp_path, precision="16-mixed", accelerator=accelerator) for module in (mended, default))
     assert_same_optimizers(a, b)
 
@@ -197,7 +188,7 @@ def test_16_mixed_refuses_to_clip_where_the_step_unscales(case: Case, accelerato
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_16_mixed_unscaling_in_the_step_has_the_same_bits(case: Case, accelerator: str, tmp_path: Path) -> None:
     """The scale is a power of two, and the gradients are fp32."""
-    modules = Unscaling(case), Unscaling(case, in_step=False)
+    modules = unscaling(case), unscaling(case, in_step=False)
     options = {"precision": "16-mixed", "accelerator": accelerator, "gradient_clip_val": None}
     a, b = (fit(module, tmp_path, **options) for module in modules)
     assert_same_bits(*(torch.stack(module.losses) for module in modules), "losses")

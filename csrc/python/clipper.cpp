@@ -10,8 +10,6 @@ namespace fusedoptim {
 Clipper::Clipper(const py::object& launcher, int64_t norm_stats)
     : launcher_(launcher), norm_stats_(reinterpret_cast<NormStats*>(norm_stats)) {}
 
-void Clipper::bind(const std::vector<torch::stable::Tensor>& tensors) { tensors_ = tensors; }
-
 void Clipper::run(int64_t stream, bool measure, double max_norm, double limit) {
   Settings settings;
   settings.norm_stats = norm_stats_;

@@ -9,6 +9,7 @@
 
 #include "../core/executor.h"
 #include "pybind.h"
+#include "tensor_hand_over.h"
 
 namespace fusedoptim {
 
@@ -17,8 +18,8 @@ class Clipper {
   // launcher: see make_executor.h. norm_stats: the address of a NormStats on the tensors' device.
   Clipper(const pybind11::object& launcher, int64_t norm_stats);
 
-  void bind(const std::vector<torch::stable::Tensor>& tensors);
-  int64_t address() const { return reinterpret_cast<int64_t>(this); }
+  // Under which the tensors are handed over: tensor_hand_over.h.
+  int64_t number() const { return hand_over_.number(); }
 
   // Writes the norm of all tensors, if measure; then scales them to max_norm and holds every element within the limit.
   // Either is off if below 0; if both are, the tensors stay as they are.
@@ -28,6 +29,7 @@ class Clipper {
   const pybind11::object launcher_;
   NormStats* const norm_stats_;
   std::vector<torch::stable::Tensor> tensors_;
+  TensorHandOver hand_over_{[this](const TensorHandOver::Tensors& tensors) { tensors_ = tensors; }};
 };
 
 }  // namespace fusedoptim

@@ -31,7 +31,10 @@ Plan::Plan(const std::string& rule, const std::vector<HyperArgs>& hyper, py::obj
   }
 }
 
-void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant) {
+void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
+                 std::optional<py::list> counted) {
+  if (!counted && !VersionCounters::known()) throw std::runtime_error("nobody has looked for the version counters yet");
+  counted_ = std::move(counted);
   groups_ = groups;
   state_ = state;
   for (py::handle g : groups) {
@@ -100,6 +103,9 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   e.param = addresses_.add(p);
   if (zero_grad_) kept_.add(e.param, e.param_dtype, m.ndim, m.shape, m.shape + m.ndim);
   m.memory = tensor_memory(p.get());
+  m.written_begin = static_cast<int64_t>(written_.size());
+  const auto writes = [&](int at) { written_.push_back({VersionCounters::object(tensors.at(at).get()), at}); };
+  writes(binding[0]);
   const int variant = group_[e.group].variant;
   m.linear = e.numel <= 1 || dense(sizes, strides);
   m.logical = e.numel <= 1 || row_major(sizes, strides);
@@ -114,6 +120,7 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     const StableTensor& s = tensors.at(at);
     e.state_dtype[k] = dtype_of(s);
     e.state[k] = addresses_.add(s);
+    writes(at);
     strides_[i].state[k] = to_vector(s.strides());
     if (zero_grad_) kept_.add(e.state[k], e.state_dtype[k], m.ndim, m.shape, strides_[i].state[k].data());
     if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), strides_[i].state[k].data());
@@ -126,8 +133,13 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     // Each by itself also where all are views of one buffer, as on a GPU: giving one of them other memory (.data =)
     // leaves no trace in what they share. 4 ns each.
     e.step = addresses_.add(tensors.at(step));
+    writes(step);
   }
-  if (info_.next_scalar_state && scalar >= 0) e.scalar_state = static_cast<float*>(addresses_.add(tensors.at(scalar)));
+  if (info_.next_scalar_state && scalar >= 0) {
+    e.scalar_state = static_cast<float*>(addresses_.add(tensors.at(scalar)));
+    writes(scalar);
+  }
+  m.written_end = static_cast<int64_t>(written_.size());
   e.first = binding[4 + info_.slots] != 0;
 }
 
@@ -136,12 +148,13 @@ int Plan::traverse(visitproc visit, void* arg) const {
     for (const py::object& x : objects) Py_VISIT(x.ptr());
     return 0;
   };
-  for (const py::object* x : {&groups_, &state_, &increment_version_, &written_}) Py_VISIT(x->ptr());
+  for (const py::object* x : {&groups_, &state_, &increment_version_, &counted_now_}) Py_VISIT(x->ptr());
   for (const Group& g : group_) {
     Py_VISIT(g.dict.ptr());
     Py_VISIT(g.params.ptr());
     if (const int stop = visit_all(g.items)) return stop;
   }
+  if (counted_) Py_VISIT(counted_->ptr());
   if (const int stop = visit_all(params_)) return stop;
   if (const int stop = visit_all(grads_)) return stop;
   return visit_all(snapshot_.held());
@@ -154,11 +167,13 @@ void Plan::retire() {
 
 void Plan::clear() {
   bound_ = false;
-  groups_ = state_ = increment_version_ = written_ = py::object();
+  groups_ = state_ = increment_version_ = counted_now_ = py::object();
+  counted_.reset();
   group_.clear();
   member_.clear();
   params_.clear();
   grads_.clear();
+  written_.clear();
   snapshot_.clear();
 }
 

@@ -23,7 +23,9 @@
 #include "prefetch.h"
 #include "pybind.h"
 #include "state_snapshot.h"
+#include "tensor_hand_over.h"
 #include "tensor_reader.h"
+#include "version_counter.h"
 
 namespace fusedoptim {
 
@@ -41,11 +43,12 @@ class Plan {
        std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings);
 
   // groups is optimizer.param_groups, state is optimizer.state. bindings has, one after another, for each parameter
-  // that this plan steps: its position among all, then indices into the list of tensors given to bind(), or -1 where
-  // there is none (param, slots..., ema, step, scalar_state), then 1 if its states count as absent in the coming step.
-  // dormant: parameters that no plan steps, for as long as they have no gradient.
-  void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant);
-  void bind(const std::vector<torch::stable::Tensor>& tensors);
+  // that this plan steps: its position among all, then indices into the list of tensors that is handed over then, or -1
+  // where there is none (param, slots..., ema, step, scalar_state), then 1 if its states count as absent in the coming
+  // step. dormant: parameters that no plan steps, for as long as they have no gradient.
+  // counted: that list, to have torch's own function raise their version counters; None if they can be raised here.
+  void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
+             std::optional<py::list> counted);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
@@ -64,7 +67,8 @@ class Plan {
   const std::string& reason() const { return reason_; }
   // Whether a CUDA graph has captured a step, and with it the addresses of this plan's tables.
   bool captured() const { return executor_->captured(); }
-  int64_t address() const { return reinterpret_cast<int64_t>(this); }
+  // Under which the tensors are handed over: tensor_hand_over.h.
+  int64_t number() const { return hand_over_.number(); }
 
  private:
   struct Member {  // a parameter, as refresh() needs it
@@ -74,12 +78,13 @@ class Plan {
     PyObject* last_grad = nullptr;             // of the last step: perhaps gone, so only to be prefetched
     const int64_t* last_grad_sizes = nullptr;  // likewise
     int32_t ndim = 0;
-    bool ours = false;      // in this plan's table
-    bool dormant = false;   // in no plan's
-    bool ready = false;     // its states exist
-    bool linear = false;    // parameter and states share one dense memory order
-    bool logical = false;   // which is the logical one
-    bool prepared = false;  // by the executor, for the gradient's dtype and layout
+    int64_t written_begin = 0, written_end = 0;  // in written_: what a step writes to
+    bool ours = false;                           // in this plan's table
+    bool dormant = false;                        // in no plan's
+    bool ready = false;                          // its states exist
+    bool linear = false;                         // parameter and states share one dense memory order
+    bool logical = false;                        // which is the logical one
+    bool prepared = false;                       // by the executor, for the gradient's dtype and layout
   };
   struct Strides {  // of a member whose operands may differ in memory order
     std::vector<int64_t> grad, state[kStates];
@@ -93,6 +98,10 @@ class Plan {
     std::optional<double> off;
     bool accepts(double x) const { return low <= x && x <= high; }                   // a NaN is in no range
     bool optional() const { return column > kLrDType && column < kFirstRuleHyper; }  // None is off
+  };
+  struct Written {
+    const char* object;  // see VersionCounters
+    int index;           // in counted_
   };
   struct Group {
     py::object dict, params;
@@ -111,8 +120,11 @@ class Plan {
   bool read_hyper(PyObject* dict, const Hyper&, double* row, bool& immutable);
   bool read_number(PyObject* value, const Hyper&, double* row);
   bool read_tensor(PyObject* value, const Hyper&, double* row);
+  void bind(const std::vector<torch::stable::Tensor>& tensors);
   void bind_member(int64_t i, const std::vector<torch::stable::Tensor>& tensors, const std::vector<int>& binding);
   void prefetch_gradients(int64_t i) const;
+  void raise_versions() const;
+  py::list counted_by_torch() const;
   bool no(const char* why);
 
   const int rule_;
@@ -137,13 +149,16 @@ class Plan {
   std::vector<Entry> entries_;
   std::vector<HyperRow> rows_;
   std::vector<py::object> params_, grads_;  // grads are held from refresh() to the end of run()
-  py::object written_;
-  bool plain_ = true;  // no parameter or state is of a subclass, whose sizes may be Python code
+  std::vector<Written> written_;
+  std::optional<py::list> counted_;
+  py::object counted_now_;  // what increment_version_ is told of in the coming step
+  bool plain_ = true;       // no parameter or state is of a subclass, whose sizes may be Python code
   bool activity_changed_ = true, refreshed_ = false, running_ = false;
   // For gradients that are written to. Who makes a plan has looked at those of its first step.
   bool grads_checked_ = true, grads_moved_ = false;
   MemoryRanges kept_, written_ranges_;  // parameters and states; gradients
   std::string reason_;
+  TensorHandOver hand_over_{[this](const TensorHandOver::Tensors& tensors) { bind(tensors); }};
 };
 
 // Strides of dimensions of size 1 mean nothing.

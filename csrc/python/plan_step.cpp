@@ -250,7 +250,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
 }
 
 bool Plan::refresh(py::handle groups, py::handle state) {
-  if (!bound_) throw std::runtime_error("refresh() must follow build() and bind()");
+  if (!bound_) throw std::runtime_error("refresh() must follow build() and the hand-over of the tensors");
   if (running_) throw std::runtime_error("step() was called while another thread is in step() of the same optimizer");
   refreshed_ = false;
   // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile, one that the update
@@ -286,6 +286,33 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   return true;
 }
 
+// Of what the step writes to. Any thread may do it.
+void Plan::raise_versions() const {
+  constexpr int64_t kFar = 16, kNear = 8;
+  const VersionRaiser raiser;
+  const int64_t n = static_cast<int64_t>(written_.size());
+  for (size_t i = 0; i < member_.size(); ++i) {
+    if (!entries_[i].active) continue;
+    for (int64_t k = member_[i].written_begin; k < member_[i].written_end; ++k) {
+      if (k + kFar < n) raiser.prefetch_object(written_[k + kFar].object);
+      if (k + kNear < n) raiser.prefetch_counter(written_[k + kNear].object);
+      raiser.raise(written_[k].object);
+    }
+  }
+}
+
+py::list Plan::counted_by_torch() const {
+  py::list all;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (!entries_[i].active) continue;
+    const Member& m = member_[i];
+    if (counted_)
+      for (int64_t k = m.written_begin; k < m.written_end; ++k) all.append((*counted_)[written_[k].index]);
+    if (zero_grad_) all.append(grads_[i]);
+  }
+  return all;
+}
+
 void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
   if (!refreshed_) throw std::runtime_error("run() must follow a refresh() that returned True");
   refreshed_ = false;
@@ -295,32 +322,30 @@ void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
     ~Running() {
       plan.running_ = false;
       for (py::object& g : plan.grads_) g = py::object();
-      if (plan.zero_grad_) plan.written_ = py::object();
+      if (plan.zero_grad_) plan.counted_now_ = py::object();
     }
   } running(*this);
   if (activity_changed_) executor_->activity_changed();
-  if (activity_changed_ || zero_grad_) {  // gradients may be other objects in the same memory
-    py::list active;
-    for (size_t i = 0; i < entries_.size(); ++i) {
-      if (!entries_[i].active) continue;
-      active.append(member_[i].param);
-      if (zero_grad_) active.append(grads_[i]);
-    }
-    written_ = active;
-    activity_changed_ = false;
-  }
-  // Autograd's version counters, so that a backward pass through overwritten tensors is noticed. It needs the
-  // interpreter: short steps do it beside the kernels, long ones before, so that other Python threads can run.
+  // Gradients may be other objects in the same memory.
+  if (zero_grad_ || (counted_ && activity_changed_)) counted_now_ = counted_by_torch();
+  activity_changed_ = false;
+  // What needs the interpreter is done beside the kernels of short steps, and before those of long ones, so that other
+  // Python threads can run.
+  py::object result = py::none();
+  const auto raise = [&] {
+    if (!counted_) raise_versions();
+  };
   if (!executor_->takes_long(entries_, rows_)) {
-    py::object result = py::none();
     executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [&] {
-      result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), written_.ptr()));
+      raise();
+      if (counted_now_)
+        result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), counted_now_.ptr()));
     });
     if (!result) throw py::error_already_set();
   } else {
-    increment_version_(written_);
+    if (counted_now_) increment_version_(counted_now_);
     py::gil_scoped_release release;
-    executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [] {});
+    executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, raise);
   }
 }
 

@@ -1,0 +1,139 @@
+"""Steps while a ``TorchDispatchMode`` watches, traces or fakes what torch does.
+
+Such a mode sees operators. So a step is one then, as within torch.compile: ``fusedoptim::step_``, with the parameters
+and their gradients, which a tracer puts into its graph. Fake tensors, which have shapes and no memory, get the states
+that a step would give them, and nothing else happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C import _get_dispatch_mode, _len_torch_dispatch_stack, _TorchDispatchModeKey
+from torch._functorch import pyfunctorch
+
+from . import _compiled, _stateless
+from ._backends import BACKENDS
+from ._checks import compute_dtype
+from ._fakes import alike, is_fake
+from ._states import Changes, StateMaker, move_steps
+
+if TYPE_CHECKING:
+    from ._base import FusedOptimizer
+
+#: How many modes are active, but for those of PRE_DISPATCH.
+count_modes = _len_torch_dispatch_stack
+_pre_dispatch_modes = getattr(torch._ops, "_mode_stack_state_for_pre_dispatch", None)
+#: The modes of ``make_fx(pre_dispatch=True)``, the first of which is a tracer or None, stand in a list of their own.
+#: torch's function that looks there takes 0.6 us, a tenth of a small step.
+PRE_DISPATCH: list[Any] = getattr(_pre_dispatch_modes, "_ModeStackStateForPreDispatch__infra_modes", [None])
+
+
+def is_transformed() -> bool:
+    """Whether this runs within ``torch.func``'s transforms, such as vmap and grad."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+#: What runs within it does so outside of them.
+untransformed = pyfunctorch.temporarily_clear_interpreter_stack
+
+
+def step(optimizer: FusedOptimizer) -> None:
+    """Makes a step where a mode is active."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if is_transformed() and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, params)):
+        with untransformed():  # functionalize refuses operators that write, and nothing of its own is written here
+            step(optimizer)
+        return
+    optimizer._check_not_averaging()
+    optimizer._opt_called = True
+    active = tuple(i for i, p in enumerate(params) if p.grad is not None)
+    tracer = PRE_DISPATCH[0] or _get_dispatch_mode(_TorchDispatchModeKey.PROXY)
+    if tracer is not None:
+        if active:
+            _trace(optimizer, params, active, tracer)
+    elif not step_of_fakes(optimizer) and active:
+        optimizer._all_params = params
+        watched = _compiled.Traced(optimizer, active)  # for the duration of this call
+        _compiled.call(optimizer, watched.number, params, _gradients(params, active))
+
+
+def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, ...], tracer: Any) -> None:
+    if hasattr(optimizer, "found_inf"):
+        raise RuntimeError(
+            "a GradScaler leaves unscaling and skipping to this step, and what is being traced would do neither: build "
+            "the optimizer without amp_in_step and zero_grad_in_step, or step outside of what is traced"
+        )
+    if _stateless.states_are_traced(optimizer, tracer):
+        _stateless.trace(optimizer, params, active)
+        return
+    if not any(map(is_fake, params)):
+        optimizer._all_params = params
+    number = _compiled.kept(optimizer, active, _compiled.Traced(optimizer, active)).number
+    _compiled.call(optimizer, number, params, _gradients(params, active))
+
+
+def _gradients(params: list[Tensor], active: Iterable[int]) -> list[Tensor]:
+    return [g for i in active if (g := params[i].grad) is not None]
+
+
+# ---- fake tensors ----
+
+
+def step_of_fakes(optimizer: FusedOptimizer) -> bool:
+    """Whether the parameters that have gradients are fake, or taken for fake: then they have their states now, and
+    there is nothing else to do.
+
+    Raises:
+        ValueError: if some are fake and some not.
+        RuntimeError: if none is, in a mode for fakes: what was made there would be of no use to a real step.
+    """
+    stepped = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    fakes = sum(is_fake(p) for _, p in stepped)
+    if fakes == 0:
+        mode = _get_dispatch_mode(_TorchDispatchModeKey.FAKE)
+        if mode is None or not stepped:
+            return False
+        if not mode.allow_non_fake_inputs:
+            raise RuntimeError(
+                "a step of real parameters under a FakeTensorMode would change nothing: make the model within the mode "
+                "or its parameters fake (mode.from_tensor), or step outside of it"
+            )
+        return True
+    if fakes < len(stepped):
+        raise ValueError(
+            f"{fakes} of the {len(stepped)} parameters that have gradients are fake tensors, without memory, and the "
+            "others are not: step them with optimizers of their own"
+        )
+    maker = StateMaker(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
+    changes = Changes(optimizer.state)
+    for group, p in stepped:
+        entry = changes.entry(p)
+        with alike(p) as mode, torch.no_grad():
+            for name, value in maker.missing(optimizer.rule.state_names(group), p, entry):
+                changes.put(entry, name, value)
+            for name, value in entry.items():
+                if isinstance(value, Tensor) and not is_fake(value):  # made with the optimizer, say
+                    changes.put(entry, name, mode.from_tensor(value))
+            if optimizer.rule.has_step and _steps_on(optimizer._options["backend"], p.device):
+                move_steps([entry], p.device, changes)
+    return True
+
+
+def _steps_on(backend: str | None, device: torch.device) -> bool:
+    """Whether ``step`` is on the device, too."""
+    chosen = [BACKENDS[backend]] if backend else BACKENDS.values()
+    return any(b.steps_on_device and b.takes(device) for b in chosen)
+
+
+def norm_of_fakes(params: Iterable[Tensor]) -> Tensor | None:
+    """In place of the norm of all gradients: a fake tensor, if there are any."""
+    for p in params:
+        if is_fake(p):
+            with alike(p):
+                return torch.full((), math.nan, dtype=compute_dtype(p), device=p.device)
+    return None
