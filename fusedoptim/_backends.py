@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from . import _native
+from ._warnings import warn
 
 #: Names that the ``backend=`` argument takes.
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -121,8 +121,7 @@ def _warn(device: torch.device, how: str, causes: list[str]) -> None:
     if device.type in _warned:
         return
     _warned.add(device.type)
-    warnings.warn(
+    warn(
         f"fusedoptim steps parameters on {device.type!r} with {how} ({'; '.join(causes)}). "
-        "Run `python -m fusedoptim` for details, or pass backend= to say which you want.",
-        stacklevel=3,
+        "Run `python -m fusedoptim` for details, or pass backend= to say which you want."
     )

@@ -14,16 +14,15 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks, _compiled, _ema, _hooks
+from . import _backends, _checkpoint, _checks, _compiled, _distributed, _ema, _footprint, _help, _hooks, _members
+from ._members import Member, Members
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options
-from ._rule import EMA, FLAGS, Group, Rule, Slot
-from ._runners import Around, Member, Runner, make_runner
-from ._values import number
+from ._rule import EMA, FLAGS, Group, Rule
+from ._runners import Around, Runner, make_runner
+from ._states import Changes, StateMaker, move_steps
 
 __all__ = ["FusedOptimizer"]
 
-#: (parameter, name, value before) of each state that a step created, to be undone if it fails
-Created = list[tuple[Tensor, str, Any]]
 #: GradScaler's grad_scale, None if gradients are unscaled already, and its found_inf
 Scaling = tuple[Tensor | None, Tensor | None] | None
 
@@ -31,7 +30,8 @@ Scaling = tuple[Tensor | None, Tensor | None] | None
 class FusedOptimizer(Optimizer):
     """Steps all parameters of all groups in one pass.
 
-    A subclass declares its :class:`Rule` and has a constructor with a signature.
+    A subclass declares its :class:`Rule` and has a constructor with a signature. A line of its docstring that
+    reads as that on options below is replaced by a text for each option.
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim.
@@ -54,6 +54,7 @@ class FusedOptimizer(Optimizer):
         own = cls.__dict__.get("step")
         if own is not None and not hasattr(own, "hooked"):
             cls.step = _hooks.with_hooks(own)  # type: ignore[method-assign]
+        _help.complete(cls)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
         check_options(options, type(self))
@@ -63,6 +64,10 @@ class FusedOptimizer(Optimizer):
         self._options: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
         self._norm_stats: dict[torch.device, Tensor] = {}
         self._averaging = False  # within ema_weights()
+        #: Names of the states that a loaded state_dict may hold, too: see _checkpoint.take_over.
+        self._lent: dict[Tensor, set[str]] = {}
+        self._loader: _checkpoint.Loader | None = None  # while a state_dict is loaded
+        self._in_parts = False  # whether parameters may be parts of tensors
         if self._options["zero_grad_in_step"]:  # a scaler that skips the step itself would leave the gradients
             self._step_supports_amp_scaling = True
         self._runners: list[Runner] | None = None
@@ -116,7 +121,7 @@ class FusedOptimizer(Optimizer):
         self._check_not_averaging()
         self._opt_called = True
         runners = self._runners
-        if runners and len(runners) > 1 and self._measures_norm():
+        if runners and (len(runners) > 1 or self._in_parts) and self._measures_norm():
             runners = None  # to be refused
         if runners:
             for runner in runners:
@@ -148,12 +153,13 @@ class FusedOptimizer(Optimizer):
             )
         self._drop_runners()
         self._all_params = [p for group in self.param_groups for p in group["params"]]
-        created: Created = []
-        had_state = set(self.state)
+        _checkpoint.take_over(self._lent, self.state)
+        changes = Changes(self.state)
         runners: list[Runner] = []
         ran = 0
         try:
-            runners = self._prepare(created)
+            with _members.without_garbage_collection():
+                runners = self._prepare(changes)
             for runner in runners:  # one that raises has written nothing
                 if scaling is None:
                     runner.run()
@@ -162,10 +168,10 @@ class FusedOptimizer(Optimizer):
                 ran += 1
         except BaseException:
             if ran == 0:
-                self._undo(created, had_state)
+                changes.undo()
             raise
         if self._was_skipped(scaling):
-            self._undo(created, had_state)
+            changes.undo()
         else:
             self._runners = runners
 
@@ -185,10 +191,17 @@ class FusedOptimizer(Optimizer):
                 self._captured.append(runner)
         self._runners = None
 
-    def _prepare(self, created: Created) -> list[Runner]:
-        """Runners that are ready to run. What is changed in the states is noted in ``created``."""
+    def _prepare(self, changes: Changes) -> list[Runner]:
+        """Runners that are ready to run. What is changed in the states is noted in ``changes``."""
         runners = []
-        members = self._members(created)
+        self._in_parts = _distributed.sharded_by_fsdp1(p for group in self.param_groups for p in group["params"])
+        if self._in_parts and (self._measures_norm() or self.rule.uses_norm):
+            what = type(self).__name__ if self.rule.uses_norm else "max_grad_norm, as skip_nonfinite,"
+            _distributed.refuse_norm_of_shards(what)
+        found = self._find_members(changes)
+        if self._measures_norm():
+            found.leave_alone_devices_without_gradients()
+        members = found.by_device
         if len(members) > 1 and self._measures_norm():
             raise ValueError(
                 f"max_grad_norm and skip_nonfinite need all parameters on one device, but they are on "
@@ -198,116 +211,42 @@ class FusedOptimizer(Optimizer):
         for device, of_device in members.items():
             backend = _backends.choose(self._options["backend"], device)
             if self.rule.has_step and _backends.BACKENDS[backend].steps_on_device:
-                self._move_steps([m.param for m in of_device], device, created)
+                move_steps((m.states for m in of_device), device, changes)
             around = Around(stats[device], self._options["skip_nonfinite"], self._options["zero_grad_in_step"])
             runner = make_runner(backend, self.rule, device, around)
-            runner.build(self.param_groups, self.state, of_device)
+            runner.build(self.param_groups, self.state, of_device, found.dormant)
             if not runner.refresh(self.param_groups, self.state):
                 raise RuntimeError(f"a plan does not fit what it was made from ({runner.reason}): please report this")
             runners.append(runner)
         return runners
 
-    def _undo(self, created: Created, had_state: set[Tensor]) -> None:
-        for p, name, old in reversed(created):
-            if old is _ABSENT:
-                del self.state[p][name]
-            else:
-                self.state[p][name] = old
-            if p not in had_state and not self.state[p]:
-                del self.state[p]
-
-    def _members(self, created: Created) -> dict[torch.device, list[Member]]:
-        """Every parameter that can be stepped, by device. New states are noted in ``created``."""
-        name = type(self).__name__
-        names = self.rule.state_names()
-        members: dict[torch.device, list[Member]] = {}
-        steps: list[tuple[Group, Tensor]] = []
-        tensors: list[tuple[str, Group, int, int, Tensor]] = []
-        _checks.check_lists(self.param_groups)
-        for index, group in enumerate(self.param_groups):
-            _checks.check_step_values(group, self.rule, index)
-            for i, p in enumerate(group["params"]):
-                who = _checks.describe(group, index, i)
-                _checks.check_param(p, who, name)
-                if p.grad is not None:
-                    _checks.check_grad(p, who, name)
-                    if p.grad.is_neg():  # the kernels read memory, which does not show a negation still owed
-                        p.grad = p.grad.resolve_neg()
-                    if self._options["zero_grad_in_step"]:
-                        _checks.check_written_grad(p.grad, who)
-                        tensors.append(("the gradient of ", group, index, i, p.grad))
-                state = self.state.get(p, {})
-                if not isinstance(state, dict):
-                    raise ValueError(f"the state of {who} must be a dict, but is {state!r}")
-                self._convert_average(p, state, created)
-                _checks.check_states(p, state, self.rule, who)
-                tensors.append(("", group, index, i, p))
-                states = [(n, s) for n in names if isinstance(s := state.get(n), Tensor)]
-                tensors += [(f"state {n!r} of ", group, index, i, s) for n, s in states]
-                if p.grad is not None:
-                    _checks.check_names(state, self.rule, who, name)
-                    steps.append((group, p))
-        _checks.check_memory(tensors)
-        fresh: set[Tensor] = set()
-        for owner, p in steps:
-            if self._create_missing_states(owner, p, created):
-                fresh.add(p)
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                members.setdefault(p.device, []).append(Member(index, p, p in fresh))
-        return members
-
-    # ---- states ----
-
-    def _convert_average(self, p: Tensor, state: dict[str, Any], created: Created) -> None:
-        """To the compute dtype, which another than the one before may be after ``model.double()``."""
-        average, dtype = state.get(EMA), _checks.compute_dtype(p)
-        if isinstance(average, Tensor) and average.is_floating_point() and average.dtype != dtype:
-            created.append((p, EMA, average))
-            state[EMA] = average.to(dtype)
-
-    def _create_missing_states(self, group: Group, p: Tensor, created: Created | None = None) -> bool:
-        """Adds the states that the group needs and the parameter lacks. True if one of them counts as absent."""
-        missing = [n for n in self.rule.state_names(group) if self.state.get(p, {}).get(n) is None]
-        if created is None:  # no step yet, before which a parameter may still be given other values
-            missing = [n for n in missing if n != EMA]
-        absent = False
-        slots = {s.name: s for s in self.rule.slots}
-        for name in missing:
-            value = self._new_state(name, slots.get(name), p)
-            if created is not None:
-                created.append((p, name, self.state[p].get(name, _ABSENT)))
-            self.state[p][name] = value
-            absent = absent or (name in slots and slots[name].starts_absent)
-        return absent
-
     @torch.no_grad()
-    def _new_state(self, name: str, slot: Slot | None, p: Tensor) -> Tensor:
-        if slot is None:
-            if name == "step":
-                double = torch.get_default_dtype() == torch.float64
-                return torch.tensor(0.0, dtype=torch.float64 if double else torch.float32, device="cpu")
-            if name == EMA:  # starts as the parameter
-                return p.detach().to(_checks.compute_dtype(p), copy=True, memory_format=torch.preserve_format)
-            return torch.zeros((), dtype=torch.float32, device=p.device)
-        dtype = self._options["state_dtype"] or p.dtype
-        fill = number(self.defaults[slot.initial]) if slot.initial else 0
-        return torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    def _create_states(self) -> None:
+        """Makes all states before the first step, for those parameters that can have any by now."""
+        maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
+        for group in self.param_groups:
+            names = self.rule.state_names(group)
+            for p in filter(_members.can_have_states, group["params"]):
+                self.state[p].update(maker.missing(names, p, self.state[p]))
 
-    def _move_steps(self, params: list[Tensor], device: torch.device, created: Created) -> None:
-        """Moves steps that are on the CPU to the device, in one copy: they become views of one buffer."""
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for p in params:
-            step = self.state.get(p, {}).get("step")
-            if step is not None and step.device != device:
-                by_dtype.setdefault(step.dtype, []).append(p)
-        for of_dtype in by_dtype.values():
-            steps = torch.stack([self.state[p]["step"].reshape(()) for p in of_dtype]).to(device)
-            for p, step in zip(of_dtype, steps.unbind(), strict=True):
-                created.append((p, "step", self.state[p]["step"]))
-                self.state[p]["step"] = step
+    def _find_members(self, changes: Changes, steps: Callable[[Tensor], bool] = _members.has_gradient) -> Members:
+        maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
+        zero_grad = self._options["zero_grad_in_step"]
+        name = type(self).__name__
+        return _members.find(self.param_groups, self.rule, name, maker, changes, zero_grad=zero_grad, steps=steps)
 
-    # ---- what a step measured ----
+    # ---- what it is, and what it measured ----
+
+    def __repr__(self) -> str:
+        return _help.representation(super().__repr__(), self._options)
+
+    def memory(self) -> _footprint.Footprint:
+        """The bytes that parameters, gradients and every state take now, and those of states that are still to come.
+
+        ``print(optimizer.memory())`` shows a table. Tables of addresses and the scratch memory of norms are not in it.
+        Parameters on the meta device take nothing, so that it says what states a model would need before there is one.
+        """
+        return _footprint.measure(self)
 
     def _stats_on(self, members: dict[torch.device, list[Member]]) -> dict[torch.device, Tensor]:
         """For each device the norm of all gradients, and how many steps were skipped for it: so far, if parameters were
@@ -365,7 +304,7 @@ class FusedOptimizer(Optimizer):
             (p, self.state[p][EMA])
             for group in self.param_groups
             for p in group["params"]
-            if group["ema_decay"] is not None and self.state.get(p, {}).get(EMA) is not None
+            if group["ema_decay"] is not None and self._has_average(p)
         ]
         if not pairs:
             raise RuntimeError("there are no moving averages: pass ema_decay= to the optimizer, and take a step first")
@@ -376,6 +315,11 @@ class FusedOptimizer(Optimizer):
                 yield
         finally:
             self._averaging = False
+
+    def _has_average(self, p: Tensor) -> bool:
+        values = self.state.get(p, {})
+        made_early = self.rule.states_at_construction and values and _members.not_stepped(values)
+        return values.get(EMA) is not None and not made_early
 
     # ---- groups, checkpoints, copies ----
 
@@ -392,7 +336,7 @@ class FusedOptimizer(Optimizer):
         self._all_params = [p for g in self.param_groups for p in g["params"]]
         try:
             for i, p in enumerate(group["params"]):
-                _checks.check_param(p, _checks.describe(group, index, i), type(self).__name__)
+                _members.check_early(p, group, index, i, type(self).__name__)
         except ValueError:
             del self.param_groups[-1]
             self._all_params = [p for g in self.param_groups for p in g["params"]]
@@ -401,24 +345,33 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class or of its namesake in torch.optim.
 
-        Every state keeps the dtype that it was saved in (torch casts it to its parameter's), and is copied: two
-        optimizers never share one.
+        What it carries is taken over; an option of this package that it does not carry stays as it is here. States have
+        ``state_dtype`` if that was given; else every one keeps the dtype that it was saved in (torch casts it to its
+        parameter's), but that none is narrower than a new one would be; a warning names what was widened. ``step`` may
+        be any number. Two optimizers never share a state: tensors are copied, at once if anything beside the state_dict
+        holds them or another device, dtype or memory order is needed, else before the first step, if the state_dict is
+        still there by then. States of parameters that are frozen or not materialised are carried along as they are, and
+        so are entries under names that no optimizer has.
 
         Raises:
             ValueError: if it is another optimizer's, or does not fit; nothing is loaded then.
         """
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
+        dtype, name = self._options["state_dtype"], type(self).__name__
+        self._loader = loader = _checkpoint.Loader(self.param_groups, self.defaults, self.rule, dtype, name)
 
-        def keep(optimizer: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            return _checkpoint.keep_dtypes(final, self.param_groups, self.rule, type(self).__name__)
+        def prepare(optimizer: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            return loader.prepare(final)
 
         # Registered last, so that it sees what the user's own hooks made of the state_dict.
-        handle = self.register_load_state_dict_pre_hook(keep)
+        handle = self.register_load_state_dict_pre_hook(prepare)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+            self._loader = None
+        loader.warn_of_wider_states()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}
@@ -429,6 +382,9 @@ class FusedOptimizer(Optimizer):
         self.defaults = {**dict.fromkeys(GROUP_OPTIONS), **self.defaults}
         self.__dict__.setdefault("_norm_stats", {})
         self.__dict__.setdefault("_averaging", False)
+        self.__dict__.setdefault("_lent", {})
+        self.__dict__.setdefault("_loader", None)
+        self.__dict__.setdefault("_in_parts", False)
         if self._options["zero_grad_in_step"]:
             self._step_supports_amp_scaling = True
         self.__dict__.setdefault("_runners", None)
@@ -441,11 +397,12 @@ class FusedOptimizer(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             _switch_off(group)
-            for p in group["params"]:
-                if p in self.state:
-                    values = self.state[p]
-                    for name, value in values.items():
-                        values[name] = _checkpoint.restored(name, value, p)
+        if loader := self.__dict__.get("_loader"):
+            self._lent.clear()
+            for p, values, lent in loader.restore(self.param_groups, self.state):
+                self.state[p] = values
+                if lent:
+                    self._lent[p] = lent
 
 
 def _switch_off(group: dict[str, Any]) -> None:

@@ -2,53 +2,303 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import functools
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import _checks
-from ._rule import EMA, Rule
+from ._options import GROUP_OPTIONS
+from ._rule import EMA, Group, Rule
+from ._states import scalars
+from ._warnings import warn
+
+#: What torch.optim makes of a group without these keys, which its older versions did not have.
+ABSENT = {
+    "amsgrad": False,
+    "capturable": False,
+    "centered": False,
+    "decoupled_weight_decay": False,
+    "differentiable": False,
+    "foreach": None,
+    "fused": None,
+    "maximize": False,
+    "momentum": 0,
+    "nesterov": False,
+}
+#: The states by which one knows whose a checkpoint is: those that every parameter has, of torch.optim's optimizers and
+#: of this package's.
+SIGNATURES = {
+    "Adadelta": {"step", "square_avg", "acc_delta"},
+    "Adagrad": {"step", "sum"},
+    "Adam": {"step", "exp_avg", "exp_avg_sq"},
+    "Adamax": {"step", "exp_avg", "exp_inf"},
+    "ASGD": {"step", "eta", "mu", "ax"},
+    "NAdam": {"step", "mu_product", "exp_avg", "exp_avg_sq"},
+    "NormAdaptive": {"step", "avg_grad_norm"},
+    "RMSprop": {"step", "square_avg"},
+    "Rprop": {"step", "prev", "step_size"},
+    "SGD with momentum": {"momentum_buffer"},
+}
 
 
 class Kept:
-    """A tensor that torch's load_state_dict does not recognise, hence leaves as it is."""
+    """A value that torch's load_state_dict does not recognise, hence leaves as it is."""
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Any, alone: bool) -> None:
         self.value = value
+        #: Whether nothing but the state_dict holds it.
+        self.alone = alone
 
 
-def keep_dtypes(state_dict: dict[str, Any], groups: list[dict[str, Any]], rule: Rule, optimizer: str) -> dict[str, Any]:
-    """The state_dict with its states wrapped. Raises ValueError if they do not belong to these groups."""
-    members = [(group, index, i) for index, group in enumerate(groups) for i in range(len(group["params"]))]
-    ids = [k for group in state_dict["param_groups"] for k in group["params"]]
-    owners = dict(zip(ids, members, strict=False))  # torch itself checks that the groups match
-    kept = {}
-    for k, values in state_dict["state"].items():
-        if k not in owners:
-            kept[k] = values
-            continue
-        if not isinstance(values, dict):
-            raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
-        if isinstance(values.get("step"), (int, float)):  # as torch saved it before 1.12
-            values = {**values, "step": torch.tensor(float(values["step"]), dtype=torch.float32, device="cpu")}
-        group, index, i = owners[k]
-        who = _checks.describe(group, index, i)
-        _checks.check_names(values, rule, who, optimizer)
-        _checks.check_states(group["params"][i], values, rule, who, devices=False)
-        kept[k] = {name: Kept(v) if isinstance(v, Tensor) else v for name, v in values.items()}
-    return {**state_dict, "state": kept}
+def off(rule: Rule) -> dict[str, Any]:
+    """The keys that torch.optim's groups do not have, and what they are where they are off."""
+    return {**dict.fromkeys(GROUP_OPTIONS), **rule.extensions}
 
 
-def restored(name: str, value: Any, p: Tensor) -> Any:
-    """A wrapped state as it was saved: in its dtype, with memory of its own, in its parameter's memory order."""
-    if not isinstance(value, Kept):
-        return value
-    saved = value.value.detach()
-    if name == "step":
-        return saved.to("cpu", copy=True)
-    if name == EMA:  # which torch.optim keeps in the parameter's dtype
-        saved = saved.to(_checks.compute_dtype(p))
-    if saved.shape != p.shape or not saved.is_floating_point():
-        return saved.to(p.device, copy=True)
-    return torch.empty_like(p, dtype=saved.dtype, requires_grad=False).copy_(saved)
+def without_options_that_are_off(group: dict[str, Any], rule: Rule) -> dict[str, Any]:
+    """A group as it is saved: a checkpoint of a run that uses nothing but what torch.optim has is one of torch's, key
+    by key."""
+    unused = {key for key, value in off(rule).items() if key in group and group[key] is value}
+    return {key: value for key, value in group.items() if key not in unused}
+
+
+def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
+    makes of it; all else, among it an option that is off, stays as in the optimizer's group."""
+    result = without_options_that_are_off(dict(saved), rule)
+    for key in defaults:
+        if key not in result:
+            result[key] = ABSENT[key] if key in ABSENT and key not in saved else group.get(key, defaults[key])
+    return result
+
+
+class Loader:
+    """Prepares a state_dict for torch's load_state_dict, and gives its states back as they were saved.
+
+    Args:
+        groups: the optimizer's own.
+        defaults: their values where they say nothing.
+        dtype: the ``state_dtype`` asked for, or None.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        defaults: Mapping[str, Any],
+        rule: Rule,
+        dtype: torch.dtype | None,
+        name: str,
+    ) -> None:
+        self.groups, self.defaults, self.rule, self.dtype, self.name = groups, defaults, rule, dtype, name
+        self.slots = {slot.name for slot in rule.slots}
+        self.widened: list[str] = []
+
+    def prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state_dict with its states wrapped and its groups completed.
+
+        Raises:
+            ValueError: if the states do not belong to these groups.
+        """
+        members = [(group, index, i) for index, group in enumerate(self.groups) for i in range(len(group["params"]))]
+        saved_groups = state_dict["param_groups"]
+        ids = [k for group in saved_groups for k in group["params"]]
+        owners = dict(zip(ids, members, strict=False))  # torch itself checks that the groups match
+        kept, states = {}, state_dict["state"]
+        for k in states:
+            alone = held_alone(states, k)  # the very dict that an optimizer works with has another owner
+            values = states[k]
+            if k not in owners:
+                kept[k] = values
+                continue
+            if not isinstance(values, dict):
+                raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
+            group, index, i = owners[k]
+            p = group["params"][i]
+            lent = {name for name in values if alone and held_alone(values, name)}
+            known = {**values, **scalars(values, self.rule)}
+            if _is_stepped(p, known, self.rule):
+                who = _checks.describe(group, index, i)
+                self._check(known, who)
+                _checks.check_states(p, known, self.rule, who, devices=False)
+            kept[k] = {name: Kept(value, name in lent) for name, value in known.items()}
+        if not any(kept.values()):
+            self._check_groups(saved_groups)
+        filled = [
+            completed(saved, group, self.defaults, self.rule)
+            for saved, group in zip(saved_groups, self.groups, strict=False)
+        ]
+        return {**state_dict, "state": kept, "param_groups": filled + list(saved_groups[len(filled) :])}
+
+    def _check(self, values: Mapping[str, Any], who: str) -> None:
+        """Refuses states that are provably another optimizer's, or a part of this one's. Names that nobody knows are
+        those of a wrapper, which keeps its own beside the optimizer's."""
+        names = {name for name, value in values.items() if value is not None}
+        known, required = set(self.rule.state_names()), self.rule.required_states()
+        another = next((o for o, states in SIGNATURES.items() if states <= names and not states <= known), None)
+        if another is not None or ((known - {EMA}) & names and not required <= names):
+            whose = f"it looks like one of {another}" if another else f"{sorted(required - names)} are missing"
+            raise ValueError(
+                f"this checkpoint is not one of {self.name}: its states of {who} are {sorted(names)}, {self.name} has "
+                f"{sorted(known - {EMA})}, so that {whose}. Nothing was loaded"
+            )
+
+    def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
+        """Groups without any states may be those of an optimizer that has none, as SGD without momentum."""
+        for saved in saved_groups:
+            lacks = {hyper.key for hyper in self.rule.hyper} - saved.keys() - ABSENT.keys() - off(self.rule).keys()
+            strange = saved.keys() - self.defaults.keys() - {"params", "param_names", "initial_lr"}
+            if lacks and strange:
+                warn(
+                    f"this state_dict has no states, and its groups are not those of {self.name}: they have "
+                    f"{sorted(strange)}, and lack {sorted(lacks)}, which stay as they were. It is probably another "
+                    f"optimizer's; lr is now {saved.get('lr')}"
+                )
+                return
+
+    def restore(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any]
+    ) -> Iterator[tuple[Tensor, dict[str, Any], set[str]]]:
+        """For each parameter its states, unwrapped, and the names of those that are the state_dict's own tensors."""
+        for index, group in enumerate(groups):
+            for i, p in enumerate(group["params"]):
+                if p in state:
+                    kept = {name: value for name, value in state[p].items() if isinstance(value, Kept)}
+                    found, lent = self._restore_one(kept, p)
+                    self._note_wider(found, kept, group, index, i)
+                    yield p, {**state[p], **found}, lent
+
+    def _restore_one(self, values: dict[str, Kept], p: Tensor) -> tuple[dict[str, Any], set[str]]:
+        takes = _is_stepped(p, {name: kept.value for name, kept in values.items()}, self.rule)
+        found: dict[str, Any] = {}
+        lent: set[str] = set()
+        for name, kept in values.items():
+            value = kept.value
+            if not isinstance(value, Tensor):
+                found[name] = copy.deepcopy(value)
+                continue
+            dtype = self._dtype(name, value.dtype, p) if takes else value.dtype
+            if takes and name == "step" and self.rule.has_step:
+                found[name] = value.detach().to("cpu", copy=True)
+            elif kept.alone and dtype == value.dtype and _can_be_lent(value, p):
+                found[name] = value
+                lent.add(name)
+            else:
+                found[name] = _copy(value.detach(), dtype, p)
+        return found, lent
+
+    def _note_wider(self, found: dict[str, Any], kept: dict[str, Kept], group: Group, index: int, i: int) -> None:
+        for name in self.slots & found.keys():
+            before, now = kept[name].value, found[name]
+            if isinstance(now, Tensor) and before.dtype.itemsize < now.dtype.itemsize:
+                who = _checks.describe(group, index, i)
+                self.widened.append(f"{name!r} of {who}, from {before.dtype} to {now.dtype}")
+
+    def _dtype(self, name: str, saved: torch.dtype, p: Tensor) -> torch.dtype:
+        """Of a state that is loaded. None becomes narrower, and none stays narrower than a new one would be."""
+        if name == EMA:  # which torch.optim keeps in the parameter's dtype
+            return _checks.compute_dtype(p)
+        if name == self.rule.scalar_state:
+            return torch.float32
+        if name not in self.slots or not saved.is_floating_point:
+            return saved
+        return self.dtype or (saved if saved.itemsize >= p.dtype.itemsize else p.dtype)
+
+    def warn_of_wider_states(self) -> None:
+        if self.widened:
+            more = f", and {len(self.widened) - 1} more" if len(self.widened) > 1 else ""
+            warn(
+                f"states of this checkpoint were narrower than new ones would be, and have been widened: "
+                f"{self.widened[0]}{more}. What their numbers had lost is not back; state_dtype= chooses a dtype"
+            )
+
+
+def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
+    """Whether these states are to fit the parameter. Those of one that is frozen, not materialised, or empty while its
+    states are not (a placeholder of what lies elsewhere) are nobody's business: they are carried along."""
+    if not p.requires_grad or is_lazy(p) or p.device.type == "meta":
+        return False
+    return p.numel() > 0 or not any(
+        isinstance(value := values.get(slot.name), Tensor) and value.numel() > 0 for slot in rule.slots
+    )
+
+
+def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor) -> Tensor:
+    """With memory of its own, on its parameter's device and, where it has its shape, in its memory order."""
+    if is_lazy(p) or p.device.type == "meta":
+        return saved.clone()
+    if saved.shape == p.shape and saved.is_floating_point() and p.layout == torch.strided:
+        return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(saved)
+    return saved.to(p.device, dtype, copy=True)
+
+
+# ---- states that a state_dict lends ----
+
+
+def held_alone(items: dict[Any, Any], key: Any) -> bool:
+    """Whether nothing but this dict holds a value: no variable, no other container, for a tensor no autograd graph and
+    no view of its memory."""
+    if sys.getrefcount(items[key]) > _ALONE:
+        return False
+    value = items[key]
+    return not isinstance(value, Tensor) or _uses_of(value) == _uses_of_one()
+
+
+_ITEM = {0: object()}
+#: What CPython counts for such a value, asked for as above: versions differ.
+_ALONE = sys.getrefcount(_ITEM[0])
+
+
+def _uses_of(t: Tensor) -> int:
+    """How many tensors use a tensor's memory, and torch's own references to it."""
+    return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
+
+
+@functools.cache
+def _uses_of_one() -> int:
+    return _uses_of(torch.empty(1, device="cpu"))
+
+
+def _can_be_lent(saved: Tensor, p: Tensor) -> bool:
+    """Whether a state_dict's tensor is as a copy of it would be, so that it can be the state itself. It is copied
+    before the first step if anybody holds it then (see :func:`take_over`), for whom it must not change: a checkpoint
+    that was let go of is loaded without a second copy of the states."""
+    return bool(
+        type(saved) is Tensor
+        and not saved.requires_grad
+        and saved.device == p.device
+        and saved.shape == p.shape
+        and saved.stride() == p.stride()
+        and saved.storage_offset() == 0
+        and saved.untyped_storage().nbytes() == saved.numel() * saved.element_size()
+        and _is_torchs(saved.untyped_storage())
+    )
+
+
+def _is_torchs(storage: torch.UntypedStorage) -> bool:
+    """Whether its memory is of torch's allocators, and not NumPy's, a file's or anybody's who may still use it.
+
+    ``torch.load`` makes storages that cannot be resized, as ``torch.from_numpy`` does. Within the storage, beside the
+    memory's address, is what is to be freed: that very address for memory of the CPU's allocator, another object
+    otherwise. If torch's storages look different one day, the address is found once, and states are copied.
+    """
+    if storage.resizable():
+        return True
+    words = (ctypes.c_size_t * 8).from_address(storage._cdata)
+    return storage.device.type == "cpu" and list(words).count(storage.data_ptr()) == 2
+
+
+def take_over(lent: dict[Tensor, set[str]], state: dict[Any, Any]) -> None:
+    """Before a step writes: copies the states that are still somebody else's, too."""
+    for p, names in lent.items():
+        values = state.get(p, {})
+        for name in names:
+            if isinstance(values.get(name), Tensor) and not held_alone(values, name):
+                values[name] = values[name].clone(memory_format=torch.preserve_format)
+    lent.clear()

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._memory import overlaps_itself, sharing
+from ._memory import overlaps_itself
 from ._options import DEFAULTS
 from ._rule import EMA, LR, Group, Hyper, Rule
 from ._values import item, number
@@ -28,9 +29,9 @@ def check_common(group: Group, rule: Rule, optimizer: str) -> None:
         if name in group:
             raise ValueError(f"a group cannot have its own {name}: pass it to {optimizer}(), for all groups")
     if group.get("foreach"):
-        raise ValueError(f"foreach=True: the step is fused already; leave it out, or use torch.optim.{optimizer}")
+        raise ValueError(f"foreach=True: the step is fused already; leave it out, or use {torchs(optimizer)}")
     if group.get("differentiable"):
-        raise ValueError(f"differentiable=True: a fused step has no backward pass; use torch.optim.{optimizer} for it")
+        raise ValueError(f"differentiable=True: a fused step has no backward pass; use {torchs(optimizer)} for it")
 
 
 def _check_made(hyper: Hyper, value: Any) -> None:
@@ -147,29 +148,51 @@ def describe(group: Group, index: int, i: int) -> str:
     p = group["params"][i]
     names = group.get("param_names")
     name = f" {names[i]!r}" if names else ""
-    return f"parameter {i}{name} of group {index} (shape {tuple(p.shape)}, {p.dtype}, {p.device})"
+    shape = "not known yet" if is_lazy(p) else tuple(p.shape)
+    return f"parameter {i}{name} of group {index} (shape {shape}, {p.dtype}, {p.device})"
+
+
+def torchs(optimizer: str) -> str:
+    """What to use instead."""
+    return f"torch.optim.{optimizer}" if hasattr(torch.optim, optimizer) else "an optimizer of torch.optim"
 
 
 def check_param(p: Tensor, who: str, optimizer: str) -> None:
     """A parameter that the kernels can update."""
     if p.is_complex():
         raise ValueError(
-            f"{who} is complex: pass torch.view_as_real(parameter) as the parameter, or use torch.optim.{optimizer}"
+            f"{who} is complex: pass torch.view_as_real(parameter) as the parameter, or use {torchs(optimizer)}"
         )
     if p.dtype not in DTYPES:
         raise ValueError(f"{who} has an unsupported dtype: it must be {_NAMES}")
     if p.layout != torch.strided:
         raise ValueError(f"{who} has layout {p.layout}: only dense (torch.strided) parameters can be updated")
     if is_traceable_wrapper_subclass(p):
-        raise ValueError(f"{who} is a {type(p).__name__}, which holds other tensors: optimize those instead")
+        kind = type(p).__name__
+        if kind == "DTensor":  # stepping its local tensors would make states that checkpoints take for replicated ones
+            raise ValueError(
+                f"{who} is a DTensor, as FSDP2 (fully_shard) and tensor parallelism make them: they are not supported "
+                f"yet. DistributedDataParallel, FullyShardedDataParallel and ZeroRedundancyOptimizer are; for DTensors "
+                f"use {torchs(optimizer)}"
+            )
+        raise ValueError(f"{who} is a {kind}, which keeps its numbers in other tensors: use {torchs(optimizer)}")
     if p.is_neg():
         raise ValueError(f"{who} is negated lazily, which its memory does not show: use resolve_neg()")
     if p.dim() > 64:
         raise ValueError(f"{who} has {p.dim()} dimensions, at most 64 are supported: reshape it")
     if p.device.type == "meta":
         raise ValueError(f"{who} is on the meta device and has no memory: materialise it first, with to_empty()")
+    if not has_memory(p):
+        raise ValueError(f"{who} is a {type(p).__name__} without memory of its own: use {torchs(optimizer)}")
     if overlaps_itself(p):
         raise ValueError(f"{who} has elements that share memory, as an expanded tensor has: use parameter.contiguous()")
+
+
+def has_memory(t: Tensor) -> bool:
+    try:
+        return t.numel() == 0 or t.data_ptr() != 0
+    except RuntimeError:  # of a subclass that has none
+        return False
 
 
 def check_grad(p: Tensor, who: str, optimizer: str) -> None:
@@ -228,31 +251,12 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
             raise ValueError(f"state {name!r} of {who} has no dense memory of its own: use .contiguous()")
 
 
-def check_names(state: Mapping[str, Any], rule: Rule, who: str, optimizer: str) -> None:
-    """The states that a checkpoint brings must be those of this optimizer."""
-    names = {name for name, value in state.items() if value is not None} - {EMA}  # which any optimizer may have
-    known = set(rule.state_names()) - {EMA}
-    required = {"step"} if rule.has_step else set()
-    required |= {s.name for s in rule.slots if s.needed is None}
-    required |= {rule.scalar_state} if rule.scalar_state else set()
-    if names and (not required <= names or not names & known):
+def check_complete(state: Mapping[str, Any], rule: Rule, who: str) -> None:
+    """Either all of the states that a rule always needs are there, or none, which are then made."""
+    required = rule.required_states()
+    there = {name for name in required if state.get(name) is not None}
+    if there and there != required:
         raise ValueError(
-            f"this checkpoint is not one of {optimizer}: its states of {who} are {sorted(names)}, "
-            f"{optimizer} has {sorted(known)}. Nothing was loaded"
+            f"the state of {who} has {sorted(there)}, but lacks {sorted(required - there)}: put that back, load a "
+            "checkpoint, or delete optimizer.state[parameter] to start afresh"
         )
-
-
-def check_memory(tensors: list[tuple[str, Group, int, int, Tensor]]) -> None:
-    """No two tensors may share memory. Given as (what it is of the parameter, group, its index, the parameter's,
-    tensor)."""
-    found = sharing(t for *_, t in tensors)
-    if found is None:
-        return
-    texts = []
-    for k in sorted(found):
-        what, group, index, i, _ = tensors[k]
-        texts.append(what + describe(group, index, i))
-    raise ValueError(
-        f"{texts[1]} shares memory with {texts[0]}, and all are updated side by side: pass one parameter for both, or "
-        "give it memory of its own with .clone()"
-    )

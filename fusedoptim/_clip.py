@@ -11,6 +11,7 @@ from torch.nn import utils
 
 from . import _backends, _native, reference
 from ._checks import DTYPES, compute_dtype
+from ._distributed import refuse_norm_of_shards, sharded_by_fsdp1
 from ._memory import overlaps_itself, sharing
 from ._runners import device_guard, make_launcher, stream_of
 from ._values import number
@@ -47,10 +48,15 @@ def clip_grad_norm_(
     Returns:
         The norm: 0-dim, fp32, or fp64 if a gradient has it.
 
+    Raises:
+        ValueError: for parameters of FullyShardedDataParallel in several processes, each of which has a part of them.
+
     Sparse and complex gradients, subclasses of tensors, gradients that share memory or lie on several devices go to
     torch's function, and all do within torch.compile or the capture of a CUDA graph.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if sharded_by_fsdp1(params):  # in every process, also in one that has no gradients
+        refuse_norm_of_shards("clip_grad_norm_")
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.tensor(0.0, device="cpu")

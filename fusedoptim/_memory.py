@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -35,17 +36,17 @@ def overlaps_itself(t: Tensor) -> bool:
 def sharing(tensors: Iterable[Tensor]) -> tuple[int, int] | None:
     """The positions of two tensors that have memory in common, or None. No tensor may overlap itself.
 
-    Costs about a microsecond per tensor where, as usual, each has a storage of its own or a range of a common one. For
-    ranges that intersect, as those of interleaved views do, a map of the memory decides.
+    What counts is the address, not the storage: two of ``torch.from_numpy`` may lie in one array. Costs about a
+    microsecond per tensor where, as usual, each has memory or a range of it for itself. For ranges that intersect, as
+    those of interleaved views do, a map of the memory decides.
     """
-    by_storage: dict[tuple[torch.device, int], list[tuple[int, int, int, Tensor]]] = {}
+    by_device: dict[torch.device, list[tuple[int, int, int, Tensor]]] = {}
     for i, t in enumerate(tensors):
-        if t.numel() == 0:
+        if t.numel() == 0 or t.device.type == "meta":
             continue
-        begin, size = int(t.storage_offset()), t.element_size()
-        place = (t.device, t.untyped_storage().data_ptr())
-        by_storage.setdefault(place, []).append((begin * size, (begin + _extent(t)) * size, i, t))
-    for ranges in by_storage.values():
+        begin = t.data_ptr()
+        by_device.setdefault(t.device, []).append((begin, begin + _extent(t) * t.element_size(), i, t))
+    for ranges in by_device.values():
         ranges.sort(key=lambda r: r[:3])
         cluster: list[tuple[int, Tensor]] = []  # neighbours whose ranges intersect
         end = 0
@@ -62,17 +63,17 @@ def sharing(tensors: Iterable[Tensor]) -> tuple[int, int] | None:
 
 
 def _in_common(views: list[tuple[int, Tensor]]) -> tuple[int, int] | None:
-    """The numbers of two of these numbered views of one storage that have memory in common, or None."""
+    """The numbers of two of these numbered views of one range of memory that have some in common, or None."""
     if len(views) < 2:
         return None
-    unit = min(t.element_size() for _, t in views)  # every offset is a multiple of it
-    first = min(int(t.storage_offset()) * t.element_size() for _, t in views) // unit
-    last = max((int(t.storage_offset()) + _extent(t)) * t.element_size() for _, t in views) // unit
-    owners = torch.full((last - first,), -1, dtype=torch.int32, device="cpu")
+    first = min(t.data_ptr() for _, t in views)
+    last = max(t.data_ptr() + _extent(t) * t.element_size() for _, t in views)
+    unit = math.gcd(*(x for _, t in views for x in (t.element_size(), t.data_ptr() - first)))
+    owners = torch.full(((last - first) // unit,), -1, dtype=torch.int32, device="cpu")
     for k, (i, t) in enumerate(views):
         n = t.element_size() // unit
         strides = [stride * n for stride in t.stride()]
-        own = owners.as_strided((*t.shape, n), (*strides, 1), int(t.storage_offset()) * n - first)
+        own = owners.as_strided((*t.shape, n), (*strides, 1), (t.data_ptr() - first) // unit)
         taken = int(own.max())
         if taken >= 0:
             return views[taken][0], i

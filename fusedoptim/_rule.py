@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -112,6 +112,12 @@ class Rule:
     has_step: bool = True
     #: The name of a 0-dim fp32 state per parameter, or None.
     scalar_state: str | None = None
+    #: Whether the update depends on the norm of the whole gradient.
+    uses_norm: bool = False
+    #: Whether an optimizer has its states before its first step.
+    states_at_construction: bool = False
+    #: Keys of groups that torch.optim does not have, and what they are where they are off.
+    extensions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def row(self) -> tuple[Hyper, ...]:
@@ -125,3 +131,9 @@ class Rule:
         if group is None or group.get("ema_decay") is not None:
             names.append(EMA)
         return names + ([self.scalar_state] if self.scalar_state else [])
+
+    def required_states(self) -> set[str]:
+        """The states that every group needs."""
+        names = {s.name for s in self.slots if s.needed is None}
+        names |= {"step"} if self.has_step else set()
+        return names | ({self.scalar_state} if self.scalar_state else set())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -14,20 +15,12 @@ from torch import Tensor
 from . import _native, reference
 from ._checks import compute_dtype
 from ._device_memory import DeviceMemory
+from ._members import Member
 from ._rule import EMA, Rule
 from ._values import numbers
 
 Groups = list[dict[str, Any]]
 State = dict[Any, Any]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter, the index of its group, and whether its states count as absent in the coming step."""
-
-    group: int
-    param: Tensor
-    first: bool
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,8 @@ class Runner(Protocol):
     def retire(self) -> None:
         """Lets go of everything else. It is not used again."""
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
-        """Prepares to step the members, once."""
+    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+        """Prepares to step the members, once, for as long as the dormant parameters have no gradient."""
 
     def refresh(self, groups: Groups, state: State) -> bool:
         """Looks up gradients and hyper-parameters; False if another runner has to be built. Writes nothing."""
@@ -112,28 +105,25 @@ class CompiledRunner:
         ]
         self.plan.run(self.stream(), *(0 if t is None else t.data_ptr() for t in scalars))
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
-        ours = {m.param: m.first for m in members}
+    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
         tensors: list[Tensor] = []
-
-        def index(t: Tensor | None) -> int:
-            if t is None:
-                return -1
-            tensors.append(t)
-            return len(tensors) - 1
-
-        bindings: list[tuple[int, ...]] = []
-        for group in groups:
-            for p in group["params"]:
-                if p not in ours:
-                    bindings.append(())
-                    continue
-                s = state.get(p, {})
-                slots = [index(s.get(slot.name)) for slot in self.rule.slots]
-                step = index(s.get("step")) if self.rule.has_step else -1
-                scalar = index(s.get(self.rule.scalar_state)) if self.rule.scalar_state else -1
-                bindings.append((index(p), *slots, index(s.get(EMA)), step, scalar, int(ours[p])))
-        self.plan.build(groups, state, bindings)
+        # What lacks a state has no gradient yet.
+        names = [*(slot.name for slot in self.rule.slots), EMA, "step" if self.rule.has_step else None]
+        names.append(self.rule.scalar_state)
+        starts = [0, *accumulate(len(group["params"]) for group in groups)]
+        bindings: list[int] = []  # flat, because the garbage collector looks at every list
+        for m in members:
+            bindings += (starts[m.group] + m.index, len(tensors))
+            tensors.append(m.param)
+            for name in names:
+                value = None if name is None else m.states.get(name)
+                if value is None:
+                    bindings.append(-1)
+                else:
+                    bindings.append(len(tensors))
+                    tensors.append(value)
+            bindings.append(m.first)
+        self.plan.build(groups, state, bindings, list(dormant))
         torch.ops.fusedoptim._bind_plan(tensors, self.plan.address)
 
 
@@ -209,7 +199,7 @@ class ReferenceRunner:
     def retire(self) -> None:
         pass
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member]) -> None:
+    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
         self.groups = [numbers(group, self.rule) for group in groups]
         self.state, self.members = state, members
         self.fresh = True
@@ -260,7 +250,7 @@ class ReferenceRunner:
 
     def _update(self, m: Member, gradient: Tensor, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """The new values of the parameter and the states, or of a part of them."""
-        state, group = self.state[m.param], self.groups[m.group]
+        state, group = self.state.get(m.param, {}), self.groups[m.group]
         work: dict[str, Any] = {
             s.name: _copy(part(state[s.name]), m.param) for s in self.rule.slots if s.needed_in(group)
         }

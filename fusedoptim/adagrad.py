@@ -53,6 +53,7 @@ class Adagrad(FusedOptimizer):
         ),
         slots=(Slot("sum", initial="initial_accumulator_value"),),
         initial=(at_least_0("initial_accumulator_value"),),
+        states_at_construction=True,
     )
 
     def __init__(
@@ -83,9 +84,7 @@ class Adagrad(FusedOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, options)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._create_missing_states(group, p)
+        self._create_states()
 
     def share_memory(self) -> None:
         """Moves the sums to shared memory, for training by several processes."""

@@ -14,11 +14,14 @@ from collections import defaultdict
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from . import _checks
-from ._base import Created, FusedOptimizer
+from ._base import FusedOptimizer
+from ._members import is_materialised
 from ._rule import Group
+from ._states import Changes
 
 __all__ = ["StepInBackward", "step_in_backward"]
 
@@ -117,7 +120,12 @@ class StepInBackward:
 
     def _attach_each(self) -> None:
         groups = self.optimizer.param_groups
-        members = [(p, index, i) for index, group in enumerate(groups) for i, p in enumerate(group["params"])]
+        members = [
+            (p, index, i)
+            for index, group in enumerate(groups)
+            for i, p in enumerate(group["params"])
+            if _can_be_hooked(p)
+        ]
         for group in groups:
             _check_combination(self.optimizer, group)
         for p, index, i in members:
@@ -227,6 +235,11 @@ def _for_one(owner: FusedOptimizer, group: dict[str, Any]) -> FusedOptimizer:
     return one
 
 
+def _can_be_hooked(p: Tensor) -> bool:
+    """Others never have a gradient, or not before they are materialised; ``optimizer.step()`` takes those then."""
+    return is_materialised(p) and (p.requires_grad or (p.is_floating_point() and type(p) in (Tensor, Parameter)))
+
+
 def _is_hooked(p: Tensor) -> bool:
     hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
     return any(isinstance(hook, _Hook) and hook.part() is not None for hook in hooks.values())
@@ -234,12 +247,11 @@ def _is_hooked(p: Tensor) -> bool:
 
 def _check_all(optimizer: FusedOptimizer) -> None:
     """Everything that a first step would check, parameters that share memory among them, which one alone cannot see."""
-    created: Created = []
-    had_state = set(optimizer.state)
+    changes = Changes(optimizer.state)
     try:
-        optimizer._members(created)
+        optimizer._find_members(changes, steps=lambda p: p.requires_grad and is_materialised(p))
     finally:
-        optimizer._undo(created, had_state)
+        changes.undo()
 
 
 def _check_combination(optimizer: Optimizer, group: Group) -> None:

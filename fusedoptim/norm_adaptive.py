@@ -37,6 +37,8 @@ class NormAdaptive(FusedOptimizer):
             zeros, no step is taken along the gradient.
         weight_decay: decoupled decay, ``p * (1 - lr * weight_decay)``.
         maximize: go up instead of down.
+        foreach, differentiable: only None or False.
+        fused: accepted; the step is always fused.
         capturable: accepted; every step can be captured in a CUDA graph, but for the first.
         options: see :class:`fusedoptim.StepOptions`.
 
@@ -55,6 +57,7 @@ class NormAdaptive(FusedOptimizer):
         ),
         slots=(),
         scalar_state="avg_grad_norm",
+        uses_norm=True,
     )
 
     def __init__(

@@ -196,3 +196,27 @@ def test_safetensors_takes_states_of_any_layout_and_steps_in_one_buffer(tmp_path
         a.step()
         b.step()
     assert_same_optimizers(a, b)
+
+
+def test_averages_of_an_optimizer_that_has_states_from_the_start(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint asks for the states that are there, and Adagrad's are before any step."""
+    case = Case("adagrad_ema", "Adagrad", {"lr": 0.1, "ema_decay": 0.5})
+    first, second = make_model(), make_model(seed=1)
+    before, after = (case.make(two_groups(m, case)) for m in (first, second))
+    train(first, before, range(3))
+    StateDict(flatten=False).save(first, before, tmp_path)
+    StateDict(flatten=False).load(second, after, tmp_path)
+    assert_same_optimizers(after, before)
+    assert all("ema" in after.state[p] for p in second.parameters())
+
+
+def test_averages_made_with_the_optimizer_start_as_the_weights_of_the_first_step() -> None:
+    case = Case("adagrad_ema", "Adagrad", {"lr": 0.1, "ema_decay": 0.5})
+    model, other = make_model(), make_model(seed=1)
+    optimizer, expected = case.make(two_groups(model, case)), case.make(two_groups(other, case))
+    with pytest.raises(RuntimeError, match="there are no moving averages"), optimizer.ema_weights():
+        pass
+    model.load_state_dict(other.state_dict())  # after the optimizer was made
+    train(model, optimizer, range(2))
+    train(other, expected, range(2))
+    assert_same_optimizers(optimizer, expected)

@@ -23,10 +23,10 @@ from cases import (
 
 import fusedoptim
 from benchmarks.witness import ieee_sqrt
-from fusedoptim._options import GROUP_OPTIONS
+from fusedoptim._options import GROUP_OPTIONS, StepOptions
 
 NAMES = ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad"]
-EXTRA = {"bias_correction", "options", "fused", "capturable"}
+EXTRA = {"bias_correction", "fused", "capturable", *StepOptions.__annotations__}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -368,6 +368,16 @@ def test_zero_gradients_and_zero_lr_change_nothing(case: Case) -> None:
     assert_same_bits(p[0].detach(), before)
     for s in o.state[p[0]].values():
         assert torch.isfinite(s).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_empty_states_are_left(backend: str) -> None:
+    params = parameters([(3,), (4,)])
+    optimizer = fusedoptim.SGD(params, backend=backend)
+    for _ in range(2):
+        set_gradients(params[:1], 0)
+        optimizer.step()
+    assert optimizer.state_dict()["state"] == torch.optim.SGD(params).state_dict()["state"] == {}
 
 
 def test_zero_grad_and_repr() -> None:

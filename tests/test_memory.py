@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from cases import FULL, Case, assert_same_bits
@@ -88,6 +89,32 @@ def test_interleaved_parameters_are_stepped(case: Case) -> None:
             optimizer.step()
     for p, q in zip(columns, separate, strict=True):
         assert_same_bits(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_two_tensors_of_numpy_over_one_array_are_refused(case: Case) -> None:
+    """Each has a storage of its own, which begins elsewhere."""
+    array = np.arange(10, dtype=np.float32)
+    a, b = (torch.nn.Parameter(torch.from_numpy(part)) for part in (array[:6], array[4:]))
+    optimizer = case.make([a, b])
+    for p in (a, b):
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 .* shares memory with parameter 0 of group 0"):
+        optimizer.step()
+    assert (array == np.arange(10)).all()
+    neighbours = [torch.nn.Parameter(torch.from_numpy(part)) for part in (array[:5], array[5:])]
+    optimizer = case.make(neighbours)
+    for p in neighbours:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def test_memory_at_odd_addresses() -> None:
+    """Views of bytes may begin anywhere: the map of memory has the unit that all are multiples of."""
+    raw = np.zeros(64, dtype=np.uint8)
+    at = [torch.frombuffer(memoryview(raw)[i : i + 16], dtype=torch.uint8) for i in (0, 6, 23)]
+    assert sharing(at) == (0, 1)
+    assert sharing([at[0], at[2]]) is None
 
 
 def test_shared_states_are_refused() -> None:

@@ -1,6 +1,8 @@
 // How a plan is made, and let go of.
 #include "plan.h"
 
+#include <unordered_set>
+
 #include "make_executor.h"
 #include "tensor_facts.h"
 
@@ -30,7 +32,7 @@ Plan::Plan(const std::string& rule, const std::vector<std::tuple<std::string, in
   }
 }
 
-void Plan::build(py::list groups, py::dict state, py::list bindings) {
+void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant) {
   groups_ = groups;
   state_ = state;
   for (py::handle g : groups) {
@@ -51,9 +53,16 @@ void Plan::build(py::list groups, py::dict state, py::list bindings) {
   strides_.resize(params_.size());
   grads_.resize(params_.size());
   rows_.resize(group_.size());
-  for (size_t i = 0; i < params_.size(); ++i) member_[i].param = params_[i].ptr();
-  for (py::handle b : bindings) bindings_.push_back(b.cast<std::vector<int>>());
-  if (bindings_.size() != member_.size()) throw std::runtime_error("a plan needs one binding per parameter");
+  std::unordered_set<PyObject*> asleep;
+  for (py::handle p : dormant) asleep.insert(p.ptr());
+  for (size_t i = 0; i < params_.size(); ++i) {
+    member_[i].param = params_[i].ptr();
+    member_[i].dormant = asleep.count(params_[i].ptr()) > 0;
+  }
+  bindings_.resize(params_.size());
+  const size_t width = 6 + info_.slots;
+  if (bindings.size() % width != 0) throw std::runtime_error("a plan's bindings have another width");
+  for (auto b = bindings.begin(); b != bindings.end(); b += width) bindings_.at(*b).assign(b + 1, b + width);
   for (size_t i = 0; i < group_.size(); ++i) {
     Group& g = group_[i];
     for (int64_t k = g.begin; k < g.end; ++k) g.ours = g.ours || !bindings_[k].empty();
@@ -63,7 +72,8 @@ void Plan::build(py::list groups, py::dict state, py::list bindings) {
   const TensorReader& reader = TensorReader::get();
   for (const py::object& x : snapshot_.held())
     plain_ = plain_ && (reader.is_plain(x.ptr()) || !reader.is_tensor(x.ptr()));
-  for (const py::object& p : params_) plain_ = plain_ && reader.is_plain(p.ptr());
+  for (size_t i = 0; i < params_.size(); ++i)
+    plain_ = plain_ && (bindings_[i].empty() || reader.is_plain(params_[i].ptr()));
 }
 
 void Plan::bind(const std::vector<StableTensor>& tensors) {
@@ -89,7 +99,7 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   e.numel = p.numel();
   e.param_dtype = dtype_of(p);
   e.param = addresses_.add(p);
-  if (zero_grad_) kept_.add(e.param, e.param_dtype, sizes, strides);
+  if (zero_grad_) kept_.add(e.param, e.param_dtype, m.ndim, m.shape, m.shape + m.ndim);
   m.memory = tensor_memory(p.get());
   const int variant = group_[e.group].variant;
   m.linear = e.numel <= 1 || dense(sizes, strides);
@@ -106,7 +116,7 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     e.state_dtype[k] = dtype_of(s);
     e.state[k] = addresses_.add(s);
     strides_[i].state[k] = to_vector(s.strides());
-    if (zero_grad_) kept_.add(e.state[k], e.state_dtype[k], sizes, strides_[i].state[k]);
+    if (zero_grad_) kept_.add(e.state[k], e.state_dtype[k], m.ndim, m.shape, strides_[i].state[k].data());
     if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), strides_[i].state[k].data());
   }
   const int step = binding[2 + info_.slots], scalar = binding[3 + info_.slots];

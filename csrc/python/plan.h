@@ -38,10 +38,11 @@ class Plan {
        py::object increment_version, std::pair<int, int> device, py::object launcher,
        std::tuple<int64_t, bool, bool> settings);
 
-  // groups is optimizer.param_groups, state is optimizer.state. bindings has one tuple per parameter, in order:
-  // indices into the list of tensors given to bind(), or -1 where there is none: (param, slots...,
-  // ema, step, scalar_state), then 1 if its states count as absent in the coming step. An empty tuple: not this plan's.
-  void build(py::list groups, py::dict state, py::list bindings);
+  // groups is optimizer.param_groups, state is optimizer.state. bindings has, one after another, for each parameter
+  // that this plan steps: its position among all, then indices into the list of tensors given to bind(), or -1 where
+  // there is none (param, slots..., ema, step, scalar_state), then 1 if its states count as absent in the coming step.
+  // dormant: parameters that no plan steps, for as long as they have no gradient.
+  void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant);
   void bind(const std::vector<torch::stable::Tensor>& tensors);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
@@ -71,7 +72,8 @@ class Plan {
     PyObject* last_grad = nullptr;             // of the last step: perhaps gone, so only to be prefetched
     const int64_t* last_grad_sizes = nullptr;  // likewise
     int32_t ndim = 0;
-    bool ours = false;      // on this plan's device
+    bool ours = false;      // in this plan's table
+    bool dormant = false;   // in no plan's
     bool ready = false;     // its states exist
     bool linear = false;    // parameter and states share one dense memory order
     bool logical = false;   // which is the logical one

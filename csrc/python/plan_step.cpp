@@ -167,7 +167,7 @@ bool Plan::written_apart() {
     if (!entries_[i].active) continue;
     TensorView g;
     if (!TensorReader::get().view(grads_[i].ptr(), g)) return false;
-    written_ranges_.add(g.data, g.dtype, {g.sizes, g.sizes + g.ndim}, {g.strides, g.strides + g.ndim});
+    written_ranges_.add(g.data, g.dtype, g.ndim, g.sizes, g.strides);
   }
   written_ranges_.sort();
   return written_ranges_.apart_from(kept_);
@@ -214,7 +214,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
       Member& m = member_[i];
       Entry& e = entries_[i];
       if (PyList_GET_ITEM(params, i - g.begin) != m.param) return no("a group's parameters changed");
-      if (!m.ours) continue;
+      if (!m.ours && !m.dormant) continue;
       grads_[i] = py::reinterpret_steal<py::object>(reader.grad(m.param));
       if (!grads_[i]) {
         forget_python_error();
@@ -222,6 +222,10 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
       }
       m.last_grad = grads_[i].ptr();
       const bool active = !grads_[i].is_none();
+      if (m.dormant) {
+        if (active) return no("a parameter that was left alone has a gradient");
+        continue;
+      }
       if (active) {
         TensorView view;
         if (!reader.view(m.last_grad, view)) return no("a gradient is not a strided tensor of a supported dtype");

@@ -1,0 +1,133 @@
+"""Makes, converts and moves the states of parameters, in a way that can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import compute_dtype
+from ._rule import EMA, Rule, Slot
+from ._values import number
+
+State = dict[Any, Any]
+
+
+class Changes:
+    """What a step changed in ``optimizer.state`` before it ran, to be undone if it fails."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._made: list[Tensor] = []  # parameters that had no entry
+        self._log: list[Any] = []  # entry, name, value before, ...: the garbage collector looks at every tuple
+
+    def entry(self, p: Tensor) -> dict[str, Any]:
+        """A parameter's entry in the state, new if it had none."""
+        if p not in self.state:
+            self._made.append(p)
+        values: dict[str, Any] = self.state[p]
+        return values
+
+    def put(self, entry: dict[str, Any], name: str, value: Any) -> None:
+        self._log += (entry, name, entry.get(name, _ABSENT))
+        entry[name] = value
+
+    def undo(self) -> None:
+        while self._log:
+            old, name, entry = self._log.pop(), self._log.pop(), self._log.pop()
+            if old is _ABSENT:
+                del entry[name]
+            else:
+                entry[name] = old
+        for p in self._made:
+            if not self.state[p]:
+                del self.state[p]
+        self._made.clear()
+
+
+_ABSENT = object()
+
+
+def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
+    """Those of a parameter's states that are one number, as a step has them: 0-dim tensors of fp32; ``step`` of fp64
+    stays. Checkpoints have them as numbers of Python and NumPy, and as tensors of any dtype. What is none of these is
+    left out."""
+    wanted: dict[str, tuple[torch.dtype, ...]] = {}
+    if rule.has_step:
+        wanted["step"] = (torch.float32, torch.float64)
+    if rule.scalar_state:
+        wanted[rule.scalar_state] = (torch.float32,)
+    found = {}
+    for name, dtypes in wanted.items():
+        value = values.get(name)
+        if isinstance(value, Tensor):
+            if value.numel() == 1 and not value.is_complex():
+                found[name] = value if value.dtype in dtypes else value.to(dtypes[0])
+        elif value is not None and hasattr(value, "__float__"):
+            found[name] = torch.tensor(float(value), dtype=dtypes[0], device="cpu")
+    return found
+
+
+def convert(p: Tensor, values: dict[str, Any], rule: Rule, changes: Changes) -> None:
+    """Gives states that somebody else made the dtypes that a step needs. An average's is the compute dtype, which is
+    another than before after ``model.double()``."""
+    for name, value in scalars(values, rule).items():
+        if value is not values[name]:
+            changes.put(values, name, value)
+    average, dtype = values.get(EMA), compute_dtype(p)
+    if isinstance(average, Tensor) and average.is_floating_point() and average.dtype != dtype:
+        changes.put(values, EMA, average.to(dtype))
+
+
+class StateMaker:
+    """Makes the states that groups need and parameters lack.
+
+    Args:
+        defaults: the optimizer's, where initial values are.
+        dtype: of states with the parameter's shape; None for the parameter's own.
+    """
+
+    def __init__(self, rule: Rule, defaults: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+        self.rule, self.defaults, self.dtype = rule, defaults, dtype
+        self.slots = {s.name: s for s in rule.slots}
+
+    def missing(self, names: Iterable[str], p: Tensor, there: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """The states of these names that a parameter lacks, new, beside those that are there. To be called without
+        gradients."""
+        for name in names:
+            if there.get(name) is None:
+                yield name, self._new(name, self.slots.get(name), p)
+
+    def _new(self, name: str, slot: Slot | None, p: Tensor) -> Tensor:
+        if slot is not None:
+            dtype = self.dtype or p.dtype
+            if slot.initial is None:
+                return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            fill = number(self.defaults[slot.initial])
+            return torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        if name == "step":
+            double = torch.get_default_dtype() == torch.float64
+            return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
+        if name == EMA:
+            return new_average(p)
+        return torch.zeros((), dtype=torch.float32, device=p.device)
+
+
+def new_average(p: Tensor) -> Tensor:
+    """A moving average starts as its parameter."""
+    return p.detach().to(compute_dtype(p), copy=True, memory_format=torch.preserve_format)
+
+
+def move_steps(entries: Iterable[dict[str, Any]], device: torch.device, changes: Changes) -> None:
+    """Moves steps that are on the CPU to the device, in one copy: they become views of one buffer."""
+    by_dtype: dict[torch.dtype, list[dict[str, Any]]] = {}
+    for entry in entries:
+        step = entry.get("step")
+        if step is not None and step.device != device:
+            by_dtype.setdefault(step.dtype, []).append(entry)
+    for of_dtype in by_dtype.values():
+        steps = torch.stack([entry["step"].reshape(()) for entry in of_dtype]).to(device)
+        for entry, step in zip(of_dtype, steps.unbind(), strict=True):
+            changes.put(entry, "step", step)

@@ -1,0 +1,104 @@
+"""FullyShardedDataParallel: rules that work element by element have the bits of one process; norms are refused, because
+a process sees a part of every tensor."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import FULL
+from stacks import batch, make_model
+from torch import Tensor, nn
+
+import fusedoptim
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+WORLD, STEPS = 2, 3
+ELEMENTWISE = [case for case in FULL if case.optimizer != "NormAdaptive"]
+ON_CPU = "ignore:.*(FSDP|FullyShardedDataParallel|sharding_strategy|_summon|torch.distributed|state_dict_type).*"
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = batch(step)
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def refusals(model: nn.Module) -> dict[str, str]:
+    """What each attempt raises, and whether anything was written."""
+    attempts = {
+        "max_grad_norm": lambda: fusedoptim.AdamW(model.parameters(), max_grad_norm=1.0).step(),
+        "skip_nonfinite": lambda: fusedoptim.SGD(model.parameters(), skip_nonfinite=True).step(),
+        "NormAdaptive": lambda: fusedoptim.NormAdaptive(model.parameters()).step(),
+        "clip_grad_norm_": lambda: fusedoptim.clip_grad_norm_(model.parameters(), 1.0),
+        "later": lambda: later(model),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        before = [p.detach().clone() for p in model.parameters()]
+        try:
+            attempt()
+            found[name] = "nothing was raised"
+        except ValueError as error:
+            found[name] = str(error)
+        if not all(map(torch.equal, before, (p.detach() for p in model.parameters()))):
+            found[name] = "something was written"
+    return found
+
+
+def later(model: nn.Module) -> None:
+    optimizer = fusedoptim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer.step()
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    optimizer.step()
+
+
+def work(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    results: dict[str, object] = {}
+    for original in (False, True):
+        for case in ELEMENTWISE:
+            model = FSDP(make_model(), use_orig_params=original, device_id=torch.device("cpu"))
+            train(model, case.make(model.parameters()))
+            with FSDP.summon_full_params(model):
+                results[f"{case} {original}"] = [p.detach().clone() for p in model.parameters()]
+        model = FSDP(make_model(), use_orig_params=original, device_id=torch.device("cpu"))
+        x, y = batch(0)
+        nn.functional.mse_loss(model(x), y).backward()
+        results[f"refusals {original}"] = refusals(model)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("fsdp")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
+def test_rules_that_work_element_by_element(case: object, original: bool, results: list[dict]) -> None:
+    model = copy.deepcopy(make_model())
+    train(model, case.make(model.parameters()))
+    expected = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    for of_rank in results:
+        found: list[Tensor] = of_rank[f"{case} {original}"]
+        # Means over two processes of equal gradients are exact; flat parameters are padded.
+        assert torch.equal(torch.cat([p.reshape(-1) for p in found])[: expected.numel()], expected)
+
+
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("what", ["max_grad_norm", "skip_nonfinite", "NormAdaptive", "clip_grad_norm_", "later"])
+def test_norms_are_refused_in_every_process(what: str, original: bool, results: list[dict]) -> None:
+    texts = [of_rank[f"refusals {original}"][what] for of_rank in results]
+    assert texts[0] == texts[1]
+    assert "needs the norm of whole gradients" in texts[0] and "model.clip_grad_norm_" in texts[0]
