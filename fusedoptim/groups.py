@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from ._values import number
 
 __all__ = ["decay_groups", "layerwise_groups"]
 
@@ -103,6 +105,8 @@ def layerwise_groups(
         ValueError: for a factor out of range, a name or pattern that fits nothing, if it is not clear which the layers
             are, and for what :func:`decay_groups` refuses.
     """
+    layer_decay = number(layer_decay)
+    lr = lr if isinstance(lr, Tensor) else number(lr)  # a Decimal is not multiplied by a float
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, but is {layer_decay}")
     parameters = _parameters(model)

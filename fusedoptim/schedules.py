@@ -82,29 +82,26 @@ def warmup_cosine(
             f"total_steps must be more than warmup_steps, but they are {total_steps} and {warmup_steps}: it counts all "
             "steps, those of the warm-up as well"
         )
+    min_lr, start_lr = number(min_lr), None if start_lr is None else number(start_lr)
     ends = {"min_lr": min_lr, "start_lr": start_lr}
-    bounds = {name: number(end) for name, end in ends.items() if end is not None}
-    for name, end in bounds.items():
-        if not 0 <= end < math.inf:
+    for name, end in ends.items():
+        if end is not None and not 0 <= end < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, but is {end}")
-    lrs: list[float] = []
-    for index, group in enumerate(optimizer.param_groups):
-        lr = number(group.get("initial_lr", group["lr"]))
-        for name, end in bounds.items():
-            if lr < end:
+    lrs = [number(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    for index, lr in enumerate(lrs):
+        for name, end in ends.items():
+            if end is not None and lr < end:
                 raise ValueError(
                     f"the learning rate of parameter group {index} is {lr}, below {name}={end}, though it is the "
                     f"highest of the schedule: choose a smaller {name}, or a larger learning rate for the group"
                 )
-        lrs.append(lr)
+    factors = []
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
         # LambdaLR multiplies it by floats, which neither a Decimal does, nor a NumPy scalar in double.
         if not isinstance(group.get("initial_lr", group["lr"]), (int, float, Tensor)):
             group["initial_lr"] = lr
-    factors = []
-    for lr in lrs:
-        start = _multiple(bounds["start_lr"], lr) if "start_lr" in bounds else None
-        factors.append(_WarmupCosine(warmup_steps, total_steps, _multiple(bounds["min_lr"], lr), start))
+        start = None if start_lr is None else _multiple(start_lr, lr)
+        factors.append(_WarmupCosine(warmup_steps, total_steps, _multiple(min_lr, lr), start))
     return LambdaLR(optimizer, list(factors))
 
 

@@ -165,6 +165,15 @@ def test_a_schedule_of_any_number(lr: Any) -> None:
     assert rates[0] == rates[1] and all(type(x) is float for x in rates[0])
 
 
+def test_layerwise_rates_of_any_number() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    rates = [
+        [group["lr"] for group in fusedoptim.layerwise_groups(model, kind(0.1), kind(0.5))]
+        for kind in (float, KINDS["Decimal"], KINDS["Fraction"])
+    ]
+    assert rates[0] == rates[1] == rates[2] and len(rates[0]) == 3
+
+
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_numbers_of_a_group_stay_the_users_objects(case: Case) -> None:
     lr = np.float32(0.1)
