@@ -8,9 +8,9 @@
 #include "cuda/table_layout.h"
 #include "cuda/tuning.h"
 #include "python/clipper.h"
+#include "python/look.h"
 #include "python/plan.h"
 #include "python/pybind.h"
-#include "python/usual.h"
 #include "python/version_probe.h"
 
 namespace py = pybind11;
@@ -55,13 +55,14 @@ PYBIND11_MODULE(_C, m) {
       .def("raise_", &VersionProbe::raise)
       .def("adopt", &VersionProbe::adopt)
       .def_property_readonly("number", &VersionProbe::number);
-  py::class_<UsualNames>(m, "UsualNames")
-      .def(py::init([](std::vector<py::object> slots, std::vector<py::object> optional, py::object step,
-                       py::object scalar, py::object ema) {
-        return UsualNames{std::move(slots), std::move(optional), std::move(step), std::move(scalar), std::move(ema)};
-      }));
-  m.def("usual", &usual);
-  m.def("apart", &apart);
+  py::class_<Look>(m, "Look")
+      .def(py::init([](py::dict state, std::vector<py::object> slots, std::vector<py::object> optional, py::object step,
+                       py::object scalar, py::object ema, bool writes_grads) {
+        Look::Names names{std::move(slots), std::move(optional), std::move(step), std::move(scalar), std::move(ema)};
+        return Look(std::move(state), std::move(names), writes_grads);
+      }))
+      .def("at", py::overload_cast<const py::list&>(&Look::at))
+      .def("all_apart", &Look::all_apart);
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("cpu_capability", [] { return std::string(cpu_kernels().name); });
   m.def("set_cpu_capability", &set_cpu_capability);

@@ -6,6 +6,7 @@ from ._options import StepOptions
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .gradient_release import step_in_backward
+from .groups import decay_groups, layerwise_groups
 from .norm_adaptive import NormAdaptive
 from .rmsprop import RMSprop
 from .schedules import warmup_cosine
@@ -23,6 +24,8 @@ __all__ = [
     "StepOptions",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "decay_groups",
+    "layerwise_groups",
     "step_in_backward",
     "warmup_cosine",
 ]

@@ -14,7 +14,20 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _backends, _checkpoint, _checks, _compiled, _distributed, _ema, _fakes, _hooks, _members, _modes
+from . import (
+    _backends,
+    _checkpoint,
+    _checks,
+    _compiled,
+    _distributed,
+    _ema,
+    _fakes,
+    _footprint,
+    _help,
+    _hooks,
+    _members,
+    _modes,
+)
 from ._members import Member, Members
 from ._modes import PRE_DISPATCH, count_modes
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options, scales_in_step
@@ -31,7 +44,8 @@ Scaling = tuple[Tensor | None, Tensor | None] | None
 class FusedOptimizer(Optimizer):
     """Steps all parameters of all groups in one pass.
 
-    A subclass declares its :class:`Rule` and has a constructor with a signature.
+    A subclass declares its :class:`Rule` and has a constructor with a signature. A line of its docstring that
+    reads as that on options below is replaced by a text for each option.
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim.
@@ -55,6 +69,7 @@ class FusedOptimizer(Optimizer):
         own = cls.__dict__.get("step")
         if own is not None and not hasattr(own, "hooked"):
             cls.step = _hooks.with_hooks(own)  # type: ignore[method-assign]
+        _help.complete(cls)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
         check_options(options, type(self).__name__)
@@ -167,7 +182,8 @@ class FusedOptimizer(Optimizer):
         runners: list[Runner] = []
         ran = 0
         try:
-            runners = self._prepare(changes)
+            with _members.without_garbage_collection():
+                runners = self._prepare(changes)
             for runner in runners:  # one that raises has written nothing
                 if scaling is None:
                     runner.run()
@@ -207,6 +223,8 @@ class FusedOptimizer(Optimizer):
             what = type(self).__name__ if self.rule.uses_norm else "max_grad_norm, as skip_nonfinite,"
             _distributed.refuse_norm_of_shards(what)
         found = self._find_members(changes)
+        if self._measures_norm():
+            found.leave_alone_devices_without_gradients()
         members = found.by_device
         if len(members) > 1 and self._measures_norm():
             raise ValueError(
@@ -217,7 +235,7 @@ class FusedOptimizer(Optimizer):
         for device, of_device in members.items():
             backend = _backends.choose(self._options["backend"], device)
             if self.rule.has_step and _backends.BACKENDS[backend].steps_on_device:
-                move_steps([m.param for m in of_device], device, changes)
+                move_steps((m.states for m in of_device), device, changes)
             around = Around(stats[device], self._options["skip_nonfinite"], self._options["zero_grad_in_step"])
             runner = make_runner(backend, self.rule, device, around)
             runner.build(self.param_groups, self.state, of_device, found.dormant)
@@ -226,13 +244,15 @@ class FusedOptimizer(Optimizer):
             runners.append(runner)
         return runners
 
+    @torch.no_grad()
     def _create_states(self) -> None:
         """Makes all states before the first step, for those parameters that can have any by now."""
         maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
         for group in self.param_groups:
+            names = self.rule.state_names(group)
             for p in filter(_members.can_have_states, group["params"]):
                 with _fakes.alike(p):
-                    maker.create(group, [p], Changes(self.state))
+                    self.state[p].update(maker.missing(names, p, self.state[p]))
 
     def _find_members(self, changes: Changes, steps: Callable[[Tensor], bool] = _members.has_gradient) -> Members:
         maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
@@ -240,7 +260,18 @@ class FusedOptimizer(Optimizer):
         name = type(self).__name__
         return _members.find(self.param_groups, self.rule, name, maker, changes, zero_grad=zero_grad, steps=steps)
 
-    # ---- what a step measured ----
+    # ---- what it is, and what it measured ----
+
+    def __repr__(self) -> str:
+        return _help.representation(super().__repr__(), self._options)
+
+    def memory(self) -> _footprint.Footprint:
+        """The bytes that parameters, gradients and every state take now, and those of states that are still to come.
+
+        ``print(optimizer.memory())`` shows a table. Tables of addresses and the scratch memory of norms are not in it.
+        Parameters on the meta device take nothing, so that it says what states a model would need before there is one.
+        """
+        return _footprint.measure(self)
 
     def _stats_on(self, members: dict[torch.device, list[Member]]) -> dict[torch.device, Tensor]:
         """For each device the norm of all gradients, and how many steps were skipped for it: so far, if parameters were

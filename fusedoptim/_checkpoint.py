@@ -246,7 +246,8 @@ def held_alone(items: dict[Any, Any], key: Any) -> bool:
     no view of its memory."""
     if sys.getrefcount(items[key]) > _ALONE:
         return False
-    return not isinstance(items[key], Tensor) or _uses_of(items[key]) == _uses_of_one()
+    value = items[key]
+    return not isinstance(value, Tensor) or _uses_of(value) == _uses_of_one()
 
 
 _ITEM = {0: object()}

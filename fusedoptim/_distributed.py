@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -12,7 +13,7 @@ def sharded_by_fsdp1(params: Iterable[Tensor]) -> bool:
     """Whether a parameter is one of ``FullyShardedDataParallel``, flat or original, in one of several processes: a part
     of a tensor that does not look like one."""
     # The name of the mark that FSDP leaves on both kinds (torch/distributed/fsdp/_common_utils.py).
-    if not any(getattr(p, "_fsdp_flattened", False) for p in params):
+    if "torch.distributed.fsdp" not in sys.modules or not any(getattr(p, "_fsdp_flattened", False) for p in params):
         return False
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 

@@ -109,11 +109,10 @@ class CompiledRunner:
         starts = [0, *accumulate(len(group["params"]) for group in groups)]
         bindings: list[int] = []  # flat, because the garbage collector looks at every list
         for m in members:
-            values = state.get(m.param, {})
             bindings += (starts[m.group] + m.index, len(tensors))
             tensors.append(m.param)
             for name in names:
-                value = None if name is None else values.get(name)
+                value = None if name is None else m.states.get(name)
                 if value is None:
                     bindings.append(-1)
                 else:

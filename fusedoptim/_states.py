@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._checks import compute_dtype
-from ._rule import EMA, Group, Rule, Slot
+from ._rule import EMA, Rule, Slot
 
 State = dict[Any, Any]
 
@@ -19,23 +19,31 @@ class Changes:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self._known = set(state)
-        self._log: list[tuple[Tensor, str, Any]] = []
+        self._made: list[Tensor] = []  # parameters that had no entry
+        self._log: list[Any] = []  # entry, name, value before, ...: the garbage collector looks at every tuple
 
-    def put(self, p: Tensor, name: str, value: Any) -> None:
-        values = self.state[p]
-        self._log.append((p, name, values.get(name, _ABSENT)))
-        values[name] = value
+    def entry(self, p: Tensor) -> dict[str, Any]:
+        """A parameter's entry in the state, new if it had none."""
+        if p not in self.state:
+            self._made.append(p)
+        values: dict[str, Any] = self.state[p]
+        return values
+
+    def put(self, entry: dict[str, Any], name: str, value: Any) -> None:
+        self._log += (entry, name, entry.get(name, _ABSENT))
+        entry[name] = value
 
     def undo(self) -> None:
-        for p, name, old in reversed(self._log):
+        while self._log:
+            old, name, entry = self._log.pop(), self._log.pop(), self._log.pop()
             if old is _ABSENT:
-                del self.state[p][name]
+                del entry[name]
             else:
-                self.state[p][name] = old
-            if p not in self._known and not self.state[p]:
+                entry[name] = old
+        for p in self._made:
+            if not self.state[p]:
                 del self.state[p]
-        self._log.clear()
+        self._made.clear()
 
 
 _ABSENT = object()
@@ -61,15 +69,15 @@ def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     return found
 
 
-def convert(p: Tensor, values: Mapping[str, Any], rule: Rule, changes: Changes) -> None:
+def convert(p: Tensor, values: dict[str, Any], rule: Rule, changes: Changes) -> None:
     """Gives states that somebody else made the dtypes that a step needs. An average's is the compute dtype, which is
     another than before after ``model.double()``."""
     for name, value in scalars(values, rule).items():
         if value is not values[name]:
-            changes.put(p, name, value)
+            changes.put(values, name, value)
     average, dtype = values.get(EMA), compute_dtype(p)
     if isinstance(average, Tensor) and average.is_floating_point() and average.dtype != dtype:
-        changes.put(p, EMA, average.to(dtype))
+        changes.put(values, EMA, average.to(dtype))
 
 
 class StateMaker:
@@ -84,21 +92,12 @@ class StateMaker:
         self.rule, self.defaults, self.dtype = rule, defaults, dtype
         self.slots = {s.name: s for s in rule.slots}
 
-    @torch.no_grad()
-    def create(self, group: Group, params: Iterable[Tensor], changes: Changes) -> set[Tensor]:
-        """Returns the parameters of which one of the new states counts as absent in the coming step."""
-        names = self.rule.state_names(group)
-        first: set[Tensor] = set()
-        for p in params:
-            values = changes.state.get(p, {})
-            for name in names:
-                if values.get(name) is not None:
-                    continue
-                slot = self.slots.get(name)
-                changes.put(p, name, self._new(name, slot, p))
-                if slot is not None and slot.starts_absent:
-                    first.add(p)
-        return first
+    def missing(self, names: Iterable[str], p: Tensor, there: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """The states of these names that a parameter lacks, new, beside those that are there. To be called without
+        gradients."""
+        for name in names:
+            if there.get(name) is None:
+                yield name, self._new(name, self.slots.get(name), p)
 
     def _new(self, name: str, slot: Slot | None, p: Tensor) -> Tensor:
         if slot is not None:
@@ -120,14 +119,14 @@ def new_average(p: Tensor) -> Tensor:
     return p.detach().to(compute_dtype(p), copy=True, memory_format=torch.preserve_format)
 
 
-def move_steps(params: list[Tensor], device: torch.device, changes: Changes) -> None:
+def move_steps(entries: Iterable[dict[str, Any]], device: torch.device, changes: Changes) -> None:
     """Moves steps that are on the CPU to the device, in one copy: they become views of one buffer."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for p in params:
-        step = changes.state.get(p, {}).get("step")
+    by_dtype: dict[torch.dtype, list[dict[str, Any]]] = {}
+    for entry in entries:
+        step = entry.get("step")
         if step is not None and step.device != device:
-            by_dtype.setdefault(step.dtype, []).append(p)
+            by_dtype.setdefault(step.dtype, []).append(entry)
     for of_dtype in by_dtype.values():
-        steps = torch.stack([changes.state[p]["step"].reshape(()) for p in of_dtype]).to(device)
-        for p, step in zip(of_dtype, steps.unbind(), strict=True):
-            changes.put(p, "step", step)
+        steps = torch.stack([entry["step"].reshape(()) for entry in of_dtype]).to(device)
+        for entry, step in zip(of_dtype, steps.unbind(), strict=True):
+            changes.put(entry, "step", step)

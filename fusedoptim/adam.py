@@ -116,7 +116,17 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(Adam):
-    """AdamW (arXiv:1711.05101): :class:`Adam` with ``decoupled_weight_decay=True`` and a decay of 0.01."""
+    """AdamW (arXiv:1711.05101): :class:`Adam` with ``decoupled_weight_decay=True`` and a decay of 0.01.
+
+    Args:
+        params, lr, betas, eps, amsgrad: as in :class:`Adam`.
+        weight_decay: the decay, ``p = p * (1 - lr * weight_decay)``.
+        maximize, foreach, capturable, differentiable, fused, bias_correction: as in :class:`Adam`.
+        options: see :class:`fusedoptim.StepOptions`.
+
+    Raises:
+        ValueError: for values out of range, with torch.optim's messages.
+    """
 
     def __init__(
         self,

@@ -47,6 +47,8 @@ class NormAdaptive(FusedOptimizer):
         eps: added to the average, above 0.
         weight_decay: decoupled decay, ``p * (1 - lr * weight_decay)``.
         maximize: go up instead of down.
+        foreach, differentiable: only None or False.
+        fused: accepted; the step is always fused.
         capturable: accepted; every step can be captured in a CUDA graph, but for the first.
         options: see :class:`fusedoptim.StepOptions`.
 

@@ -14,19 +14,26 @@ __all__ = ["warmup_cosine"]
 class _WarmupCosine:
     """A group's lr at a step, as a multiple of its own. An object, because LambdaLR saves no function."""
 
-    def __init__(self, warmup_steps: int, total_steps: int, floor: float) -> None:
-        self.warmup_steps, self.total_steps, self.floor = warmup_steps, total_steps, floor
+    #: At step 0; None for 1 / (warmup_steps + 1). Also that of objects pickled without it.
+    start: float | None = None
+
+    def __init__(self, warmup_steps: int, total_steps: int, floor: float, start: float | None) -> None:
+        self.warmup_steps, self.total_steps, self.floor, self.start = warmup_steps, total_steps, floor, start
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+            if self.start is None:
+                return (step + 1) / (self.warmup_steps + 1)
+            return self.start + (1 - self.start) * (step / self.warmup_steps)
         if step >= self.total_steps:
             return self.floor
         done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return (1 + self.floor) / 2 + (1 - self.floor) / 2 * math.cos(math.pi * done)
 
 
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr: float = 0.0) -> LambdaLR:
+def warmup_cosine(
+    optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr: float = 0.0, start_lr: float | None = None
+) -> LambdaLR:
     r"""Linear warm-up, then a cosine down to ``min_lr``: call its ``step()`` after every step of the optimizer.
 
     With a group's own learning rate ``lr``, warm-up ``w`` and total ``T``, step ``t`` (counted from 0) is taken with
@@ -39,10 +46,11 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min
             \mathrm{min\_lr} & t \ge T
         \end{cases}
 
-    so that it is ``lr / (w + 1)`` in the first step and ``lr`` at step ``w``. The cosine is that of SGDR
-    (arXiv:1608.03983, equation 5), without restarts; the warm-up that of arXiv:1706.02677, section 2.2, begun one part
-    above zero, so that the first step does something. Values are computed as multiples of ``lr`` in double, so that
-    they are these to within rounding.
+    so that it is ``lr / (w + 1)`` in the first step and ``lr`` at step ``w``. With ``start_lr`` the first line is
+    ``start_lr + (lr - start_lr) * t / w``, hence ``lr * t / w`` with 0. The cosine is that of SGDR (arXiv:1608.03983,
+    equation 5), without restarts; the warm-up that of arXiv:1706.02677, section 2.2, begun one part above zero, so that
+    the first step does something. Values are computed as multiples of ``lr`` in double, so that they are these to
+    within rounding.
 
     Args:
         optimizer: any torch optimizer. A group's own learning rate is its ``initial_lr`` where an earlier schedule, or
@@ -50,14 +58,16 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min
         warmup_steps: steps of warm-up, 0 for none.
         total_steps: the step from which on the learning rate is ``min_lr``; more than ``warmup_steps``.
         min_lr: the last learning rate: this very value for every group, whatever its own.
+        start_lr: that of step 0, likewise this very value for every group; None for ``lr / (w + 1)``. Without warm-up
+            step 0 has ``lr``.
 
     Returns:
         A LambdaLR. Its state_dict holds plain numbers; loaded into a schedule of another length it brings its own.
 
     Raises:
         TypeError: if a number of steps is no integer, or ``optimizer`` no optimizer.
-        ValueError: for numbers out of range, and for a group whose own learning rate is below ``min_lr`` or 0 with a
-            ``min_lr`` above it: the schedule could only raise it.
+        ValueError: for numbers out of range, and for a group whose own learning rate, which is the highest of the
+            schedule, is below ``min_lr`` or ``start_lr``.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch optimizer, but is a {type(optimizer).__name__}")
@@ -69,18 +79,26 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min
             f"total_steps must be more than warmup_steps, but they are {total_steps} and {warmup_steps}: it counts all "
             "steps, those of the warm-up as well"
         )
-    if not 0 <= min_lr < math.inf:
-        raise ValueError(f"min_lr must be at least 0 and finite, but is {min_lr}")
+    ends = {"min_lr": min_lr, "start_lr": start_lr}
+    for name, end in ends.items():
+        if end is not None and not 0 <= end < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, but is {end}")
     factors = []
     for index, group in enumerate(optimizer.param_groups):
         lr = float(group.get("initial_lr", group["lr"]))
-        if lr < min_lr:
-            raise ValueError(
-                f"the learning rate of parameter group {index} is {lr}, below min_lr={min_lr}, to which the schedule "
-                "would have to fall: choose a smaller min_lr, or a larger learning rate for the group"
-            )
-        factors.append(_WarmupCosine(warmup_steps, total_steps, float(min_lr) / lr if lr else 1.0))
+        for name, end in ends.items():
+            if end is not None and lr < end:
+                raise ValueError(
+                    f"the learning rate of parameter group {index} is {lr}, below {name}={end}, though it is the "
+                    f"highest of the schedule: choose a smaller {name}, or a larger learning rate for the group"
+                )
+        start = None if start_lr is None else _multiple(start_lr, lr)
+        factors.append(_WarmupCosine(warmup_steps, total_steps, _multiple(min_lr, lr), start))
     return LambdaLR(optimizer, list(factors))
+
+
+def _multiple(value: float, lr: float) -> float:
+    return float(value) / lr if lr else 1.0
 
 
 def _count(value: int, name: str) -> int:

@@ -23,10 +23,10 @@ from cases import (
 
 import fusedoptim
 from benchmarks.witness import ieee_sqrt
-from fusedoptim._options import GROUP_OPTIONS
+from fusedoptim._options import GROUP_OPTIONS, StepOptions
 
 NAMES = ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad"]
-EXTRA = {"bias_correction", "options", "fused", "capturable"}
+EXTRA = {"bias_correction", "fused", "capturable", *StepOptions.__annotations__}
 
 
 @pytest.mark.parametrize("name", NAMES)

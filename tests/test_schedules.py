@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     ),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.05, anneal_epochs=4),
     "warmup_cosine": lambda o: warmup_cosine(o, 3, 8, 1e-4),
+    "warmup_cosine from 0": lambda o: warmup_cosine(o, 3, 8, start_lr=0.0),
 }
 
 
@@ -130,10 +133,45 @@ def test_warmup_cosine_is_its_formula() -> None:
         assert of_group[warmup:] == sorted(of_group[warmup:], reverse=True)
 
 
+@pytest.mark.parametrize("start", [0.0, 1e-3, 0.02])
+def test_warmup_cosine_starts_at_start_lr(start: float) -> None:
+    warmup, total = 4, 12
+    o = fusedoptim.AdamW(groups(parameters([(5,), (6,)])), lr=0.5)
+    usual = fusedoptim.AdamW(groups(parameters([(5,), (6,)])), lr=0.5)
+    found = rates(o, warmup_cosine(o, warmup, total, 1e-3, start_lr=start), 20)
+    without = rates(usual, warmup_cosine(usual, warmup, total, 1e-3), 20)
+    for own, of_group, of_usual in zip((0.5, 0.02), found, without, strict=True):
+        for t in range(warmup):
+            expected = (
+                own * (t / warmup) if start == 0 else pytest.approx(start + (own - start) * t / warmup, rel=1e-14)
+            )
+            assert of_group[t] == expected
+        assert of_group[warmup:] == of_usual[warmup:]
+        assert of_usual[:warmup] == [own * ((t + 1) / (warmup + 1)) for t in range(warmup)]
+
+
 def test_warmup_cosine_without_warmup_or_minimum() -> None:
-    o = fusedoptim.SGD(parameters([(5,)]), lr=0.1)
-    (of_group,) = rates(o, warmup_cosine(o, 0, 2), 4)
-    assert of_group == [0.1, pytest.approx(0.05), 0.0, 0.0]
+    for start in (None, 0.0, 0.1):
+        o = fusedoptim.SGD(parameters([(5,)]), lr=0.1)
+        (of_group,) = rates(o, warmup_cosine(o, 0, 2, start_lr=start), 4)
+        assert of_group == [0.1, pytest.approx(0.05), 0.0, 0.0]
+
+
+@pytest.mark.parametrize("start", [None, 0.0])
+def test_the_readmes_table_of_rates(start: float | None) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    call = re.search(r"AdamW\(.*lr=(\S+)\)\nschedule = warmup_cosine\(optimizer, (.*)\)", readme)
+    steps = re.search(r"^\| step \| (.*) \|$", readme, re.M)
+    row = re.search(rf"^\| `start_lr={start}` \| (.*) \|$", readme, re.M)
+    assert call and steps and row
+    o = fusedoptim.AdamW(parameters([(5,)]), lr=float(call[1]))
+    options = {
+        name: float(value) if "lr" in name else int(value) for name, value in re.findall(r"(\w+)=([^,]+)", call[2])
+    }
+    (found,) = rates(o, warmup_cosine(o, **options, start_lr=start), 150)
+    chosen = [int(step.split()[0]) for step in steps[1].split(" | ")]
+    assert row[1].split(" | ") == [f"{found[t]:.3g}" for t in chosen]
+    assert set(found[chosen[-1] :]) == {found[chosen[-1]]}
 
 
 def test_warmup_cosine_takes_a_tensor_lr_and_one_of_zero() -> None:
@@ -180,6 +218,28 @@ def test_warmup_cosine_resumes(cut: int) -> None:
     assert_same_optimizers(a, b)
 
 
+def test_a_state_dict_without_start_lr_leaves_it_as_it_is() -> None:
+    """As those saved before there was one. A whole schedule pickled then starts as it did."""
+    for start in (None, 0.0):
+        o = fusedoptim.SGD(parameters([(5,)]), lr=0.5)
+        schedule = warmup_cosine(o, 4, 9, 0.1, start_lr=start)
+        content = schedule.state_dict()
+        del content["lr_lambdas"][0]["start"]
+        schedule.load_state_dict(content)
+        assert schedule.lr_lambdas[0](0) == (0.2 if start is None else 0.0)
+        factor = schedule.lr_lambdas[0]
+        del factor.start
+        assert pickle.loads(pickle.dumps(factor))(0) == 0.2
+
+
+def test_start_lr_resumes_with_the_state_dict() -> None:
+    o = fusedoptim.SGD(parameters([(5,)]), lr=0.5)
+    content = warmup_cosine(o, 4, 9, start_lr=0.0).state_dict()
+    schedule = warmup_cosine(o, 4, 9)
+    schedule.load_state_dict(content)
+    assert [schedule.lr_lambdas[0](t) for t in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_warmup_cosine_made_after_a_checkpoint_was_loaded() -> None:
     """Then the groups' lr is that of the interrupted step; their own is in ``initial_lr``."""
     a = fusedoptim.SGD(parameters([(5,)]), lr=0.5)
@@ -212,6 +272,9 @@ def test_warmup_cosine_for_torchs_optimizers() -> None:
         ((1, 10, math.nan), ValueError, "min_lr must be at least 0 and finite, but is nan"),
         ((1, 10, math.inf), ValueError, "min_lr must be at least 0 and finite, but is inf"),
         ((1, 10, 0.03), ValueError, r"parameter group 1 is 0.02, below min_lr=0.03.*choose a smaller min_lr"),
+        ((1, 10, 0.0, -1e-3), ValueError, "start_lr must be at least 0 and finite, but is -0.001"),
+        ((1, 10, 0.0, math.nan), ValueError, "start_lr must be at least 0 and finite, but is nan"),
+        ((1, 10, 0.0, 0.03), ValueError, r"parameter group 1 is 0.02, below start_lr=0.03.*choose a smaller start_lr"),
     ],
     ids=str,
 )

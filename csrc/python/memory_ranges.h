@@ -14,15 +14,17 @@ namespace fusedoptim {
 
 class MemoryRanges {
  public:
-  void add(const void* data, DType dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  void add(const void* data, DType dtype, int ndim, const int64_t* sizes, const int64_t* strides) {
     int64_t elements = 1;
-    for (size_t d = 0; d < sizes.size(); ++d) elements += (sizes[d] - 1) * strides[d];
-    for (int64_t size : sizes)
-      if (size == 0) return;
-    dense_ = dense_ && dense(sizes, strides);
+    for (int d = 0; d < ndim; ++d) {
+      if (sizes[d] == 0) return;
+      elements += (sizes[d] - 1) * strides[d];
+    }
+    dense_ = dense_ && dense(ndim, sizes, strides);
     const auto begin = reinterpret_cast<uintptr_t>(data);
     ranges_.push_back({begin, begin + static_cast<uintptr_t>(elements * size_of(dtype))});
   }
+  void reserve(size_t n) { ranges_.reserve(n); }
   void clear() {
     ranges_.clear();
     dense_ = true;

@@ -102,7 +102,7 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   e.numel = p.numel();
   e.param_dtype = dtype_of(p);
   e.param = addresses_.add(p);
-  if (zero_grad_) kept_.add(e.param, e.param_dtype, sizes, strides);
+  if (zero_grad_) kept_.add(e.param, e.param_dtype, m.ndim, m.shape, m.shape + m.ndim);
   m.memory = tensor_memory(p.get());
   m.written_begin = static_cast<int64_t>(written_.size());
   const auto writes = [&](int at) { written_.push_back({VersionCounters::object(tensors.at(at).get()), at}); };
@@ -123,7 +123,7 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     e.state[k] = addresses_.add(s);
     writes(at);
     strides_[i].state[k] = to_vector(s.strides());
-    if (zero_grad_) kept_.add(e.state[k], e.state_dtype[k], sizes, strides_[i].state[k]);
+    if (zero_grad_) kept_.add(e.state[k], e.state_dtype[k], m.ndim, m.shape, strides_[i].state[k].data());
     if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), strides_[i].state[k].data());
   }
   const int step = binding[2 + info_.slots], scalar = binding[3 + info_.slots];

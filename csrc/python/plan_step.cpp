@@ -173,7 +173,7 @@ bool Plan::written_apart() {
     if (!entries_[i].active) continue;
     TensorView g;
     if (!TensorReader::get().view(grads_[i].ptr(), g)) return false;
-    written_ranges_.add(g.data, g.dtype, {g.sizes, g.sizes + g.ndim}, {g.strides, g.strides + g.ndim});
+    written_ranges_.add(g.data, g.dtype, g.ndim, g.sizes, g.strides);
   }
   written_ranges_.sort();
   return written_ranges_.apart_from(kept_);

@@ -32,9 +32,10 @@ std::vector<int64_t> to_vector(const Range& r) {
   return {r.begin(), r.end()};
 }
 
-inline bool row_major(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+// Strides of dimensions of size 1 mean nothing.
+inline bool row_major(int ndim, const int64_t* sizes, const int64_t* strides) {
   int64_t expected = 1;
-  for (int d = static_cast<int>(sizes.size()) - 1; d >= 0; --d) {
+  for (int d = ndim - 1; d >= 0; --d) {
     if (sizes[d] != 1 && strides[d] != expected) return false;
     expected *= sizes[d];
   }
@@ -42,9 +43,10 @@ inline bool row_major(const std::vector<int64_t>& sizes, const std::vector<int64
 }
 
 // Fills its memory without gaps or overlaps, in some order of the dimensions.
-inline bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+inline bool dense(int ndim, const int64_t* sizes, const int64_t* strides) {
+  if (row_major(ndim, sizes, strides)) return true;
   std::vector<std::pair<int64_t, int64_t>> by_stride;
-  for (size_t d = 0; d < sizes.size(); ++d)
+  for (int d = 0; d < ndim; ++d)
     if (sizes[d] != 1) by_stride.push_back({strides[d], sizes[d]});
   std::sort(by_stride.begin(), by_stride.end());
   int64_t expected = 1;
@@ -53,6 +55,14 @@ inline bool dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>&
     expected *= size;
   }
   return true;
+}
+
+using Numbers = std::vector<int64_t>;
+inline bool row_major(const Numbers& sizes, const Numbers& strides) {
+  return row_major(static_cast<int>(sizes.size()), sizes.data(), strides.data());
+}
+inline bool dense(const Numbers& sizes, const Numbers& strides) {
+  return dense(static_cast<int>(sizes.size()), sizes.data(), strides.data());
 }
 
 }  // namespace fusedoptim

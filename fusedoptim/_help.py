@@ -1,0 +1,54 @@
+"""What ``help()``, ``inspect.signature()`` and ``repr()`` say of an optimizer's options, beside what torch's would."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions
+
+#: The line of a docstring that the options' own texts take the place of.
+_REFERENCE = re.compile(r"^( *)options: see :class:`fusedoptim\.StepOptions`\.$", re.M)
+
+
+def complete(cls: type) -> None:
+    """Lists the options in an optimizer's docstring and in the signature of its constructor, where it has these."""
+    own = vars(cls)
+    if own.get("__doc__") is not None and StepOptions.__doc__ is not None:  # python -OO has neither
+        texts = _texts(StepOptions.__doc__)
+        cls.__doc__ = _REFERENCE.sub(lambda line: textwrap.indent(texts, line[1]), own["__doc__"])
+    if "__init__" in own:
+        _spell_out(own["__init__"])
+
+
+def _texts(of_options: str) -> str:
+    return inspect.cleandoc(inspect.cleandoc(of_options).partition("\nArgs:\n")[2])
+
+
+def _spell_out(constructor: Any) -> None:
+    """``**options: Unpack[StepOptions]`` as what it stands for. Types are real ones: the names in annotations that are
+    texts would not be found in another's module."""
+    try:
+        signature = inspect.signature(constructor)
+    except (TypeError, ValueError, NameError):  # a user's, which may be anything
+        return
+    parameters = list(signature.parameters.values())
+    last = parameters.pop() if parameters else None
+    if last is not None and last.kind is last.VAR_KEYWORD and "StepOptions" in str(last.annotation):
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=annotation)
+            for name, annotation in typing.get_type_hints(StepOptions).items()
+        ]
+        constructor.__signature__ = signature.replace(parameters=[*parameters, *options])
+
+
+def representation(of_torch: str, options: Mapping[str, Any]) -> str:
+    """torch's text of an optimizer, with what it has of its own and without what is off in its groups."""
+    head, *lines = of_torch.split("\n")
+    off = {f"    {name}: None" for name in GROUP_OPTIONS}
+    chosen = [f"    {name}: {value}" for name, value in options.items() if value != DEFAULTS.get(name)]
+    return "\n".join([head, *chosen, *(line for line in lines if line not in off)])
