@@ -20,7 +20,7 @@ from . import _compiled, _stateless
 from ._backends import BACKENDS
 from ._checks import compute_dtype
 from ._fakes import alike, is_fake
-from ._states import Changes, StateMaker, move_steps
+from ._states import StateMaker
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -110,17 +110,17 @@ def step_of_fakes(optimizer: FusedOptimizer) -> bool:
             "others are not: step them with optimizers of their own"
         )
     maker = StateMaker(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
-    changes = Changes(optimizer.state)
     for group, p in stepped:
-        entry = changes.entry(p)
-        with alike(p) as mode, torch.no_grad():
-            for name, value in maker.missing(optimizer.rule.state_names(group), p, entry):
-                changes.put(entry, name, value)
-            for name, value in entry.items():
+        states = dict(optimizer.state.get(p, {}))
+        with torch.no_grad(), alike(p) as mode:
+            states.update(maker.missing(optimizer.rule.state_names(group), p, states))
+            for name, value in states.items():
                 if isinstance(value, Tensor) and not is_fake(value):  # made with the optimizer, say
-                    changes.put(entry, name, mode.from_tensor(value))
+                    states[name] = mode.from_tensor(value)
             if optimizer.rule.has_step and _steps_on(optimizer._options["backend"], p.device):
-                move_steps([entry], p.device, changes)
+                states["step"] = states["step"].to(p.device)
+        if states:
+            optimizer.state[p].update(states)
     return True
 
 

@@ -17,8 +17,8 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 class StepOptions(TypedDict, total=False):
-    """Keyword arguments of every optimizer. The first three are values of groups, too: a loaded checkpoint brings its
-    own, as it does for lr. The others are of the optimizer as a whole and in no state_dict, because they describe the
+    """Keyword arguments of every optimizer. The first three are values of groups, too, where they are on: a checkpoint
+    carries them then, and brings them, as it does lr; without them it leaves them as they are. The others are of the optimizer as a whole and in no state_dict, because they describe the
     program and not the training: pass them again where a run is resumed. Copies and pickles keep them.
 
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
@@ -40,7 +40,7 @@ class StepOptions(TypedDict, total=False):
         zero_grad_in_step: leaves zeros in all gradients, also if the step is skipped, so that no zero_grad() is needed.
             A GradScaler then has to leave skipping to the step, as with ``amp_in_step``.
         amp_in_step: has a GradScaler leave unscaling and skipping to the step, which need not wait for the device then.
-            With the default, as with torch's optimizers unless they are fused, the scaler does both before it.
+            By default, as with torch's optimizers unless they are fused, the scaler does both before it.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
         state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16, or None for the
             parameter's own. Whatever it is, a 16-bit parameter is not moved by an update of less than half a unit in

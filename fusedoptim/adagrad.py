@@ -54,7 +54,6 @@ class Adagrad(FusedOptimizer):
         slots=(Slot("sum", initial="initial_accumulator_value"),),
         states_at_construction=True,
         initial=(at_least_0("initial_accumulator_value"),),
-        states_at_construction=True,
     )
 
     def __init__(

@@ -407,6 +407,12 @@ def test_fake_parameters_get_states_and_nothing_else(
         assert optimizer.skipped_steps.shape == ()
 
 
+def test_fake_parameters_of_a_rule_without_states_get_no_entries() -> None:
+    optimizer = fusedoptim.SGD(fakes(FakeTensorMode()))
+    optimizer.step()
+    assert not optimizer.state
+
+
 def test_fake_parameters_on_a_gpu_have_their_steps_there() -> None:
     mode = FakeTensorMode()
     params = fakes(mode, "cuda")

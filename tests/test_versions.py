@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import ALL, FULL, Case, parameters, set_gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from versions import Saved, check_versions
 
 import fusedoptim
@@ -37,25 +39,27 @@ def test_raised_by_torch_where_they_are_not_found(
 
 
 @needs_library
-def test_are_found_in_this_torch() -> None:
-    """Also from within whatever may surround the first step of a process."""
+def test_are_found_in_this_torch_whatever_surrounds_the_search() -> None:
     look = _versions.found.__wrapped__
     assert look() and _versions.found()
-    with torch.inference_mode():
-        assert look()
-    with torch.device("meta"):
-        assert look()
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        assert look()
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.append(look())  # where autograd has been left behind
+            return func(*args, **(kwargs or {}))
+
+    found: list[bool] = []
+    for around in (torch.inference_mode(), torch.device("meta"), FakeTensorMode(), Mode()):
+        with around:
+            found.append(look())
+            torch.zeros(3)
+    torch.vmap(lambda x: (found.append(look()), x)[1])(torch.zeros(2))
+    assert len(found) >= 6 and all(found)
 
 
 @needs_library
 def test_a_search_that_fails_leaves_them_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    look = _versions.found.__wrapped__
-
-    class Probe(_native._C.VersionProbe):  # type: ignore[misc,name-defined]
+    class Misled(_native._C.VersionProbe):  # type: ignore[misc,name-defined]
         def find(self, versions: list[int]) -> bool:
             return super().find([v + 1 for v in versions])
 
@@ -63,9 +67,9 @@ def test_a_search_that_fails_leaves_them_to_torch(monkeypatch: pytest.MonkeyPatc
         def raise_(self, tensor: int) -> None:
             super().raise_(0)
 
-    for probe in (Probe, Careless):
+    for probe in (Misled, Careless):
         monkeypatch.setattr(_native, "_C", SimpleNamespace(VersionProbe=probe))
-        assert not look()
+        assert not _versions.found.__wrapped__()
 
 
 @needs_library
