@@ -18,8 +18,9 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 class StepOptions(TypedDict, total=False):
     """Keyword arguments of every optimizer. The first three are values of groups, too, where they are on: a checkpoint
-    carries them then, and brings them, as it does lr; without them it leaves them as they are. The others are of the optimizer as a whole and in no state_dict, because they describe the
-    program and not the training: pass them again where a run is resumed. Copies and pickles keep them.
+    carries them then, and brings them as it does lr; one without them leaves them as they are. The others are of the
+    optimizer as a whole and in no state_dict, because they describe the program and not the training: pass them again
+    where a run is resumed. Copies and pickles keep them.
 
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
     updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
