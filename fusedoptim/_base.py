@@ -87,7 +87,7 @@ class FusedOptimizer(Optimizer):
             self._step_supports_amp_scaling = True
         self._runners: list[Runner] | None = None
         self._captured: list[Runner] = []
-        #: The parameters of all groups, for compiled steps, which must not look at the groups.
+        #: The parameters for compiled steps, which must not look at the groups: see _compiled.traceable.
         self._all_params: list[Tensor] = []
         self._name = _compiled.register(self)
         super().__init__(params, defaults)
@@ -176,7 +176,7 @@ class FusedOptimizer(Optimizer):
         if _modes.step_of_fakes(self):
             return
         self._drop_runners()
-        self._all_params = [p for group in self.param_groups for p in group["params"]]
+        self._all_params = _compiled.traceable(self.param_groups)
         _checkpoint.take_over(self._lent, self.state)
         changes = Changes(self.state)
         runners: list[Runner] = []
@@ -361,13 +361,13 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         _checkpoint.leave_out_what_is_off(group, self.rule)
-        self._all_params = [p for g in self.param_groups for p in g["params"]]
+        self._all_params = _compiled.traceable(self.param_groups)
         try:
             for i, p in enumerate(group["params"]):
                 _members.check_early(p, group, index, i, type(self).__name__)
         except ValueError:
             del self.param_groups[-1]
-            self._all_params = [p for g in self.param_groups for p in g["params"]]
+            self._all_params = _compiled.traceable(self.param_groups)
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -418,7 +418,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_runners", None)
         self.__dict__.setdefault("_captured", [])
         self._drop_runners()
-        self._all_params = [p for group in self.param_groups for p in group["params"]]
+        self._all_params = _compiled.traceable(self.param_groups)
         if "_name" not in self.__dict__:
             self._name = _compiled.register(self)
         for group in self.param_groups:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,27 +69,37 @@ def find(number: int) -> Traced:
 
 
 _library = torch.library.Library("fusedoptim", "FRAGMENT")  # type: ignore[no-untyped-call]
-#: The second is for steps that leave zeros in the gradients.
+#: For the parameters that have gradients. The second is for steps that leave zeros in them.
 OPERATORS = {
     "step_": "(int traced, Tensor(a!)[] params, Tensor[] grads) -> ()",
     "step_and_zero_": "(int traced, Tensor(a!)[] params, Tensor(b!)[] grads) -> ()",
 }
 
 
+def traceable(groups: list[dict[str, Any]]) -> list[Tensor]:
+    """The parameters that a compiler may look at, whether or not they have gradients: it knows no frozen ones that are
+    sparse, quantised or of a subclass. Should one of these get a gradient, the step finds it when it runs."""
+    return [p for group in groups for p in group["params"] if p.requires_grad or _is_plain(p)]
+
+
+def _is_plain(p: Tensor) -> bool:
+    return type(p) in (Tensor, torch.nn.Parameter) and p.layout == torch.strided and not p.is_quantized
+
+
 def trace(optimizer: FusedOptimizer) -> None:
     """Puts the operator into the graph that is being traced."""
-    params = optimizer._all_params
-    grads, active = [], []
-    for i, p in enumerate(params):
-        grad = p.grad
-        if grad is not None:
-            grads.append(grad)
+    params, active = [], []
+    for i, p in enumerate(optimizer._all_params):
+        if p.grad is not None:
+            params.append(p)
             active.append(i)
     if active:
-        call(optimizer, _remember(optimizer._name, tuple(active)), params, grads)
+        call(optimizer, _remember(optimizer._name, tuple(active)), params)
 
 
-def call(optimizer: FusedOptimizer, number: int, params: list[Tensor], grads: list[Tensor]) -> None:
+def call(optimizer: FusedOptimizer, number: int, params: list[Tensor]) -> None:
+    """Calls the operator with parameters that have gradients: others may be of any kind, which no compiler takes."""
+    grads = [p.grad for p in params]
     with torch.no_grad():
         if optimizer._options["zero_grad_in_step"]:
             torch.ops.fusedoptim.step_and_zero_(number, params, grads)
@@ -110,26 +120,27 @@ _remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
     traced = find(number)
     optimizer = traced.optimizer
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(own) != len(params) or list(map(id, own)) != list(map(id, optimizer._all_params)):
-        optimizer._all_params = own
+    every = traceable(optimizer.param_groups)
+    if list(map(id, every)) != list(map(id, optimizer._all_params)):
+        optimizer._all_params = every
         raise RuntimeError(
             "the optimizer's parameters changed since its step was compiled, and nothing was stepped: call it again, "
             "which compiles it for them. add_param_group() makes such changes known at once"
         )
-    given_grads = dict(zip(traced.active, grads, strict=True))
-    before = [p.grad for p in own]
+    own = [every[i] for i in traced.active]
+    given = dict(zip(traced.active, grads, strict=True))
+    before = [p.grad for p in every]
     # A compiler may hand over copies, to be written to in the parameters' stead.
     copies = [(p, q, p.detach().clone()) for p, q in zip(own, params, strict=True) if p is not q and not _same(p, q)]
     try:
         for p, q, _ in copies:
             p.data.copy_(q)
-        for i, p in enumerate(own):
-            if p.grad is not given_grads.get(i):
-                p.grad = given_grads.get(i)
+        for i, p in enumerate(every):
+            if p.grad is not given.get(i):
+                p.grad = given.get(i)
         optimizer._step(in_operator=True)
     finally:
-        for p, grad in zip(own, before, strict=True):
+        for p, grad in zip(every, before, strict=True):
             if p.grad is not grad:
                 p.grad = grad
         for p, q, old in copies:

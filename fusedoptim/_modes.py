@@ -57,9 +57,15 @@ def step(optimizer: FusedOptimizer) -> None:
         if active:
             _trace(optimizer, params, active, tracer)
     elif not step_of_fakes(optimizer) and active:
-        optimizer._all_params = params
+        params, active = _noted(optimizer)
         watched = _compiled.Traced(optimizer, active)  # for the duration of this call
-        _compiled.call(optimizer, watched.number, params, _gradients(params, active))
+        _compiled.call(optimizer, watched.number, [params[i] for i in active])
+
+
+def _noted(optimizer: FusedOptimizer) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The parameters as a compiled step has them, and which of them have gradients."""
+    params = optimizer._all_params = _compiled.traceable(optimizer.param_groups)
+    return params, tuple(i for i, p in enumerate(params) if p.grad is not None)
 
 
 def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, ...], tracer: Any) -> None:
@@ -71,14 +77,12 @@ def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, .
     if _stateless.states_are_traced(optimizer, tracer):
         _stateless.trace(optimizer, params, active)
         return
-    if not any(map(is_fake, params)):
-        optimizer._all_params = params
+    own = optimizer._all_params
+    traced, active = _noted(optimizer)
+    if any(map(is_fake, params)):
+        optimizer._all_params = own
     number = _compiled.kept(optimizer, active, _compiled.Traced(optimizer, active)).number
-    _compiled.call(optimizer, number, params, _gradients(params, active))
-
-
-def _gradients(params: list[Tensor], active: Iterable[int]) -> list[Tensor]:
-    return [g for i in active if (g := params[i].grad) is not None]
+    _compiled.call(optimizer, number, [traced[i] for i in active])
 
 
 # ---- fake tensors ----

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from . import _checks
+from . import _checks, _compiled
 from ._base import FusedOptimizer
 from ._fakes import is_fake
 from ._members import is_materialised
@@ -112,7 +112,7 @@ class StepInBackward:
             self._attach()
         except ValueError:
             del owner.param_groups[-1]
-            owner._all_params = [p for group in owner.param_groups for p in group["params"]]
+            owner._all_params = _compiled.traceable(owner.param_groups)
             raise
 
     def _attach(self) -> None:

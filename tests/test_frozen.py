@@ -207,6 +207,21 @@ def test_a_placeholder_whose_states_lie_elsewhere() -> None:
     assert [optimizer.state[p]["step"].item() for p in trained] == [3.0, 2.0]
 
 
+@pytest.mark.filterwarnings("ignore:.*(make_fx|deprecated).*")
+def test_a_compiled_step_leaves_them_alone() -> None:
+    """The operator in the graph gets the parameters that have gradients, and no others."""
+    trained, alone = parameters([(5,), (6,)]), parameters([(5,), (6,)])
+    a, b = fusedoptim.AdamW([*(make() for make in KINDS.values()), *trained]), fusedoptim.AdamW(alone)
+    step = torch.compile(a.step, fullgraph=True, backend="aot_eager")
+    for i in range(3):
+        set_gradients(trained, i)
+        set_gradients(alone, i)
+        step()
+        b.step()
+    for p, q in zip(trained, alone, strict=True):
+        assert_same_bits(p.detach(), q.detach())
+
+
 def test_gradients_that_come_and_go_make_no_new_plans() -> None:
     """A parameter that could be stepped is in the plan also without a gradient."""
     params = parameters([(5,), (6,)])
