@@ -38,6 +38,16 @@ def test_every_case_in_the_interpreter() -> None:
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 250
 
 
+@needs_triton
+@pytest.mark.slow
+def test_frozen_parameters_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-x", "-p", "no:cacheprovider", "tests/test_frozen.py"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FUSEDOPTIM_TEST_BACKEND": "triton"}
+    done = subprocess.run([*command, "-k", "adamw_amsgrad"], env=env, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 15
+
+
 # ---- generated code ----
 
 
