@@ -1,9 +1,7 @@
-"""FullyShardedDataParallel: rules that work element by element have the bits of one process; norms are refused, because
-a process sees a part of every tensor."""
+"""FullyShardedDataParallel and ZeroRedundancyOptimizer: rules have the bits of one process. FSDP refuses norms, because a
+process sees a part of every tensor."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
@@ -11,13 +9,13 @@ import torch.distributed as dist
 from cases import FULL
 from stacks import batch, make_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fusedoptim
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 WORLD, STEPS = 2, 3
 ELEMENTWISE = [case for case in FULL if case.optimizer != "NormAdaptive"]
-ON_CPU = "ignore:.*(FSDP|FullyShardedDataParallel|sharding_strategy|_summon|torch.distributed|state_dict_type).*"
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -59,6 +57,7 @@ def later(model: nn.Module) -> None:
 
 def work(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
@@ -73,6 +72,11 @@ def work(rank: int, folder: str) -> None:
         x, y = batch(0)
         nn.functional.mse_loss(model(x), y).backward()
         results[f"refusals {original}"] = refusals(model)
+    for case in FULL:
+        model = DistributedDataParallel(make_model())
+        options = {"optimizer_class": getattr(fusedoptim, case.optimizer), **case.options}
+        train(model, ZeroRedundancyOptimizer(model.parameters(), **options))
+        results[f"{case} zero"] = [p.detach().clone() for p in model.parameters()]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -87,13 +91,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("original", [False, True])
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=str)
 def test_rules_that_work_element_by_element(case: object, original: bool, results: list[dict]) -> None:
-    model = copy.deepcopy(make_model())
+    model = make_model()
     train(model, case.make(model.parameters()))
     expected = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     for of_rank in results:
         found: list[Tensor] = of_rank[f"{case} {original}"]
         # Means over two processes of equal gradients are exact; flat parameters are padded.
         assert torch.equal(torch.cat([p.reshape(-1) for p in found])[: expected.numel()], expected)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_optimizers_that_have_some_of_the_tensors(case: object, results: list[dict]) -> None:
+    model = make_model()
+    train(model, case.make(model.parameters()))
+    for of_rank in results:
+        assert all(map(torch.equal, of_rank[f"{case} zero"], model.parameters()))
 
 
 @pytest.mark.parametrize("original", [False, True])
