@@ -1,5 +1,5 @@
-"""FullyShardedDataParallel and ZeroRedundancyOptimizer: rules have the bits of one process. FSDP refuses norms, because a
-process sees a part of every tensor."""
+"""FullyShardedDataParallel and ZeroRedundancyOptimizer: the bits of one process. FSDP's parameters are refused where a
+norm is needed, because a process sees a part of every tensor."""
 
 from __future__ import annotations
 
