@@ -136,7 +136,8 @@ class FusedOptimizer(Optimizer):
         if (count_modes() or PRE_DISPATCH[0]) and not in_operator:
             _modes.step(self)
             return
-        self._check_not_averaging()
+        if self._averaging:  # asked here, because a call takes a thirtieth of a small step
+            self._check_not_averaging()
         self._opt_called = True
         runners = self._runners
         if runners and (len(runners) > 1 or self._in_parts) and self._measures_norm():
