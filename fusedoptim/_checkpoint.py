@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from . import _checks
+from ._members import is_materialised
 from ._rule import EMA, Group, Rule
 from ._states import scalars
 from ._warnings import warn
@@ -173,7 +173,6 @@ class Loader:
                     yield p, {**state[p], **found}, lent
 
     def _restore_one(self, values: dict[str, Kept], p: Tensor) -> tuple[dict[str, Any], set[str]]:
-        takes = _is_stepped(p, {name: kept.value for name, kept in values.items()}, self.rule)
         found: dict[str, Any] = {}
         lent: set[str] = set()
         for name, kept in values.items():
@@ -181,8 +180,8 @@ class Loader:
             if not isinstance(value, Tensor):
                 found[name] = copy.deepcopy(value)
                 continue
-            dtype = self._dtype(name, value.dtype, p) if takes else value.dtype
-            if takes and name == "step" and self.rule.has_step:
+            dtype = self._dtype(name, value, p)
+            if name == "step" and self.rule.has_step:
                 found[name] = value.detach().to("cpu", copy=True)
             elif kept.alone and dtype == value.dtype and _can_be_lent(value, p):
                 found[name] = value
@@ -198,13 +197,14 @@ class Loader:
                 who = _checks.describe(group, index, i)
                 self.widened.append(f"{name!r} of {who}, from {before.dtype} to {now.dtype}")
 
-    def _dtype(self, name: str, saved: torch.dtype, p: Tensor) -> torch.dtype:
+    def _dtype(self, name: str, value: Tensor, p: Tensor) -> torch.dtype:
         """Of a state that is loaded. None becomes narrower, and none stays narrower than a new one would be."""
+        saved = value.dtype
+        if not _can_be_stepped(p) or value.shape != p.shape or not saved.is_floating_point:
+            return saved
         if name == EMA:  # which torch.optim keeps in the parameter's dtype
             return _checks.compute_dtype(p)
-        if name == self.rule.scalar_state:
-            return torch.float32
-        if name not in self.slots or not saved.is_floating_point:
+        if name not in self.slots:
             return saved
         return self.dtype or (saved if saved.itemsize >= p.dtype.itemsize else p.dtype)
 
@@ -217,10 +217,14 @@ class Loader:
             )
 
 
+def _can_be_stepped(p: Tensor) -> bool:
+    return is_materialised(p) and p.dtype in _checks.DTYPES
+
+
 def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
     """Whether these states are to fit the parameter. Those of one that is frozen, not materialised, or empty while its
     states are not (a placeholder of what lies elsewhere) are nobody's business: they are carried along."""
-    if not p.requires_grad or is_lazy(p) or p.device.type == "meta":
+    if not p.requires_grad or not _can_be_stepped(p):
         return False
     return p.numel() > 0 or not any(
         isinstance(value := values.get(slot.name), Tensor) and value.numel() > 0 for slot in rule.slots
@@ -229,7 +233,7 @@ def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
 
 def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor) -> Tensor:
     """With memory of its own, on its parameter's device and, where it has its shape, in its memory order."""
-    if is_lazy(p) or p.device.type == "meta":
+    if not is_materialised(p):
         return saved.clone()
     if saved.shape == p.shape and saved.is_floating_point() and p.layout == torch.strided:
         return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(saved)
@@ -245,7 +249,9 @@ def held_alone(items: dict[Any, Any], key: Any) -> bool:
     if sys.getrefcount(items[key]) > _ALONE:
         return False
     value = items[key]
-    return not isinstance(value, Tensor) or _uses_of(value) == _uses_of_one()
+    if not isinstance(value, Tensor):
+        return True
+    return type(value) is Tensor and value.layout == torch.strided and _uses_of(value) == _uses_of_one()
 
 
 _ITEM = {0: object()}
@@ -293,10 +299,9 @@ def _is_torchs(storage: torch.UntypedStorage) -> bool:
 
 
 def take_over(lent: dict[Tensor, set[str]], state: dict[Any, Any]) -> None:
-    """Before a step writes: copies the states that are still somebody else's, too."""
-    for p, names in lent.items():
-        values = state.get(p, {})
-        for name in names:
+    """Before a step writes: copies the states that are still somebody else's, too. ``state`` may have some of them."""
+    for p in [p for p in lent if p in state]:
+        values = state[p]
+        for name in lent.pop(p):
             if isinstance(values.get(name), Tensor) and not held_alone(values, name):
                 values[name] = values[name].clone(memory_format=torch.preserve_format)
-    lent.clear()

@@ -89,4 +89,5 @@ class Adagrad(FusedOptimizer):
     def share_memory(self) -> None:
         """Moves the sums to shared memory, for training by several processes."""
         for state in self.state.values():
-            state["sum"].share_memory_()
+            if "sum" in state:  # a parameter that is not materialised has none so far
+                state["sum"].share_memory_()

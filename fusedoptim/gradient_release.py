@@ -154,6 +154,7 @@ class _Part:
         self.owner, self.param = owner, param
         self.group: dict[str, Any] = {"params": [param]}
         self.optimizer = twin(owner.optimizer, [self.group], defaultdict(dict))
+        self.optimizer._lent = owner.optimizer._lent  # each takes over its own
         frozen = not param.requires_grad
         param.requires_grad_(True)  # torch hooks no frozen parameter, and this one may thaw
         try:

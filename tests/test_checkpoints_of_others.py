@@ -407,3 +407,44 @@ def test_torch_and_fusedoptim_agree_after_a_checkpoint_that_was_lent() -> None:
             set_gradients(params, 1)
             optimizer.step()
     assert_same_optimizers(theirs, mine)
+
+
+def test_steps_in_the_backward_pass_leave_a_kept_state_dict_as_it_is() -> None:
+    model = torch.nn.Linear(3, 2)
+    source = fusedoptim.AdamW(model.parameters())
+    set_gradients(list(model.parameters()), 0)
+    source.step()
+    source.zero_grad()
+    content = content_of(source)
+    before = copy.deepcopy(content)
+    target = fusedoptim.AdamW(model.parameters())
+    with fusedoptim.step_in_backward(target):
+        target.load_state_dict(content)
+        model(torch.ones(4, 3)).sum().backward()
+    assert target.state[model.weight]["step"].item() == 2
+    for i, values in content["state"].items():
+        for name, value in values.items():
+            assert_same_bits(value, before["state"][i][name], name)
+
+
+@pytest.mark.parametrize("case", WITH_SLOTS, ids=str)
+def test_a_parameter_that_thaws_after_loading_has_wide_states(case: Case) -> None:
+    source, _ = stepped(case)
+    target, params = stepped(case, steps=0)
+    params[0].requires_grad_(False)
+    with one_warning("parameter 0 of group 0"):
+        target.load_state_dict(cast(source.state_dict(), slots(source), BF16))
+    params[0].requires_grad_(True)
+    set_gradients(params, 1)
+    target.step()
+    assert all(target.state[params[0]][name].dtype == F32 for name in slots(target))
+
+
+def test_sparse_and_other_tensors_of_wrappers_are_carried_along() -> None:
+    optimizer, params = stepped(FULL[0])
+    optimizer.state[params[0]]["mask"] = torch.eye(3).to_sparse()
+    content = copy.deepcopy(optimizer.state_dict())
+    loaded, others = stepped(FULL[0], steps=0)
+    loaded.load_state_dict(content)
+    assert torch.equal(loaded.state[others[0]]["mask"].to_dense(), torch.eye(3))
+    loaded.step()
