@@ -302,6 +302,6 @@ def take_over(lent: dict[Tensor, set[str]], state: dict[Any, Any]) -> None:
     """Before a step writes: copies the states that are still somebody else's, too. ``state`` may have some of them."""
     for p in [p for p in lent if p in state]:
         values = state[p]
-        for name in lent.pop(p):
+        for name in lent.pop(p) if isinstance(values, dict) else ():
             if isinstance(values.get(name), Tensor) and not held_alone(values, name):
                 values[name] = values[name].clone(memory_format=torch.preserve_format)
