@@ -59,15 +59,15 @@ def test_are_found_in_this_torch_whatever_surrounds_the_search() -> None:
 
 @needs_library
 def test_a_search_that_fails_leaves_them_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Misled(_native._C.VersionProbe):  # type: ignore[misc,name-defined]
+    class Blind(_native._C.VersionProbe):  # type: ignore[misc,name-defined]
         def find(self, versions: list[int]) -> bool:
-            return super().find([v + 1 for v in versions])
+            return False
 
     class Careless(_native._C.VersionProbe):  # type: ignore[misc,name-defined]
         def raise_(self, tensor: int) -> None:
             super().raise_(0)
 
-    for probe in (Misled, Careless):
+    for probe in (Blind, Careless):
         monkeypatch.setattr(_native, "_C", SimpleNamespace(VersionProbe=probe))
         assert not _versions.found.__wrapped__()
 

@@ -187,7 +187,7 @@ FUSEDOPTIM_HD void Plan::prefetch_gradients(int64_t i) const {
     prefetch_tensor(m.memory);
     __builtin_prefetch(m.last_grad);
     __builtin_prefetch(m.last_grad_sizes);
-    __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
+    if (m.last_grad_sizes) __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
     __builtin_prefetch(&entries_[i + kFar]);
     __builtin_prefetch(reinterpret_cast<const char*>(&entries_[i + kFar]) + 64);
   }

@@ -63,9 +63,9 @@ std::optional<int> VersionProbe::find_pointer() const {
   return found;
 }
 
-// The first place in the counters that has the versions, which does not lie behind their end.
+// The first place in the counters that has the versions: so nothing behind their end is read, unless no place has them.
 std::optional<int> VersionProbe::find_number(int pointer, const std::vector<uint32_t>& versions) const {
-  constexpr int kCounterBytes = 64;
+  constexpr int kCounterBytes = 32;
   const Pipe pipe;
   for (int offset = 0; offset < kCounterBytes; offset += sizeof(uint32_t)) {
     bool fits = true;
