@@ -309,6 +309,12 @@ def test_torchs_own_keys_keep_torchs_meaning(name: str) -> None:
 # ---- memory ----
 
 
+@pytest.fixture
+def lending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of small tensors."""
+    monkeypatch.setattr(fusedoptim._checkpoint, "WORTH_LENDING", 0)
+
+
 def content_of(optimizer: Any) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -320,6 +326,7 @@ def addresses(values: dict[str, Any], names: set[str]) -> list[int]:
     return [values[name].data_ptr() for name in sorted(names)]
 
 
+@pytest.mark.usefixtures("lending")
 @pytest.mark.parametrize("case", WITH_SLOTS, ids=str)
 def test_a_state_dict_that_is_let_go_of_is_not_copied(case: Case) -> None:
     source, _ = stepped(case)
@@ -332,6 +339,7 @@ def test_a_state_dict_that_is_let_go_of_is_not_copied(case: Case) -> None:
     assert addresses(target.state[params[1]], slots(source)) == theirs
 
 
+@pytest.mark.usefixtures("lending")
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_a_state_dict_that_is_kept_stays_as_it_is(case: Case) -> None:
     source, _ = stepped(case)
@@ -350,6 +358,7 @@ def test_a_state_dict_that_is_kept_stays_as_it_is(case: Case) -> None:
             assert_same_bits(value, before["state"][i][name], name)
 
 
+@pytest.mark.usefixtures("lending")
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("case", WITH_SLOTS, ids=str)
 def test_states_of_a_living_optimizer_are_copied_at_once(case: Case, backend: str) -> None:
@@ -364,6 +373,7 @@ def test_states_of_a_living_optimizer_are_copied_at_once(case: Case, backend: st
         assert_same_bits(value, before[name], name)
 
 
+@pytest.mark.usefixtures("lending")
 def test_views_numpy_memory_and_graphs_are_copied_at_once() -> None:
     source, _ = stepped(FULL[0])
     for change in (
@@ -380,6 +390,7 @@ def test_views_numpy_memory_and_graphs_are_copied_at_once() -> None:
         assert target.state[params[0]]["exp_avg"].data_ptr() != address or change(torch.ones(3)).data_ptr() == 0
 
 
+@pytest.mark.usefixtures("lending")
 def test_a_state_that_a_graph_has_saved_is_copied_before_the_first_step() -> None:
     source, _ = stepped(FULL[0])
     target, params = stepped(FULL[0], steps=0)
@@ -396,6 +407,7 @@ def test_a_state_that_a_graph_has_saved_is_copied_before_the_first_step() -> Non
     assert_same_bits(x.grad, before)
 
 
+@pytest.mark.usefixtures("lending")
 def test_torch_and_fusedoptim_agree_after_a_checkpoint_that_was_lent() -> None:
     theirs, mine = torch.optim.AdamW(p := parameters([(5,)])), fusedoptim.AdamW(q := parameters([(5,)]))
     with ieee_sqrt():
@@ -409,6 +421,7 @@ def test_torch_and_fusedoptim_agree_after_a_checkpoint_that_was_lent() -> None:
     assert_same_optimizers(theirs, mine)
 
 
+@pytest.mark.usefixtures("lending")
 def test_steps_in_the_backward_pass_leave_a_kept_state_dict_as_it_is() -> None:
     model = torch.nn.Linear(3, 2)
     source = fusedoptim.AdamW(model.parameters())
