@@ -79,8 +79,8 @@ class FusedOptimizer(Optimizer):
         self._options: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
         self._norm_stats: dict[torch.device, Tensor] = {}
         self._averaging = False  # within ema_weights()
-        #: Names of the states that a loaded state_dict may hold, too: see _checkpoint.take_over.
-        self._lent: dict[Tensor, set[str]] = {}
+        #: States that a loaded state_dict may hold, too: see _checkpoint.take_over.
+        self._lent: dict[Tensor, _checkpoint.Lent] = {}
         self._loader: _checkpoint.Loader | None = None  # while a state_dict is loaded
         self._in_parts = False  # whether parameters may be parts of tensors
         if scales_in_step(self._options):
@@ -89,6 +89,7 @@ class FusedOptimizer(Optimizer):
         self._captured: list[Runner] = []
         #: The parameters for compiled steps, which must not look at the groups: see _compiled.traceable.
         self._all_params: list[Tensor] = []
+        self._unseen = 0  # how many others there are
         self._name = _compiled.register(self)
         super().__init__(params, defaults)
 
@@ -177,7 +178,7 @@ class FusedOptimizer(Optimizer):
         if _modes.step_of_fakes(self):
             return
         self._drop_runners()
-        self._all_params = _compiled.traceable(self.param_groups)
+        _compiled.note_params(self)
         _checkpoint.take_over(self._lent, self.state)
         changes = Changes(self.state)
         runners: list[Runner] = []
@@ -222,7 +223,7 @@ class FusedOptimizer(Optimizer):
         self._in_parts = _distributed.sharded_by_fsdp1(p for group in self.param_groups for p in group["params"])
         if self._in_parts and (self._measures_norm() or self.rule.uses_norm):
             what = type(self).__name__ if self.rule.uses_norm else "max_grad_norm, as skip_nonfinite,"
-            _distributed.refuse_norm_of_shards(what)
+            _distributed.refuse_norm_of_shards(what, for_clipping=not self.rule.uses_norm)
         found = self._find_members(changes)
         if self._measures_norm():
             found.leave_alone_devices_without_gradients()
@@ -304,7 +305,7 @@ class FusedOptimizer(Optimizer):
             return None
         if not self._norm_stats:
             return _modes.norm_of_fakes(self._all_params)
-        (stats,) = self._norm_stats.values()
+        stats = next(iter(self._norm_stats.values()))  # one, or of several devices, on which none was measured
         wide = any(p.dtype == torch.float64 for p in self._all_params)
         return stats[0].to(torch.float64 if wide else torch.float32, copy=True)
 
@@ -346,8 +347,7 @@ class FusedOptimizer(Optimizer):
 
     def _has_average(self, p: Tensor) -> bool:
         values = self.state.get(p, {})
-        made_early = self.rule.states_at_construction and values and _members.not_stepped(values)
-        return values.get(EMA) is not None and not made_early
+        return values.get(EMA) is not None and not _members.early_average(self.rule, values)
 
     # ---- groups, checkpoints, copies ----
 
@@ -362,13 +362,13 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         _checkpoint.leave_out_what_is_off(group, self.rule)
-        self._all_params = _compiled.traceable(self.param_groups)
+        _compiled.note_params(self)
         try:
             for i, p in enumerate(group["params"]):
                 _members.check_early(p, group, index, i, type(self).__name__)
         except ValueError:
             del self.param_groups[-1]
-            self._all_params = _compiled.traceable(self.param_groups)
+            _compiled.note_params(self)
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -377,10 +377,12 @@ class FusedOptimizer(Optimizer):
         What it carries is taken over; an option of this package that it does not carry stays as it is here. States have
         ``state_dtype`` if that was given; else every one keeps the dtype that it was saved in (torch casts it to its
         parameter's), but that none is narrower than a new one would be; a warning names what was widened. ``step`` may
-        be any number. Two optimizers never share a state: tensors are copied, at once if anything beside the state_dict
-        holds them or another device, dtype or memory order is needed, else before the first step, if the state_dict is
-        still there by then. States of parameters that are frozen or not materialised are carried along as they are, and
-        so are entries under names that no optimizer has.
+        be any number. States of parameters that no step can take as they are, and entries under names that no optimizer
+        has, are carried along.
+
+        Two optimizers never share a state. Tensors are copied: at once if anything beside the state_dict holds them, or
+        if another device, dtype or memory order is needed; else before the first step, if the state_dict is still there
+        by then, which has the copies then. Until that step whoever writes to one of them writes to both.
 
         Raises:
             ValueError: if it is another optimizer's, or does not fit; nothing is loaded then.
@@ -395,8 +397,12 @@ class FusedOptimizer(Optimizer):
 
         # Registered last, so that it sees what the user's own hooks made of the state_dict.
         handle = self.register_load_state_dict_pre_hook(prepare)
+        before = {key: self.__dict__[key] for key in ("state", "param_groups")}
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
         finally:
             handle.remove()
             self._loader = None
@@ -419,7 +425,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_runners", None)
         self.__dict__.setdefault("_captured", [])
         self._drop_runners()
-        self._all_params = _compiled.traceable(self.param_groups)
+        _compiled.note_params(self)
         if "_name" not in self.__dict__:
             self._name = _compiled.register(self)
         for group in self.param_groups:
@@ -431,7 +437,7 @@ class FusedOptimizer(Optimizer):
             self._lent.clear()
             for p, values, lent in loader.restore(self.param_groups, self.state):
                 self.state[p] = values
-                if lent:
+                if lent is not None:
                     self._lent[p] = lent
 
 

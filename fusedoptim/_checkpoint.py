@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _checks
 from ._members import is_materialised
@@ -47,17 +47,25 @@ SIGNATURES = {
 }
 
 
-#: Bytes of a tensor from which on it costs less to ask who holds it, 1.5 us, than to copy it.
+#: Bytes; see _is_large.
 WORTH_LENDING = 1 << 14
 
 
 class Kept:
     """A value that torch's load_state_dict does not recognise, hence leaves as it is."""
 
-    def __init__(self, value: Any, alone: bool) -> None:
+    def __init__(self, value: Any, entry: dict[str, Any] | None) -> None:
         self.value = value
-        #: Whether nothing but the state_dict holds it.
-        self.alone = alone
+        #: Where the state_dict has it, if nothing else holds it.
+        self.entry = entry
+
+
+class Lent(NamedTuple):
+    """States of a parameter that are a state_dict's tensors."""
+
+    #: In a list, so that one can count who holds it.
+    entry: list[dict[str, Any]]
+    names: set[str]
 
 
 def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:
@@ -123,13 +131,13 @@ class Loader:
                 raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
             group, index, i = owners[k]
             p = group["params"][i]
-            lent = {name for name in values if alone and held_alone(values, name)}
+            lent = {name for name in values if alone and _is_large(values[name]) and held_alone(values, name)}
             known = {**values, **scalars(values, self.rule)}
             if _is_stepped(p, known, self.rule):
                 who = _checks.describe(group, index, i)
                 self._check(known, who)
                 _checks.check_states(p, known, self.rule, who, devices=False)
-            kept[k] = {name: Kept(value, name in lent) for name, value in known.items()}
+            kept[k] = {name: Kept(value, values if name in lent else None) for name, value in known.items()}
         if not any(kept.values()):
             self._check_groups(saved_groups)
         filled = [
@@ -166,8 +174,8 @@ class Loader:
 
     def restore(
         self, groups: list[dict[str, Any]], state: dict[Any, Any]
-    ) -> Iterator[tuple[Tensor, dict[str, Any], set[str]]]:
-        """For each parameter its states, unwrapped, and the names of those that are the state_dict's own tensors."""
+    ) -> Iterator[tuple[Tensor, dict[str, Any], Lent | None]]:
+        """For each parameter its states, unwrapped, and which of them are the state_dict's own tensors."""
         for index, group in enumerate(groups):
             for i, p in enumerate(group["params"]):
                 if p in state:
@@ -176,20 +184,21 @@ class Loader:
                     self._note_wider(found, kept, group, index, i)
                     yield p, {**state[p], **found}, lent
 
-    def _restore_one(self, values: dict[str, Kept], p: Tensor) -> tuple[dict[str, Any], set[str]]:
+    def _restore_one(self, values: dict[str, Kept], p: Tensor) -> tuple[dict[str, Any], Lent | None]:
         found: dict[str, Any] = {}
-        lent: set[str] = set()
+        lent: Lent | None = None
         for name, kept in values.items():
             value = kept.value
             if not isinstance(value, Tensor):
-                found[name] = copy.deepcopy(value)
+                found[name] = _carried(value, p)
                 continue
             dtype = self._dtype(name, value, p)
             if name == "step" and self.rule.has_step:
                 found[name] = value.detach().to("cpu", copy=True)
-            elif kept.alone and dtype == value.dtype and _can_be_lent(value, p):
+            elif kept.entry is not None and dtype == value.dtype and _can_be_lent(value, p):
                 found[name] = value
-                lent.add(name)
+                lent = lent or Lent([kept.entry], set())
+                lent.names.add(name)
             else:
                 found[name] = _copy(value.detach(), dtype, p)
         return found, lent
@@ -222,7 +231,9 @@ class Loader:
 
 
 def _can_be_stepped(p: Tensor) -> bool:
-    return is_materialised(p) and p.dtype in _checks.DTYPES
+    if not is_materialised(p) or p.layout != torch.strided or is_traceable_wrapper_subclass(p):
+        return False
+    return p.dtype in _checks.DTYPES
 
 
 def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
@@ -239,17 +250,28 @@ def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor) -> Tensor:
     """With memory of its own, on its parameter's device and, where it has its shape, in its memory order."""
     if not is_materialised(p):
         return saved.clone()
-    if saved.shape == p.shape and saved.is_floating_point() and p.layout == torch.strided:
+    if _can_be_stepped(p) and saved.shape == p.shape and saved.is_floating_point() and saved.layout == torch.strided:
         return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(saved)
     return saved.to(p.device, dtype, copy=True)
+
+
+def _carried(value: Any, p: Tensor) -> Any:
+    """Somebody else's value, as torch carries it along: tensors in it are copied to the parameter's device."""
+    if isinstance(value, Tensor):
+        return _copy(value.detach(), value.dtype, p)
+    if isinstance(value, dict):
+        return {key: _carried(item, p) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_carried(item, p) for item in value)
+    return value
 
 
 # ---- states that a state_dict lends ----
 
 
-def held_alone(items: dict[Any, Any], key: Any) -> bool:
-    """Whether nothing but this dict holds a value: no variable, no other container, for a tensor no autograd graph and
-    no view of its memory."""
+def held_alone(items: Any, key: Any) -> bool:
+    """Whether nothing but this container holds an item: no variable, no other container; and, for a tensor, no autograd
+    graph, no view of its memory and nobody its storage."""
     if sys.getrefcount(items[key]) > _ALONE:
         return False
     value = items[key]
@@ -263,24 +285,30 @@ _ITEM = {0: object()}
 _ALONE = sys.getrefcount(_ITEM[0])
 
 
-def _uses_of(t: Tensor) -> int:
-    """How many tensors use a tensor's memory, and torch's own references to it."""
-    return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
+def _uses_of(t: Tensor) -> tuple[int, int]:
+    """How many tensors use a tensor's memory, and how many variables hold its storage, with torch's own references."""
+    storage = t.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
 
 @functools.cache
-def _uses_of_one() -> int:
+def _uses_of_one() -> tuple[int, int]:
     return _uses_of(torch.empty(1, device="cpu"))
 
 
+def _is_large(value: Any) -> bool:
+    """From 16 KiB on it costs less to ask who holds a tensor, 1.5 us, than to copy it."""
+    return type(value) is Tensor and value.layout == torch.strided and value.nbytes >= WORTH_LENDING
+
+
 def _can_be_lent(saved: Tensor, p: Tensor) -> bool:
-    """Whether a state_dict's tensor is as a copy of it would be, so that it can be the state itself. It is copied
-    before the first step if anybody holds it then (see :func:`take_over`), for whom it must not change: a checkpoint
-    that was let go of is loaded without a second copy of the states."""
+    """Whether a state_dict's tensor is as a copy of it would be, so that it can be the state itself. A state_dict that
+    is still there at the first step gets a copy then (see :func:`take_over`); one that was let go of is loaded without
+    a second copy of the states."""
     return bool(
         type(saved) is Tensor
-        and saved.nbytes >= WORTH_LENDING
         and not saved.requires_grad
+        and not saved.is_inference()
         and saved.device == p.device
         and saved.shape == p.shape
         and saved.stride() == p.stride()
@@ -303,10 +331,14 @@ def _is_torchs(storage: torch.UntypedStorage) -> bool:
     return storage.device.type == "cpu" and list(words).count(storage.data_ptr()) == 2
 
 
-def take_over(lent: dict[Tensor, set[str]], state: dict[Any, Any]) -> None:
-    """Before a step writes: copies the states that are still somebody else's, too. ``state`` may have some of them."""
+def take_over(lent: dict[Tensor, Lent], state: dict[Any, Any]) -> None:
+    """Before a step writes: where somebody still has the state_dict, its tensors become copies. The states stay the
+    objects that they are. ``state`` may have some of the parameters."""
     for p in [p for p in lent if p in state]:
+        entry, names = lent.pop(p)
         values = state[p]
-        for name in lent.pop(p) if isinstance(values, dict) else ():
-            if isinstance(values.get(name), Tensor) and not held_alone(values, name):
-                values[name] = values[name].clone(memory_format=torch.preserve_format)
+        if held_alone(entry, 0) or not isinstance(values, dict):
+            continue
+        for name in names & values.keys():
+            if entry[0].get(name) is values[name]:
+                entry[0][name] = values[name].clone(memory_format=torch.preserve_format)

@@ -86,6 +86,12 @@ def _is_plain(p: Tensor) -> bool:
     return type(p) in (Tensor, torch.nn.Parameter) and p.layout == torch.strided and not p.is_quantized
 
 
+def note_params(optimizer: FusedOptimizer) -> None:
+    """For steps that will be traced."""
+    optimizer._all_params = traceable(optimizer.param_groups)
+    optimizer._unseen = sum(len(group["params"]) for group in optimizer.param_groups) - len(optimizer._all_params)
+
+
 def trace(optimizer: FusedOptimizer) -> None:
     """Puts the operator into the graph that is being traced."""
     params, active = [], []
@@ -95,6 +101,11 @@ def trace(optimizer: FusedOptimizer) -> None:
             active.append(i)
     if active:
         call(optimizer, _remember(optimizer._name, tuple(active)), params)
+    elif optimizer._unseen:  # no operator would be there to find a gradient of theirs
+        raise RuntimeError(
+            "no parameter has a gradient, but for frozen ones that a compiler cannot look at: step outside of the "
+            "compiled function"
+        )
 
 
 def call(optimizer: FusedOptimizer, number: int, params: list[Tensor]) -> None:
@@ -122,10 +133,11 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
     optimizer = traced.optimizer
     every = traceable(optimizer.param_groups)
     if list(map(id, every)) != list(map(id, optimizer._all_params)):
-        optimizer._all_params = every
+        note_params(optimizer)
         raise RuntimeError(
             "the optimizer's parameters changed since its step was compiled, and nothing was stepped: call it again, "
-            "which compiles it for them. add_param_group() makes such changes known at once"
+            "which compiles it for them, or, if one of a subclass thawed, step outside of the compiled function. "
+            "add_param_group() makes such changes known at once"
         )
     own = [every[i] for i in traced.active]
     given = dict(zip(traced.active, grads, strict=True))

@@ -92,6 +92,9 @@ def find(
                         raise
                     members.dormant.append(p)
                     continue
+            if early_average(rule, states) and not steps(p):  # to be renewed when it is stepped: see below
+                members.dormant.append(p)
+                continue
             ready.append(Member(index, i, p, states or {}, False))
     if look is None or not look.all_apart():
         ready = _apart(ready, groups, rule, zero_grad, steps, members.dormant)
@@ -99,7 +102,7 @@ def find(
     with torch.no_grad():
         for m in ready:
             if steps(m.param):
-                if rule.states_at_construction and m.states.get(EMA) is not None and not_stepped(m.states):
+                if early_average(rule, m.states):
                     changes.put(m.states, EMA, new_average(m.param))  # which may have been given other weights since
                 _complete(m, names[m.group], maker, changes)
             members.by_device.setdefault(m.param.device, []).append(m)
@@ -150,8 +153,12 @@ def _validate(
     return values
 
 
-def not_stepped(values: dict[str, Any]) -> bool:
-    return bool(values["step"].item() == 0)
+def early_average(rule: Rule, states: dict[str, Any] | None) -> bool:
+    """Whether there is an average that was made with the optimizer, of a parameter that was not stepped since."""
+    if not rule.states_at_construction or not states or states.get(EMA) is None:
+        return False
+    step = states.get("step")
+    return step is not None and bool(step.item() == 0)
 
 
 # ---- memory ----

@@ -64,7 +64,8 @@ def step(optimizer: FusedOptimizer) -> None:
 
 def _noted(optimizer: FusedOptimizer) -> tuple[list[Tensor], tuple[int, ...]]:
     """The parameters as a compiled step has them, and which of them have gradients."""
-    params = optimizer._all_params = _compiled.traceable(optimizer.param_groups)
+    _compiled.note_params(optimizer)
+    params = optimizer._all_params
     return params, tuple(i for i, p in enumerate(params) if p.grad is not None)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _compiled
+from ._checks import describe
 from ._fakes import is_fake
 
 if TYPE_CHECKING:
@@ -75,8 +76,22 @@ def states_are_traced(optimizer: FusedOptimizer, tracer: Any) -> bool:
     )
 
 
+def _check_complete(optimizer: FusedOptimizer) -> None:
+    """What a step would have to make is no result of the trace, and would be lost."""
+    for index, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            there = optimizer.state.get(p, {})
+            missing = [name for name in optimizer.rule.state_names(group) if there.get(name) is None]
+            if p.grad is not None and missing:
+                raise RuntimeError(
+                    f"{describe(group, index, i)} has no state {missing[0]!r}, and what a traced step makes anew would "
+                    "be lost: take a step before, or put it into the states that are given"
+                )
+
+
 def trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, ...]) -> None:
     """Puts the operator into the graph that is being traced."""
+    _check_complete(optimizer)
     given = Given(optimizer, active)
     states, values = given.states, given.values
     del given.states, given.values  # of the trace, and not to be kept

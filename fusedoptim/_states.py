@@ -66,7 +66,10 @@ def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
             if value.numel() == 1 and not value.is_complex():
                 found[name] = value if value.dtype in dtypes else value.to(dtypes[0])
         elif value is not None and hasattr(value, "__float__"):
-            found[name] = torch.tensor(float(value), dtype=dtypes[0], device="cpu")
+            try:
+                found[name] = torch.tensor(float(value), dtype=dtypes[0], device="cpu")
+            except (TypeError, ValueError):  # of an array of several
+                continue
     return found
 
 

@@ -112,7 +112,7 @@ class StepInBackward:
             self._attach()
         except ValueError:
             del owner.param_groups[-1]
-            owner._all_params = _compiled.traceable(owner.param_groups)
+            _compiled.note_params(owner)
             raise
 
     def _attach(self) -> None:
@@ -232,7 +232,7 @@ _OWN = ("params", "param_names")
 
 
 def _can_be_hooked(p: Tensor) -> bool:
-    """Others never have a gradient, or not before they are materialised; ``optimizer.step()`` takes those then."""
+    """Others never have a gradient."""
     return is_materialised(p) and (p.requires_grad or (p.is_floating_point() and type(p) in (Tensor, Parameter)))
 
 
@@ -243,6 +243,13 @@ def _is_hooked(p: Tensor) -> bool:
 
 def _check_all(optimizer: FusedOptimizer) -> None:
     """Everything that a first step would check, parameters that share memory among them, which one alone cannot see."""
+    for index, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            if p.requires_grad and not is_materialised(p):
+                raise ValueError(
+                    f"{_checks.describe(group, index, i)} has no memory yet, hence cannot be hooked: run the model "
+                    "once before, or materialise it with to_empty()"
+                )
     changes = Changes(optimizer.state)
     try:
         optimizer._find_members(changes, steps=lambda p: p.requires_grad and is_materialised(p) and not is_fake(p))

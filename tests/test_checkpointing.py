@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+import fusedoptim
 from benchmarks.witness import ieee_sqrt
 
 Optimizer = torch.optim.Optimizer
@@ -274,3 +275,25 @@ def test_averages_made_with_the_optimizer_start_as_the_weights_of_the_first_step
     train(model, optimizer, range(2))
     train(other, expected, range(2))
     assert_same_optimizers(optimizer, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_averages_of_a_parameter_that_is_stepped_later_start_as_it_is_then(backend: str) -> None:
+    first, late = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = fusedoptim.Adagrad([first, late], lr=0.0, ema_decay=0.5, backend=backend)
+    for p, value in ((first, 1.0), (late, 5.0)):
+        p.data.fill_(value)
+        p.grad = torch.ones(3)
+        optimizer.step()
+        p.grad = None
+    assert (optimizer.state[late]["ema"] == 5).all() and (optimizer.state[first]["ema"] == 1).all()
+
+
+def test_averages_beside_entries_of_others() -> None:
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = fusedoptim.Adagrad(params, ema_decay=0.5)
+    optimizer.state[params[1]] = {"ema": torch.zeros(3), "note": "no step"}
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    with optimizer.ema_weights():
+        pass

@@ -97,7 +97,7 @@ def test_a_plan_is_kept_beside_frozen_parameters(case: Case) -> None:
         optimizer.step()
         if step == 0:
             runners = optimizer._runners
-    assert optimizer._runners is runners or case.make([torch.ones(1)])._options["backend"] == "reference"
+    assert optimizer._runners is runners or optimizer._options["backend"] == "reference"
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
@@ -237,11 +237,42 @@ def test_gradients_that_come_and_go_make_no_new_plans() -> None:
 
 def test_steps_in_the_backward_pass_leave_them_alone() -> None:
     model = nn.Linear(3, 2)
-    optimizer = fusedoptim.AdamW([*model.parameters(), *(make() for make in KINDS.values())])
+    frozen_ones = [make() for kind, make in KINDS.items() if "trainable" not in kind]
+    optimizer = fusedoptim.AdamW([*model.parameters(), *frozen_ones])
     before = model.weight.detach().clone()
     with fusedoptim.step_in_backward(optimizer):
         model(torch.ones(4, 3)).sum().backward()
     assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["lazy, trainable", "meta, trainable"])
+def test_steps_in_the_backward_pass_need_parameters_with_memory(kind: str) -> None:
+    optimizer = fusedoptim.AdamW([KINDS[kind](), *parameters([(5,)])])
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 .* has no memory yet"):
+        fusedoptim.step_in_backward(optimizer)
+
+
+def test_a_compiled_step_that_sees_nothing_says_so() -> None:
+    """A frozen parameter of a subclass is left out of what is traced; thawed, it must not be forgotten."""
+
+    class Sub(nn.Parameter):
+        pass
+
+    p = Sub(torch.ones(3), requires_grad=False)
+    optimizer = fusedoptim.SGD([p])
+    p.requires_grad_(True)
+    p.grad = torch.ones(3)
+    with pytest.raises(Exception, match="compiler cannot look at"):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+
+
+def test_memory_that_was_freed() -> None:
+    params = parameters([(5,), (6,)])
+    optimizer = fusedoptim.AdamW(params)
+    set_gradients(params, 0)
+    params[1].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 .* without memory of its own"):
+        optimizer.step()
 
 
 def test_a_trainable_parameter_that_never_can_be_stepped_is_refused_at_once() -> None:

@@ -94,7 +94,7 @@ bool Look::state(PyObject* values, const py::object& name, int& there, int& miss
 }
 
 bool Look::dense_tensor(PyObject* t, TensorView& v) const {
-  return reader_.view(t, v) && is_dense(v) && !negated(t, v);
+  return reader_.view(t, v) && (v.data || numel(v) == 0) && is_dense(v) && !negated(t, v);
 }
 
 // What is negated lazily is every second element of a complex tensor, so that only unusual strides and single elements
