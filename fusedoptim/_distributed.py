@@ -20,12 +20,12 @@ def sharded_by_fsdp1(params: Iterable[Tensor]) -> bool:
 
 def refuse_norm_of_shards(what: str, for_clipping: bool = True) -> None:
     remedy = (
-        "call model.clip_grad_norm_(max_norm), FSDP's own, before the step: it returns the norm of the whole gradients, by "
-        "which to skip a step"
+        "call model.clip_grad_norm_(max_norm), FSDP's own, before the step: it returns the norm of the whole gradients, "
+        "by which to skip a step"
         if for_clipping
         else "train with DistributedDataParallel, or with another optimizer"
     )
     raise ValueError(
-        f"{what} needs the norm of whole gradients, of which FullyShardedDataParallel leaves a part in each process, so "
-        f"that every process would use a norm of its own: {remedy}"
+        f"{what} needs the norm of whole gradients, of which FullyShardedDataParallel leaves a part in each process, "
+        f"so that every process would use a norm of its own: {remedy}"
     )
