@@ -20,8 +20,8 @@ def sharded_by_fsdp1(params: Iterable[Tensor]) -> bool:
 
 def refuse_norm_of_shards(what: str, for_clipping: bool = True) -> None:
     remedy = (
-        "call model.clip_grad_norm_(max_norm), FSDP's own, before the step: it returns the norm of the whole gradients, "
-        "by which to skip a step"
+        "call model.clip_grad_norm_(max_norm), FSDP's own, before the step: it returns the norm of whole gradients, by "
+        "which to skip a step"
         if for_clipping
         else "train with DistributedDataParallel, or with another optimizer"
     )
