@@ -149,7 +149,7 @@ class FusedOptimizer(Optimizer):
                     runners = None
                     break
         scaling = None
-        if "found_inf" in self.__dict__:  # GradScaler sets both, for the duration of this call
+        if hasattr(self, "found_inf"):  # GradScaler sets both, for the duration of this call
             scaling = (getattr(self, "grad_scale", None), self.found_inf)
         if not runners:  # none yet, none that fits, or no parameters so far
             self._step_afresh(scaling)
