@@ -10,7 +10,7 @@ from . import plan, scaling
 from .measure import Budget
 from .optimizers import SETTINGS
 from .peers import PEERS, Peer
-from .rows import Row
+from .results import Results
 
 #: For a row, and for a point of a curve.
 BUDGET = Budget(0.5, at_most=31)
@@ -36,19 +36,20 @@ def curves(device: str) -> list[scaling.Curve]:
     return [dataclasses.replace(c, cases=c.cases[::2]) for c in scaling.curves(device)]
 
 
-def says(rows: Sequence[Row], points: int, peers: Sequence[Peer], device: str) -> str:
-    """What a run of these rows, points and peers is, and what it has nothing of."""
-    full = plan.chosen()
+def says(results: Results, peers: Sequence[Peer]) -> str:
+    """What a run with these results and peers is, and what a full one has that it has nothing of."""
+    device, full = str(results.environment["device"]), plan.chosen()
+    rows, points = ([r for r in part if "contenders" in r] for part in (results.rows, results.scaling))
     all_points = sum(len(c.cases) for c in scaling.curves(device))
     left = {}
-    for i, kind in enumerate(("optimizers", "dtypes", "cases", "conditions")):
-        has = {row.key[i] for row in rows}
-        left[kind] = [name for name in dict.fromkeys(key[i] for key in full) if name not in has]
+    for i, kind in enumerate(("optimizer", "dtype", "case", "condition")):
+        has = {row[kind] for row in rows}
+        left[f"{kind}s"] = [name for name in dict.fromkeys(key[i] for key in full) if name not in has]
     left["peers"] = [p.name for p in PEERS.values() if device in p.devices and p not in peers]
     return "\n".join(
         [
-            f"A rough look: {len(rows)} of the {len(full)} rows of a full run and {points} of its {all_points} points "
-            f"of curves, {BUDGET.seconds:g} s and {BUDGET.at_least} to {BUDGET.at_most} steps for each. Left out:",
+            f"A rough look: {len(rows)} of the {len(full)} rows of a full run and {len(points)} of its {all_points} "
+            f"points of curves, {BUDGET.seconds:g} s and {BUDGET.at_least} to {BUDGET.at_most} steps each. Left out:",
             *(f"- {kind}: {', '.join(names)}" for kind, names in left.items() if names),
             "Without --quick they take part; --optimizer, --case, --dtype, --condition and --peer choose some of them.",
         ]

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\ninterrupted; {_where(args.out)}", file=sys.stderr)
     print(everything(results))
     if _rough(args):
-        print(f"\n{rough.says(rows, len(points), peers, args.device)}\n")
+        print(f"\n{rough.says(results, peers)}\n")
     print(f"{sum('contenders' in r for r in results.rows)} of {len(rows)} rows measured")
     if not results.finished:
         return 130

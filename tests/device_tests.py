@@ -231,13 +231,13 @@ def test_scalars_agree_with_the_cpu_over_many_steps(kernels: Kernels) -> None:
     (mine, a), (theirs, b) = both
     set_gradients(mine, 0)
     set_gradients(theirs, 0)
-    for step in range(15 if kernels.slow else 1500):
+    for step in range(15 if kernels.slow else 300):  # up to more than 1,500,000
         a.step()
         b.step()
         if step % 5 == 0:
             for optimizer in (a, b):
                 for state in optimizer.state.values():
-                    state["step"] += step * 7
+                    state["step"] += step * (7 if kernels.slow else 177)
     assert_same_optimizers(a, b)
 
 
@@ -416,12 +416,15 @@ def test_what_surrounds_the_rule_under_a_scaler(kernels: Kernels, case: Case, ar
     both.make_step(2 if around in MEASURING else 1, (48.0, 0.0))  # a scale that is no power of 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(c, d) for c in FULL for d in DTYPES[:2] if c.optimizer in ("AdamW", "NormAdaptive")],
+    ids=str,
+)
 def test_the_norm_of_many_tensors(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
     """More than a warp has lanes, one of several parts, one of more parts than a node of the tree of sums. In fp64 the
-    order of the sum shows."""
-    if kernels.slow and (case.optimizer, dtype) not in (("SGD", torch.float64), ("NormAdaptive", torch.float32)):
+    order of the sum shows. The kernel that sums knows no rule but NormAdaptive's, which has sums of its own."""
+    if kernels.slow and (case.optimizer, dtype) not in (("AdamW", torch.float64), ("NormAdaptive", torch.float32)):
         pytest.skip("takes too long where programs take milliseconds")
     large = [(17_000,)] if kernels.slow else [(17_000,), ((1 << 20) + 5,)]
     both = Both(kernels, case, parameters([(5,)] * 40 + large + [(1 + i % 3,) for i in range(30)], dtype), "norm")

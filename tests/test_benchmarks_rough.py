@@ -13,6 +13,7 @@ from benchmarks import plan, rough, run, scaling
 from benchmarks.cases import CASES
 from benchmarks.optimizers import SETTINGS
 from benchmarks.peers import PEERS
+from benchmarks.results import Results
 from benchmarks.rows import WARM_UP
 
 QUICK = run.parse(["--quick"])
@@ -50,8 +51,10 @@ def test_a_selection_is_no_rough_look() -> None:
 
 
 def test_it_says_what_it_leaves_out() -> None:
-    rows, peers = run.selected_rows(QUICK), run.selected_peers(QUICK)
-    text = rough.says(rows, 7, peers, "cpu")
+    rows, results = run.selected_rows(QUICK), Results({"device": "cpu"}, 0)
+    results.rows = [{**row.describe(), "contenders": {}} for row in rows]
+    results.scaling = [{"contenders": {}}] * 7
+    text = rough.says(results, run.selected_peers(QUICK))
     assert text.startswith(f"A rough look: {len(rows)} of the {len(plan.chosen())} rows of a full run and 7 of its ")
     left = dict(line.removeprefix("- ").split(": ") for line in text.splitlines()[1:-1])
     assert left.keys() == {"dtypes", "cases", "conditions", "peers"}
@@ -59,6 +62,8 @@ def test_it_says_what_it_leaves_out() -> None:
     assert set(left["cases"].split(", ")) == set(CASES) - {row.case.name for row in rows}
     assert {"torch compiled", "bitsandbytes"} <= set(left["peers"].split(", "))
     assert "apex" not in left["peers"], "it is for GPUs alone"
+    results.rows[-1] = {**rows[-1].describe(), "skipped": rough.TIME_IS_UP}
+    assert f"- optimizers: {rows[-1].work.setting.name}\n" in rough.says(results, [])
 
 
 def test_a_run_ends_in_time_and_with_what_it_left_out(
@@ -76,7 +81,7 @@ def test_a_run_ends_in_time_and_with_what_it_left_out(
     assert all("were up" in row["skipped"] for row in [content["rows"][-1], *content["scaling"]])
     shown = capsys.readouterr().out
     assert "| Adagrad fp32 | tiny | not measured: 45 s, the time of a rough look, were up |" in shown
-    assert "A rough look: 3 of the " in shown and shown.endswith("2 of 3 rows measured\n")
+    assert "A rough look: 2 of the " in shown and shown.endswith("2 of 3 rows measured\n")
 
 
 def test_the_committed_results_are_no_rough_look() -> None:

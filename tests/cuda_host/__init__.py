@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["-std=c++17", "-O2", "-g1", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden"]
@@ -19,6 +22,19 @@ def build(target: Path, *more: str) -> Path:
     source = ROOT / "csrc" / "cuda" / "launch.cu"
     command = ["g++", *FLAGS, *WARNINGS, *more, "-include", str(model), "-x", "c++", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
+    return target
+
+
+def build_once(factory: pytest.TempPathFactory) -> Path:
+    """The library for all tests of a session, whichever of its processes needs it first."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    target = folder / "cuda_on_host.so"
+    with open(folder / "cuda_on_host.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            build(target.with_suffix(".part")).rename(target)
     return target
 
 

@@ -3,6 +3,9 @@
 // well, so that a missing barrier shows. Device memory is memory. Included before everything else (g++ -include).
 #pragma once
 
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
+
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -12,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <numeric>
 #include <random>
@@ -55,11 +59,14 @@ struct Meeting {
   unsigned generation = 0;
 };
 
+// Goes through one block after the other. A switch by setjmp takes a tenth of one by swapcontext, which asks the system
+// for the signal mask; the address sanitizer knows swapcontext alone.
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
   char* stack = nullptr;
   void* fake_stack = nullptr;
-  bool done = true;
+  bool begun = false, done = true;
 };
 
 class Block {
@@ -76,7 +83,12 @@ class Block {
       f.stack = static_cast<char*>(
           mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
       if (f.stack == MAP_FAILED) fail("no memory for stacks");
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack;
+      f.context.uc_stack.ss_size = kStackBytes;
+      f.context.uc_link = nullptr;
       fibers_.push_back(f);
+      makecontext(&fibers_.back().context, &Block::enter, 0);
     }
     block_ = Meeting{threads, 0, 0};
     warps_.assign((threads + kWarpSize - 1) / kWarpSize, Meeting{});
@@ -86,7 +98,7 @@ class Block {
     std::shuffle(order.begin(), order.end(), random_);
     for (int t = 0; t < threads; ++t) {
       ++warps_[t / kWarpSize].members;
-      start(fibers_[t]);
+      fibers_[t].done = false;
     }
     for (int left = threads; left > 0;) {
       moved_ = false;
@@ -94,9 +106,7 @@ class Block {
         if (fibers_[t].done) continue;
         running_ = t;
         threadIdx.x = static_cast<unsigned>(t);
-        start_switch(&scheduler_fake_stack_, fibers_[t].stack, kStackBytes);
-        swapcontext(&scheduler_, &fibers_[t].context);
-        finish_switch(scheduler_fake_stack_, nullptr, nullptr);
+        resume(fibers_[t]);
         if (fibers_[t].done) --left;
       }
       if (!moved_ && left > 0) fail("threads wait for each other forever");
@@ -128,31 +138,39 @@ class Block {
   }
 
  private:
-  static void start(Fiber& f) {
-    f.done = false;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack;
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, &Block::enter, 0);
-  }
   static void enter() {
     Block& b = current();
     finish_switch(nullptr, &b.scheduler_stack_, &b.scheduler_bytes_);
-    (*b.body_)();
-    Fiber& f = b.fibers_[b.running_];
-    f.done = true;
-    b.moved_ = true;
-    b.leave(b.block_);
-    b.leave(b.warps_[b.running_ / kWarpSize]);
-    start_switch(nullptr, b.scheduler_stack_, b.scheduler_bytes_);
-    setcontext(&b.scheduler_);
+    for (;;) {
+      (*b.body_)();
+      b.fibers_[b.running_].done = true;
+      b.moved_ = true;
+      b.leave(b.block_);
+      b.leave(b.warps_[b.running_ / kWarpSize]);
+      b.yield();
+    }
   }
-  void yield() {
+  __noinline__ void resume(Fiber& f) {
+#if CUDA_ON_HOST_ASAN
+    start_switch(&scheduler_fake_stack_, f.stack, kStackBytes);
+    swapcontext(&scheduler_, &f.context);
+    finish_switch(scheduler_fake_stack_, nullptr, nullptr);
+#else
+    if (_setjmp(scheduler_place_)) return;
+    if (f.begun) _longjmp(f.place, 1);
+    f.begun = true;
+    setcontext(&f.context);
+#endif
+  }
+  __noinline__ void yield() {
     Fiber& f = fibers_[running_];
+#if CUDA_ON_HOST_ASAN
     start_switch(&f.fake_stack, scheduler_stack_, scheduler_bytes_);
     swapcontext(&f.context, &scheduler_);
     finish_switch(f.fake_stack, &scheduler_stack_, &scheduler_bytes_);
+#else
+    if (!_setjmp(f.place)) _longjmp(scheduler_place_, 1);
+#endif
   }
   void meet(Meeting& m) {
     const unsigned generation = m.generation;
@@ -188,11 +206,12 @@ class Block {
   struct Slots {
     uint64_t value[2][kWarpSize];
   };
-  std::vector<Fiber> fibers_;
+  std::deque<Fiber> fibers_;  // contexts must not move
   std::vector<Meeting> warps_;
   std::vector<Slots> slots_;
   Meeting block_;
   ucontext_t scheduler_;
+  jmp_buf scheduler_place_;
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_bytes_ = 0;
@@ -252,7 +271,6 @@ inline float approximate_rsqrt(float x) {
 
 }  // namespace cuda_on_host
 
-
 extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_host_launches() {
   return cuda_on_host::launches;
 }
@@ -266,7 +284,9 @@ extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host
 // ---- device functions ----
 
 inline void __syncthreads() { cuda_on_host::Block::current().sync(); }
-inline void __syncwarp() { cuda_on_host::Block::current().exchange(0, [](const auto& of) { return of(0); }); }
+inline void __syncwarp() {
+  cuda_on_host::Block::current().exchange(0, [](const auto& of) { return of(0); });
+}
 inline void __threadfence() {}
 inline void __trap() { cuda_on_host::Block::fail("a block has no work"); }
 inline void __nanosleep(unsigned) { cuda_on_host::Block::fail("a block waits for one that has not begun"); }
