@@ -27,7 +27,7 @@ from .gpu_check import GPU_TESTS, QUOTIENTS
 
 ROOT = Path(__file__).parent.parent
 REPORT, CUDA = "_build.json", "_C_cuda.so"
-PACKAGES = ("setuptools", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "hypothesis")
+PACKAGES = ("setuptools>=70.1", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "hypothesis")
 #: The CUDA kernels in other ways, for benchmarks.ab: what nvcc is told.
 VARIANTS = {"branching": "-DFUSEDOPTIM_BRANCHING_QUOTIENTS", "six-blocks": "-DFUSEDOPTIM_BLOCKS=6"}
 #: Exits with the reason if one of the libraries does not load, which needs no GPU.

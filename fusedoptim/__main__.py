@@ -11,7 +11,7 @@ import time
 import torch
 
 from . import __version__, _installation, _native
-from ._backends import BACKENDS, cuda_on_host, with_kernels
+from ._backends import BACKENDS, Backend, cuda_on_host, with_kernels
 from ._selfcheck import OPTIMIZERS, differing
 
 
@@ -30,14 +30,19 @@ def main() -> int:
         print(f"library: not available: {_native.problem}")
     print("backends:")
     for backend in BACKENDS.values():
-        problem = backend.problem(None)
-        if problem is not None and _native.problem is not None:
+        usable, problem = _where(backend)
+        if _native.problem is not None:
             problem = problem.replace(_native.problem, "see the library")
-        print(f"  {backend.name:<10} {'available' if problem is None else f'not available: {problem}'}")
+        if problem:
+            has = f"available on {' and '.join(map(str, usable))}, but " if usable else ""
+            problem = f"{has}not available: {problem}"
+        print(f"  {backend.name:<10} {problem or 'available'}")
     failed = False
-    for name, device in (("cuda", "cpu" if cuda_on_host() else "cuda"), ("cpu", "cpu")):
-        if BACKENDS[name].problem(None) is not None:
+    for name in ("cuda", "cpu"):
+        usable, _ = _where(BACKENDS[name])
+        if not usable:
             continue
+        device = str(usable[0])
         start = time.perf_counter()
         bad = differing(name, device)
         seconds = time.perf_counter() - start
@@ -46,16 +51,30 @@ def main() -> int:
         failed = failed or bool(bad)
     if failed:
         print("Results are wrong on this machine: use backend='reference', and please report this output.")
-    slow = [
-        kind for kind in ("cpu", "cuda", "xpu") if _present(kind) and with_kernels(torch.device(kind, 0))[0] is None
-    ]
+    slow = [str(device) for device in _devices() if with_kernels(device)[0] is None]
     if slow:
         print(f"Parameters on {' and '.join(slow)} are stepped by the eager reference, slowly. The causes stand above.")
     return int(failed or bool(slow))
 
 
-def _present(kind: str) -> bool:
-    return kind == "cpu" or bool(getattr(torch, kind).is_available())
+def _devices() -> list[torch.device]:
+    """The CPU and the GPUs that torch sees."""
+    present = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
+    gpus = [torch.device(kind, i) for kind in present for i in range(getattr(torch, kind).device_count())]
+    return [torch.device("cpu"), *gpus]
+
+
+def _where(backend: Backend) -> tuple[list[torch.device], str]:
+    """The devices here that a backend can step the parameters of, and why it cannot on the others; "" if there are no
+    others."""
+    problem = backend.problem(None)
+    if problem is not None:
+        return [], problem
+    if backend.name == "cuda" and cuda_on_host():
+        return [torch.device("cpu")], ""
+    problems = {device: backend.problem(device) for device in _devices() if backend.takes(device)}
+    causes = dict.fromkeys(problem for problem in problems.values() if problem is not None)  # alike for GPUs of a kind
+    return [device for device, problem in problems.items() if problem is None], "; ".join(causes)
 
 
 if __name__ == "__main__":

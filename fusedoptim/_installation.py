@@ -4,12 +4,13 @@ again."""
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import platform
+import re
 import shlex
+import shutil
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -34,16 +35,46 @@ def build_report() -> dict[str, str | None]:
 
 
 def build_again(**environment: str) -> str:
-    """A command for a shell, in any folder, that builds this copy again; where its sources are not known, a sentence
-    with one."""
+    """A command for a shell, in any folder, that builds this copy again; where its sources are not known, or nothing
+    here can install, a sentence with one."""
     settings = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
-    pip = f"{shlex.quote(sys.executable or 'python')} -m pip install"
-    missing = [name for name in ("setuptools", "ninja") if importlib.util.find_spec(name) is None]
-    first = f"{pip} {' '.join(missing)} && " if missing else ""
+    before, install = _installer()
+    missing = " ".join(shlex.quote(requirement) for requirement in _missing())
+    first = f"{before}{install} {missing} && " if missing else before
     if SOURCE_FOLDER is not None:
-        return f"{first}{settings}{pip} --no-build-isolation -e {shlex.quote(str(SOURCE_FOLDER))}"
-    again, origin = f"{first}{settings}{pip} --no-build-isolation --force-reinstall --no-deps", _origin()
+        return f"{first}{settings}{install} --no-build-isolation -e {shlex.quote(str(SOURCE_FOLDER))}"
+    again, origin = f"{first}{settings}{install} --no-build-isolation --force-reinstall --no-deps", _origin()
     return f"{again} {shlex.quote(origin)}" if origin else f"in the folder with fusedoptim's sources: {again} ."
+
+
+def _installer() -> tuple[str, str]:
+    """The command that installs into this Python's environment, and what has to come before it. Environments that uv
+    makes have no pip."""
+    python = shlex.quote(sys.executable or "python")
+    pip = f"{python} -m pip install"
+    if _is_here("pip"):
+        return "", pip
+    if shutil.which("uv") is not None:
+        return "", f"uv pip install --python {python}"
+    if _is_here("ensurepip"):
+        return f"{python} -m ensurepip && ", pip
+    return f"{python} has no pip: install it (Debian, Ubuntu: apt-get install python3-pip), then ", pip
+
+
+def _missing() -> list[str]:
+    """What building needs beside torch, as far as it is not here. Older versions of setuptools make no wheel without
+    the package of that name."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("setuptools") or "")
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    fits = found is not None and (int(found[1]), int(found[2])) >= (70, 1)
+    return [*([] if fits else ["setuptools>=70.1"]), *([] if _is_here("ninja") else ["ninja"])]
+
+
+def _is_here(module: str) -> bool:
+    # importlib.util would ask setuptools as well, which reloads distutils at the mere name of pip.
+    return PathFinder.find_spec(module) is not None
 
 
 def _origin() -> str | None:

@@ -1,4 +1,5 @@
-"""A one-second check that the backends here give the reference's bits."""
+"""A check that the backends here give the reference's bits: a second of one core, longer where others keep the cores
+busy."""
 
 from __future__ import annotations
 

@@ -25,15 +25,17 @@ def decay_groups(
     """Two groups, of the parameters that decay and of those that do not.
 
     Without decay are biases (``bias`` is a word of the parameter's own name, as in ``in_proj_bias``), the parameters of
-    normalisation layers (whose class has a name that ends with ``Norm``, ``Norm1d``, ``Norm2d`` or ``Norm3d``),
-    whatever has fewer than two dimensions, and what ``no_decay`` names. All other parameters decay, embeddings too.
+    normalisation layers (whose class has a name that ends with ``Norm``, ``Norm1d``, ``Norm2d`` or ``Norm3d``), the
+    magnitudes of torch's ``weight_norm``, whatever has fewer than two dimensions, and what ``no_decay`` names. All
+    other parameters decay, embeddings too.
 
     Parameters that need no gradient are in no group: call it again, or ``add_param_group``, when they do. One that
     several modules share is in once, and decays only if it does under each of its names. A lazy parameter, whose shape
     is not known yet, is judged by its name and module. The order is that of ``model.named_parameters()``.
 
     Args:
-        model: the model, before or after ``fully_shard`` or DistributedDataParallel.
+        model: the model, before or after DistributedDataParallel or ``fully_shard`` (whose DTensors torch's optimizers
+            step, and this package's do not), before FullyShardedDataParallel.
         weight_decay: the first group's. The second has 0.
         no_decay: patterns of names, as in a shell (``"*.pos_embed"``, ``"head"``), of parameters or of modules with all
             that is in them, for further parameters that do not decay.
@@ -46,7 +48,8 @@ def decay_groups(
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: if a pattern fits no name, or the model's parameters are flattened by FullyShardedDataParallel.
+        ValueError: if a pattern fits no name, or the model or a part of it is a FullyShardedDataParallel, which
+            flattens parameters. Call it before, wrap with ``use_orig_params=True``, and pass the groups.
     """
     split: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     parameters = _parameters(model)
@@ -92,8 +95,9 @@ def layerwise_groups(
             ``weight_decay`` then holds for all parameters.
         layers: the layers' names, or patterns of them, in the order from input to output, each of a depth of its own;
             or a function from the name of any parameter, embeddings and heads included, to its depth. None takes the
-            entries of the longest ``ModuleList`` or ``Sequential`` of modules of one class, if no other is as long or
-            of the same class: it suits transformers with one stack of layers.
+            entries of the ``ModuleList`` or ``Sequential`` of modules of one class that has the most elements of
+            parameters, if no other has a tenth as many or modules of that class, and no list within an entry is longer:
+            it suits transformers with one stack of layers.
         no_decay, decay_embeddings: as in :func:`decay_groups`; they need ``weight_decay``.
 
     Returns:
@@ -103,7 +107,7 @@ def layerwise_groups(
     Raises:
         TypeError: if ``model`` is no module, or a function's depth no integer.
         ValueError: for a factor out of range, a name or pattern that fits nothing, if it is not clear which the layers
-            are, and for what :func:`decay_groups` refuses.
+            are, and, with ``weight_decay``, for what :func:`decay_groups` refuses.
     """
     layer_decay = number(layer_decay)
     lr = lr if isinstance(lr, Tensor) else number(lr)  # a Decimal is not multiplied by a float
@@ -181,8 +185,8 @@ def _spared(
         if any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__):
             raise ValueError(
                 f"{name or 'the model'} is a FullyShardedDataParallel, which flattens its parameters, so that no shape "
-                "shows which of them are matrices: use torch.distributed.fsdp.fully_shard, which keeps shapes, or take "
-                "the names from the groups of the model before it was wrapped"
+                "shows which of them are matrices: make the groups before wrapping, wrap with use_orig_params=True, "
+                "and pass those groups to the optimizer"
             )
     return {id(one) for one in parameters if not _decays(one, patterns, decay_embeddings)}
 
@@ -197,7 +201,16 @@ def _decays(one: _Parameter, no_decay: list[str], decay_embeddings: bool) -> boo
             return False
         if not decay_embeddings and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return False
+        if _is_magnitude(module, name.rpartition(".")[2]):
+            return False
     return True
+
+
+def _is_magnitude(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is a gain that torch's weight_norm, of either kind, takes out of a weight."""
+    if name == "original0":
+        return any(type(child).__name__ == "_WeightNorm" for child in module.children())
+    return name.endswith("_g") and f"{name[:-2]}_v" in module._parameters
 
 
 # ---- how deep ----
@@ -226,23 +239,59 @@ def _integer(depth: int, name: str) -> int:
         raise TypeError(f"the depth of {name!r} must be an integer, but layers() returned {depth!r}") from None
 
 
-def _layers_of(model: nn.Module) -> list[str]:
-    """The names of the entries of the model's longest list of layers."""
-    lists: dict[str, dict[str, nn.Module]] = {}
+#: A list with so small a share of the elements of the largest one is none of layers, such as one of heads.
+SMALL_SHARE = 0.1
+
+
+@dataclass
+class _Stack:
+    """Modules of one class in a row."""
+
+    entries: dict[str, nn.Module]
+    #: Of their parameters; lazy ones have none so far.
+    elements: int
+    #: Those within an entry.
+    inner: list[_Stack] = field(default_factory=list)
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return type(next(iter(self.entries.values())))
+
+    def __str__(self) -> str:
+        return f"{len(self.entries)} {self.kind.__name__}s from {next(iter(self.entries))!r} on"
+
+
+def _stacks(model: nn.Module) -> list[_Stack]:
+    """The outermost ones. A list within a layer, such as the two matrices of its perceptron, is rarely of layers."""
+    outermost: dict[str, _Stack] = {}
     for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
         prefix = f"{name}." if name else ""
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(prefix.startswith(outer) for outer in lists):
-            continue  # a list within a layer, such as the two matrices of its perceptron, is none of layers
         entries = {prefix + key: m for key, m in module.named_children() if next(m.parameters(), None) is not None}
         if len(entries) > 1 and len(set(map(type, entries.values()))) == 1:
-            lists[prefix] = entries
+            stack = _Stack(entries, sum(0 if is_lazy(p) else p.numel() for p in module.parameters()))
+            outer = next((outermost[o] for o in outermost if prefix.startswith(o)), None)
+            if outer is None:
+                outermost[prefix] = stack
+            else:
+                outer.inner.append(stack)
+    return list(outermost.values())
+
+
+def _layers_of(model: nn.Module) -> list[str]:
+    """The names of the entries of the model's stack of layers."""
+    stacks = _stacks(model)
     remedy = "pass layers=, the layers' names in the order from input to output, or a function from names to depths"
-    if not lists:
+    if not stacks:
         raise ValueError(f"the model has no ModuleList or Sequential of several modules of one class: {remedy}")
-    longest = max(lists.values(), key=len)
-    (kind,) = set(map(type, longest.values()))
-    rivals = [e for e in lists.values() if len(e) == len(longest) or kind in map(type, e.values())]
+    largest = max(stacks, key=lambda stack: stack.elements)
+    rivals = [s for s in stacks if s.elements >= SMALL_SHARE * largest.elements or s.kind is largest.kind]
+    longest = max(largest.inner, key=lambda stack: len(stack.entries), default=largest)
+    if len(longest.entries) > len(largest.entries):  # stages of blocks, or a sequence of encoders
+        rivals.append(longest)
     if len(rivals) > 1:
-        texts = [f"{len(e)} {type(m).__name__}s from {name!r} on" for e in rivals for name, m in list(e.items())[:1]]
-        raise ValueError(f"the model has {' and '.join(texts)}, and it is not clear which are its layers: {remedy}")
-    return list(longest)
+        raise ValueError(
+            f"the model has {' and '.join(map(str, rivals))}, and it is not clear which are its layers: {remedy}"
+        )
+    return list(largest.entries)

@@ -154,6 +154,12 @@ class MyRMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(3, 1, 1))
 
 
+class OwnNorm2d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3, 1, 1))
+
+
 class Renamed(nn.LayerNorm):
     pass
 
@@ -164,7 +170,7 @@ class Normalized(nn.Linear):
 
 @pytest.mark.parametrize(
     "module",
-    [nn.LayerNorm([2, 3]), nn.RMSNorm([2, 3]), nn.GroupNorm(1, 2), nn.BatchNorm2d(2), MyRMSNorm(), Renamed([2, 3])],
+    [nn.LayerNorm([2, 3]), nn.RMSNorm([2, 3]), MyRMSNorm(), OwnNorm2d(), Renamed([2, 3])],
     ids=lambda m: type(m).__name__,
 )
 def test_normalisation_of_any_shape_does_not_decay(module: nn.Module) -> None:
@@ -174,6 +180,20 @@ def test_normalisation_of_any_shape_does_not_decay(module: nn.Module) -> None:
 
 def test_a_matrix_in_a_module_with_a_similar_name_decays() -> None:
     assert names(decay_groups(Normalized(2, 3), 0.1)) == [["weight"], ["bias"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_the_magnitudes_of_weight_norm_do_not_decay() -> None:
+    new, old = nn.utils.parametrizations.weight_norm, nn.utils.weight_norm
+    model = nn.Sequential(
+        new(nn.Linear(2, 3)), old(nn.Conv1d(2, 3, 1)), nn.utils.parametrizations.orthogonal(nn.Linear(2, 2))
+    )
+    decayed, spared = names(decay_groups(model, 0.1))
+    assert decayed == ["0.parametrizations.weight.original1", "1.weight_v", "2.parametrizations.weight.original"]
+    assert spared == ["0.bias", "0.parametrizations.weight.original0", "1.bias", "1.weight_g", "2.bias"]
+    lonely = nn.Module()
+    lonely.register_parameter("weight_g", nn.Parameter(torch.ones(2, 2)))
+    assert names(decay_groups(lonely, 0.1)) == [["weight_g"]]
 
 
 def test_recurrent_biases_do_not_decay() -> None:
@@ -310,6 +330,37 @@ def test_layers_are_found() -> None:
     assert by_depth(layerwise_groups(plain, 1.0, 0.5)) == {0.5: {"0.weight", "0.bias"}, 1.0: {"2.weight", "2.bias"}}
 
 
+def linears(n: int, size: int = 2) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(n))
+
+
+class Stage(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+
+def test_a_longer_list_of_small_heads_is_none_of_layers() -> None:
+    model = nn.ModuleDict({"norms": nn.ModuleList(nn.LayerNorm(4) for _ in range(4)), "blocks": Transformer(3).blocks})
+    model["heads"] = linears(5)
+    found = by_depth(layerwise_groups(model, 1.0, 0.5))
+    assert {lr: {name[:8] for name in of_depth} for lr, of_depth in found.items()} == {
+        0.5**4: {f"norms.{i}." for i in range(4)},
+        **{0.5 ** (3 - i): {f"blocks.{i}"} for i in range(3)},
+        1.0: {f"heads.{i}." for i in range(5)},
+    }
+
+
+def test_layers_may_have_lists_that_are_not_longer() -> None:
+    model = nn.ModuleDict({"stages": nn.ModuleList(Stage(n) for n in (1, 3, 2))})
+    found = by_depth(layerwise_groups(model, 1.0, 0.5))
+    assert {lr: {name[:8] for name in of_depth} for lr, of_depth in found.items()} == {
+        0.25: {"stages.0"},
+        0.5: {"stages.1"},
+        1.0: {"stages.2"},
+    }
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -319,8 +370,25 @@ def test_layers_are_found() -> None:
             stages(),
             "the model has 2 Linears from 'stage1.0' on and 3 Linears from 'stage2.0' on, and it is not clear",
         ),
+        (
+            nn.ModuleDict({"blocks": Transformer(3).blocks, "heads": linears(5, 10)}),
+            "the model has 3 Blocks from 'blocks.0' on and 5 Linears from 'heads.0' on, and it is not clear which are "
+            "its layers: pass layers=",
+        ),
+        (
+            nn.ModuleDict({"big": Transformer(9).blocks, "small": Transformer(2).blocks[:2], "heads": linears(2)}),
+            "the model has 9 Blocks from 'big.0' on and 2 Blocks from 'small.0' on, and it is not clear",
+        ),
+        (
+            nn.ModuleDict({"stages": nn.ModuleList(Stage(n) for n in (2, 2, 18, 2))}),
+            "the model has 4 Stages from 'stages.0' on and 18 Blocks from 'stages.2.blocks.0' on, and it is not clear",
+        ),
+        (
+            nn.Sequential(Stage(3), Stage(3)),
+            "the model has 2 Stages from '0' on and 3 Blocks from '0.blocks.0' on, and it is not clear",
+        ),
     ],
-    ids=["one", "mixed", "stages"],
+    ids=["one", "mixed", "stages", "heads", "decoder", "blocks in stages", "two encoders"],
 )
 def test_layers_that_are_not_clear(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -363,7 +431,7 @@ class FullyShardedDataParallel(nn.Module):
         (
             lambda: decay_groups(nn.Sequential(FullyShardedDataParallel()), 0.1),
             ValueError,
-            "0 is a FullyShardedDataParallel, which flattens its parameters",
+            "0 is a FullyShardedDataParallel, which flattens .*: make the groups before wrapping, .*orig_params=True",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusedoptim import _digest, _installation, _native
 
@@ -36,32 +38,31 @@ def site(folder: Path) -> Path:
 
 
 def run(*command: str, cwd: Path, path: Path | str = "") -> subprocess.CompletedProcess[str]:
-    # `python` is this one. -W: torch's own warnings, on machines without NumPy or a driver.
+    # `python` is this one. Warnings are torch's own, on machines without NumPy or a driver. Threads that wait for each
+    # other take many times as long where others keep the cores busy.
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PYTHONPATH": str(path), "PATH": programs, "PYTHONWARNINGS": "ignore"}
+    settings = {"PYTHONPATH": str(path), "PATH": programs, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **settings}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
-
-
-def problem(cwd: Path, path: Path | str = "") -> str:
-    done = run(sys.executable, "-c", "from fusedoptim import _native as n; print(n._C, n.problem)", cwd=cwd, path=path)
-    assert done.returncode == 0, done.stderr
-    library, _, text = done.stdout.partition(" ")
-    assert library == "None"
-    return text
 
 
 # Its own library is not that of an editable installation elsewhere, which setuptools would offer.
 def test_a_source_folder_says_so_and_where_the_installed_copy_lies(tmp_path: Path) -> None:
     source, installed = clone(tmp_path / "a clone", *BUILT), site(tmp_path / "site")
-    text = problem(source, installed)
-    assert f"this is the source folder {source / 'fusedoptim'}, without a library for Python 3." in text
-    assert f"the installed copy lies in {installed / 'fusedoptim'}: run Python in another folder" in text
-    assert text.strip().endswith(f"-m pip install --no-build-isolation -e {shlex.quote(str(source))}")
     done = run(sys.executable, "-m", "fusedoptim", cwd=source, path=installed)
-    assert done.returncode == 1 and f"package: {source / 'fusedoptim'} (a source folder)" in done.stdout
-    assert "Parameters on cpu are stepped by the eager reference" in done.stdout
+    text = done.stdout
+    assert (
+        f"library: not available: this is the source folder {source / 'fusedoptim'}, without a library for Python 3."
+        in text
+    )
+    assert f"the installed copy lies in {installed / 'fusedoptim'}: run Python in another folder" in text
+    assert f"-m pip install --no-build-isolation -e {shlex.quote(str(source))}\n" in text
+    assert done.returncode == 1 and f"package: {source / 'fusedoptim'} (a source folder)" in text
+    assert "cpu        not available: see the library" in text
+    assert "Parameters on cpu are stepped by the eager reference" in text
 
 
+@pytest.mark.slow
 @needs_library
 def test_the_readmes_last_command_finds_the_installed_copy_from_within_the_source_folder(tmp_path: Path) -> None:
     block = re.search(r"^## Install$.*?^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -73,7 +74,11 @@ def test_the_readmes_last_command_finds_the_installed_copy_from_within_the_sourc
     (installed / "fusedoptim" / "_digest.py").write_text("def sources(root): raise AssertionError('not needed')")
     done = run("bash", "-c", last, cwd=source, path=installed)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"torch {torch.__version__}" in done.stdout
     assert f"package: {installed / 'fusedoptim'} (installed)" in done.stdout
+    for name in ("cuda", "triton", "cpu", "reference"):
+        assert re.search(rf"^  {name} +(available|not available: .+)$", done.stdout, re.M)
+    assert "self-check: cpu, 7 optimizers in 4 dtypes: the reference's bits" in done.stdout
 
 
 @needs_library
@@ -81,18 +86,26 @@ def test_a_library_of_another_clone_is_noticed(tmp_path: Path) -> None:
     other = clone(tmp_path / "other", "__pycache__")
     with (other / "csrc" / "module.cpp").open("a") as file:
         file.write("// a change\n")
-    text = problem(other)
-    assert "_C." in text and "was built from other sources than this copy's" in text
-    assert f"their digest is {_native._C.sources}, here it is {_digest.sources(other)}" in text
-    # An installed copy goes by what its build noted.
-    installed = site(tmp_path / "site")
-    note = installed / "fusedoptim" / "_build.json"
-    note.write_text(json.dumps({**json.loads(note.read_text()), "sources": "0123456789abcdef"}))
-    assert "here it is 0123456789abcdef" in problem(tmp_path, installed)
+    done = run(sys.executable, "-c", "from fusedoptim import _native as n; print(n._C, n.problem)", cwd=other)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"None \S*_C\.\S+ was built from other sources than this copy's", done.stdout)
+    assert f"their digest is {_native._C.sources}, here it is {_digest.sources(other)}" in done.stdout
+
+
+def test_an_installed_copy_goes_by_what_its_build_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_installation, "PACKAGE", tmp_path)
+    monkeypatch.setattr(_installation, "SOURCE_FOLDER", None)
+    assert _installation.mismatch("_C.so", "0123456789abcdef") is None  # it noted nothing
+    (tmp_path / "_build.json").write_text(json.dumps({"sources": "0123456789abcdef"}))
+    assert _installation.mismatch("_C.so", "0123456789abcdef") is None
+    for made_from, says in (("fedcba9876543210", "fedcba9876543210"), (None, "unknown")):
+        text = _installation.mismatch("_C.so", made_from) or ""
+        assert text.startswith("_C.so was built from other sources")
+        assert f"(their digest is {says}, here it is 0123456789abcdef)" in text
 
 
 @needs_library
-def test_a_library_from_before_digests_is_not_taken_for_ours() -> None:
+def test_a_source_folder_goes_by_what_lies_there() -> None:
     assert _installation.mismatch("_C.so", _native._C.sources) is None
     assert "(their digest is unknown, here it is " in (_installation.mismatch("_C.so", None) or "")
 
@@ -124,8 +137,57 @@ def test_the_remedy_names_what_pip_installed_from_if_that_is_there(
         )
 
 
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    monkeypatch.setattr(_installation, "_is_here", lambda name: name not in modules)
+
+
+def with_setuptools(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    def found(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+
+
 def test_the_remedy_installs_what_building_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = _installation.importlib.util.find_spec
-    monkeypatch.setattr(_installation.importlib.util, "find_spec", lambda n: None if n == "ninja" else real(n))
     pip = f"{sys.executable} -m pip install"
+    for version in ("70.1", "70.1.1", "84.2.1", "100.0"):
+        with_setuptools(monkeypatch, version)
+        assert _installation.build_again().startswith(f"{pip} --no-build-isolation ")
+    for version in ("65.5.0", "70.0.0", None):  # without the package called wheel these make none
+        with_setuptools(monkeypatch, version)
+        assert _installation.build_again().startswith(f"{pip} 'setuptools>=70.1' && {pip} --no-build-isolation ")
+    without(monkeypatch, "ninja")
+    assert _installation.build_again().startswith(f"{pip} 'setuptools>=70.1' ninja && {pip} --no-build-isolation ")
+    with_setuptools(monkeypatch, "80.9.0")
     assert _installation.build_again().startswith(f"{pip} ninja && {pip} --no-build-isolation ")
+
+
+def test_what_is_here_is_found_without_a_word() -> None:
+    assert _installation._is_here("torch") and _installation._is_here("json")
+    assert not _installation._is_here("no_such_module")
+    before = sys.modules.get("distutils")
+    _installation._is_here("pip")
+    assert sys.modules.get("distutils") is before
+
+
+def test_the_remedy_needs_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which environments that uv makes do not have."""
+    with_setuptools(monkeypatch, "65.5.0")
+    without(monkeypatch, "pip")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    uv = f"uv pip install --python {sys.executable}"
+    assert _installation.build_again().startswith(f"{uv} 'setuptools>=70.1' && {uv} --no-build-isolation ")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    pip = f"{sys.executable} -m pip install 'setuptools>=70.1' && "
+    assert _installation.build_again().startswith(f"{sys.executable} -m ensurepip && {pip}")
+    without(monkeypatch, "pip", "ensurepip")
+    assert _installation.build_again().startswith(f"{sys.executable} has no pip: install it (Debian, ")
+    assert f"then {pip}" in _installation.build_again()
+
+
+def test_the_readme_and_the_metadata_ask_for_the_setuptools_that_building_needs() -> None:
+    commands = re.findall(r"pip install [^\n`]*\btorch\b[^\n`&]*", (ROOT / "README.md").read_text())
+    assert len(commands) >= 4 and all("torch 'setuptools>=70.1' ninja" in command for command in commands)
+    assert 'requires = ["setuptools>=70.1", "ninja", ' in (ROOT / "pyproject.toml").read_text()

@@ -72,6 +72,12 @@ def work(rank: int, folder: str) -> None:
         x, y = batch(0)
         nn.functional.mse_loss(model(x), y).backward()
         results[f"refusals {original}"] = refusals(model)
+    plain = make_model()
+    groups = fusedoptim.decay_groups(plain, 0.5)
+    model = FSDP(plain, use_orig_params=True, device_id=torch.device("cpu"))
+    train(model, fusedoptim.AdamW(groups, lr=0.1))
+    with FSDP.summon_full_params(model):
+        results["groups"] = [p.detach().clone() for p in model.parameters()]
     for case in FULL:
         model = DistributedDataParallel(make_model())
         options = {"optimizer_class": getattr(fusedoptim, case.optimizer), **case.options}
@@ -98,6 +104,13 @@ def test_rules_that_work_element_by_element(case: object, original: bool, result
         found: list[Tensor] = of_rank[f"{case} {original}"]
         # Means over two processes of equal gradients are exact; flat parameters are padded.
         assert torch.equal(torch.cat([p.reshape(-1) for p in found])[: expected.numel()], expected)
+
+
+def test_groups_from_before_a_model_is_wrapped(results: list[dict]) -> None:
+    model = make_model()
+    train(model, fusedoptim.AdamW(fusedoptim.decay_groups(model, 0.5), lr=0.1))
+    for of_rank in results:
+        assert all(map(torch.equal, of_rank["groups"], model.parameters()))
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
