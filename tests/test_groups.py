@@ -132,7 +132,6 @@ def test_an_empty_group_is_left_out() -> None:
         (("*.out_proj", "embed"), {"embed.weight", *(f"blocks.{i}.attention.out_proj.weight" for i in (0, 1))}),
         ("embed", {"embed.weight"}),
     ],
-    ids=str,
 )
 def test_patterns(patterns: Any, expected: set[str]) -> None:
     """Of parameters and modules; a shared parameter is spared under either name."""
@@ -294,7 +293,6 @@ def stages() -> nn.Module:
         ("stage1", [0, 1, 1, 2, 2, 2, 2]),
         (lambda name: {"stem": 3, "stag": 7, "head": 4}[name[:4]], [3, 7, 7, 7, 7, 7, 4]),
     ],
-    ids=str,
 )
 def test_layers_by_name_pattern_or_function(layers: Any, depths: list[int]) -> None:
     model = stages()
