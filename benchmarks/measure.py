@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -18,12 +19,14 @@ SLOW = 5
 @dataclass(frozen=True)
 class Budget:
     """Rounds go on for ``seconds``, but there are at least and at most so many; ``without_slow`` is the least number of
-    rounds for those that are not slow, once the slow ones have stopped."""
+    rounds for those that are not slow, once the slow ones have stopped. ``row_seconds`` after fusedoptim's warm-up no
+    further peer warms up, and the first round is the last."""
 
     seconds: float
     at_least: int = 5
     without_slow: int = 5
     at_most: int = 101
+    row_seconds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,18 @@ class Times:
 
 
 def interleaved(
-    contenders: Mapping[str, Contender], device: Device, budget: Budget, evict: bool = True, first_number: int = 0
+    contenders: Mapping[str, Contender],
+    device: Device,
+    budget: Budget,
+    evict: bool = True,
+    first_number: int = 0,
+    row_end: float = math.inf,
 ) -> dict[str, Times]:
     """Calls each in turn, in an order that is drawn anew for every round, so that nobody always follows the same one.
 
     Caches are evicted before every call, or filled by another call that is not timed. One that raises takes no further
-    part; its error is kept. Python's garbage collector runs between rounds.
+    part; its error is kept. No round but the first begins after ``row_end``, of ``time.perf_counter()``. Python's
+    garbage collector runs between rounds.
     """
     taken = {name: Times() for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
@@ -69,6 +78,8 @@ def interleaved(
     gc.disable()
     try:
         for number in range(budget.at_most):
+            if number > 0 and time.perf_counter() >= row_end:
+                break
             if number >= budget.at_least:
                 share = budget.seconds / len(contenders)
                 swift = SLOW * min(spent.values()) if number < budget.without_slow else 0.0

@@ -1,5 +1,5 @@
-"""A rough look at a machine: what ``python -m benchmarks.run --quick`` measures, in less than a minute, and what it
-leaves out of a full run."""
+"""A rough look at a machine: what ``python -m benchmarks.run --quick`` measures, in less than a minute unless others
+keep the machine busy, and what it leaves out of a full run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .optimizers import SETTINGS
 from .peers import PEERS, Peer
 from .results import Results
 
-#: For a row, and for a point of a curve.
-BUDGET = Budget(0.5, at_most=31)
-#: No row begins later, so that a slow or busy machine ends the look as soon as another.
+#: For a row, and for a point of a curve. A slow or busy machine gets fewer peers and rounds.
+BUDGET = Budget(0.5, at_most=31, row_seconds=3.0)
+#: No row begins later. One that has begun may still take its ``row_seconds``, and what surrounds them.
 SECONDS = 45.0
 TIME_IS_UP = f"{SECONDS:g} s, the time of a rough look, were up"
 #: torch's own codes and what is closest to them. Others compile for seconds in every row, or take as long as all of
-#: these together.
-CHOSEN_PEERS = (*scaling.PEERS, "eager reference")
+#: these together. The fastest are first, in case that there is no time for more.
+CHOSEN_PEERS = (*reversed(scaling.PEERS), "eager reference")
 
 
 def chosen() -> list[plan.Key]:
-    """Rows of a full run, for every optimizer one: most of a model whose tensors exceed the caches by little more than
+    """Rows of a full run. First one for every optimizer, of a model whose tensors exceed the caches by little more than
     they have to."""
-    keys: list[plan.Key] = [("AdamW", "fp32", case, "kept") for case in (plan.MEDIUM, plan.LARGE, *plan.SMALL)]
-    keys += [("AdamW", "bf16", plan.LARGE, "kept"), ("SGD", "fp32", plan.SMALL[0], "kept")]
-    keys += [(optimizer, "fp32", plan.MEDIUM, "kept") for optimizer in SETTINGS]
+    keys: list[plan.Key] = [(optimizer, "fp32", plan.MEDIUM, "kept") for optimizer in SETTINGS]
+    keys += [("AdamW", "fp32", case, "kept") for case in (*plan.SMALL, plan.LARGE)]
+    keys += [("SGD", "fp32", plan.SMALL[0], "kept"), ("AdamW", "bf16", plan.LARGE, "kept")]
     return list(dict.fromkeys(keys))
 
 
@@ -48,8 +48,13 @@ def says(results: Results, peers: Sequence[Peer]) -> str:
     left["peers"] = [p.name for p in PEERS.values() if device in p.devices and p not in peers]
     return "\n".join(
         [
+<<<<<<< HEAD
             f"A rough look: {len(rows)} of the {len(full)} rows of a full run and {len(points)} of its {all_points} "
             f"points of curves, {BUDGET.seconds:g} s and {BUDGET.at_least} to {BUDGET.at_most} steps each. Left out:",
+=======
+            f"A rough look: {len(rows)} of the {len(full)} rows of a full run and {points} of its {all_points} points "
+            f"of curves, {BUDGET.seconds:g} s and up to {BUDGET.at_most} steps for each. Left out:",
+>>>>>>> fixes
             *(f"- {kind}: {', '.join(names)}" for kind, names in left.items() if names),
             "Without --quick they take part; --optimizer, --case, --dtype, --condition and --peer choose some of them.",
         ]

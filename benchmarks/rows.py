@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -178,6 +179,7 @@ class _Batch:
 
     def __init__(self, row: Row, device: Device, peers: Sequence[Peer], budget: Budget) -> None:
         self.row, self.device, self.peers, self.budget = row, device, peers, budget
+        self.end = math.inf
         self.results: dict[str, Result] = {}
         self.bytes = {OURS: row.case.elements * row.work.bytes_per_element}
 
@@ -187,7 +189,7 @@ class _Batch:
         entrants = self._entrants(data)
         contenders = {n: Contender(e.step, e.prepare, throughout=n == OURS) for n, e in entrants.items()}
         contenders |= {n: Contender(call, throughout=True) for n, call in self._limits().items()}
-        times = interleaved(contenders, self.device, self.budget, self.row.condition.evict, WARM_UP)
+        times = interleaved(contenders, self.device, self.budget, self.row.condition.evict, WARM_UP, self.end)
         for name, entrant in entrants.items():
             if times[name].error is None and not all(part.isfinite().all() for part in sample(entrant.params)):
                 times[name].error = "parameters are not finite after the measurement"
@@ -207,8 +209,12 @@ class _Batch:
         if wrong is not None:
             raise RuntimeError(f"fusedoptim: {wrong}")
         self.results[OURS] = {"first_step_s": mine.first_step}
+        self.end = time.perf_counter() + self.budget.row_seconds
         entrants = {OURS: mine}
         for peer in self.peers:
+            if time.perf_counter() >= self.end:
+                self.results[peer.name] = {"skipped": f"the row's {self.budget.row_seconds:g} s were up"}
+                continue
             try:
                 entrant = Entrant(self.row, data, peer.make)
             except Exception as error:
@@ -296,7 +302,7 @@ class _Batch:
                 replays[name] = Contender(replay, throughout=True)
         if not replays:
             return
-        times = interleaved(replays, self.device, self.budget, self.row.condition.evict)
+        times = interleaved(replays, self.device, self.budget, self.row.condition.evict, row_end=self.end)
         for name, t in times.items():
             if t.error is None:
                 self.results[name]["graph_ms"] = quantiles(t.seconds)["median"] * 1e3

@@ -3,7 +3,7 @@ limits, interleaved in one process.
 
 Without a selection it runs a choice of rows, and how time grows with the number and size of tensors; with one, all
 combinations of what is selected. An option that takes names can be repeated. ``--quick`` without a selection is a rough
-look, over in less than a minute, which says what it leaves out.
+look, over in less than a minute unless others keep the machine busy, which says what it leaves out.
 """
 
 from __future__ import annotations

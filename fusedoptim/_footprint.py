@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Footprint:
     """Bytes of memory. Printed, a table.
 
-    Memory that several tensors share, as the views of one buffer do, is counted once, where it comes first below.
+    Memory that several tensors share, as the views of one buffer do, is counted once and whole, where it comes first
+    below; so is a buffer of which one tensor is a small part.
 
     Attributes:
         parameters: of all groups.

@@ -1,22 +1,30 @@
-"""``python -m benchmarks.run --quick``: a rough look that is over in less than a minute and says what it leaves out."""
+"""``python -m benchmarks.run --quick``: a rough look that is soon over and says what it leaves out."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from test_benchmarks import Options, _small, measured  # noqa: F401
 
+from benchmarks import measure as measure_module
 from benchmarks import plan, rough, run, scaling
+from benchmarks import rows as row_module
 from benchmarks.cases import CASES
-from benchmarks.optimizers import SETTINGS
-from benchmarks.peers import PEERS
-from benchmarks.results import Results
+from benchmarks.devices import Cpu
+from benchmarks.optimizers import SETTINGS, Work
+from benchmarks.peers import PEERS, Peer
+from benchmarks.results import OURS, Results
 from benchmarks.rows import WARM_UP
 
 QUICK = run.parse(["--quick"])
+BUDGET = rough.BUDGET  # which a fixture makes smaller
 
 
 def test_its_work_is_bounded() -> None:
@@ -34,13 +42,36 @@ def test_its_work_is_bounded() -> None:
 
 
 def test_its_rows_are_some_of_a_full_run_and_of_every_optimizer() -> None:
-    rows, full = (set(r.key for r in run.selected_rows(run.parse(o))) for o in (["--quick"], []))
-    assert rows < full and {key[0] for key in rows} == set(SETTINGS)
+    rows, full = ([r.key for r in run.selected_rows(run.parse(o))] for o in (["--quick"], []))
+    assert set(rows) < set(full) and [key[0] for key in rows[: len(SETTINGS)]] == list(SETTINGS), "each comes early"
     points, all_points = (
         {(c.name, case.name) for c in run.selected_curves(run.parse(o)) for case in c.cases} for o in (["--quick"], [])
     )
     assert points < all_points
     assert all(sum(name == c.name for name, _ in points) >= 3 for c in scaling.curves("cpu")), "too few for a slope"
+
+
+def test_a_slow_row_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its time no further peer is made, and each that was takes part in one round."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(row_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(measure_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def slow(work: Work, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        clock.now += 3.0
+        return torch.optim.AdamW(groups, **work.setting.options)
+
+    for name in ("first", "second"):
+        monkeypatch.setitem(PEERS, name, Peer(name, slow, {"AdamW": ("fp32",)}))
+    row, peers = plan.row(("AdamW", "fp32", "tiny", "kept")), [PEERS["first"], PEERS["second"]]
+    budget = dataclasses.replace(BUDGET, seconds=1000.0, at_most=4)
+    assert budget.row_seconds == 3
+    got = row_module.measure(row, Cpu(), peers, budget)["contenders"]
+    assert got["second"] == {"skipped": "the row's 3 s were up"}
+    assert [got[name]["ms"]["n"] for name in (OURS, "first")] == [1, 1] and got["first"]["ratio"]["n"] == 1
+    clock.now = 0.0
+    got = row_module.measure(row, Cpu(), peers, dataclasses.replace(budget, row_seconds=math.inf))["contenders"]
+    assert [got[name]["ms"]["n"] for name in (OURS, "first", "second")] == [4, 4, 4]
 
 
 def test_a_selection_is_no_rough_look() -> None:

@@ -107,6 +107,17 @@ def test_parameters_without_ordinary_memory() -> None:
     assert o.memory().to_come == {"step": 4, "exp_avg": 8, "exp_avg_sq": 8}
 
 
+def test_a_small_part_of_a_buffer_counts_as_the_whole() -> None:
+    assert AdamW([torch.nn.Parameter(torch.ones(100)[:2])]).memory().parameters == 400
+
+
+def test_a_trainable_parameter_of_another_layout_gets_no_states() -> None:
+    o = AdamW(parameters([(2,)]))
+    before = o.memory().to_come
+    o.param_groups[0]["params"].append(torch.nn.Parameter(torch.eye(3).to_sparse()))
+    assert o.memory().to_come == before == {"step": 4, "exp_avg": 8, "exp_avg_sq": 8}
+
+
 def test_it_prints_as_a_table() -> None:
     o = AdamW([torch.nn.Parameter(torch.ones(1 << 18))])
     assert str(o.memory()).split("\n") == [

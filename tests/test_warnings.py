@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import copy
 import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,39 @@ def test_a_warning_points_at_the_users_line(
         line = way(optimizer, p)
     ours = [w for w in seen if "no C++ compiler" in str(w.message)]
     assert [(w.filename, w.lineno) for w in ours] == [(__file__, line)]
+
+
+#: Of the package, as far as its module's name says.
+WARNING_CODE = """
+from contextlib import contextmanager
+from fusedoptim._warnings import warn
+
+@contextmanager
+def context():
+    warn("on entering")
+    yield
+    warn("on leaving")
+
+class Copied:
+    def __deepcopy__(self, memo):
+        warn("on copying")
+        return self
+"""
+
+
+def test_what_with_and_deepcopy_go_through_is_no_line_of_the_users() -> None:
+    package: dict[str, Any] = {"__name__": "fusedoptim.example"}
+    exec(WARNING_CODE, package)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        first = sys._getframe().f_lineno
+        with package["context"]():
+            copy.deepcopy([package["Copied"]()])
+    assert [(str(w.message), w.filename, w.lineno - first) for w in seen] == [
+        ("on entering", __file__, 1),
+        ("on copying", __file__, 2),
+        ("on leaving", __file__, 1),
+    ]
 
 
 @pytest.mark.filterwarnings("error")
