@@ -48,13 +48,8 @@ def says(results: Results, peers: Sequence[Peer]) -> str:
     left["peers"] = [p.name for p in PEERS.values() if device in p.devices and p not in peers]
     return "\n".join(
         [
-<<<<<<< HEAD
             f"A rough look: {len(rows)} of the {len(full)} rows of a full run and {len(points)} of its {all_points} "
-            f"points of curves, {BUDGET.seconds:g} s and {BUDGET.at_least} to {BUDGET.at_most} steps each. Left out:",
-=======
-            f"A rough look: {len(rows)} of the {len(full)} rows of a full run and {points} of its {all_points} points "
-            f"of curves, {BUDGET.seconds:g} s and up to {BUDGET.at_most} steps for each. Left out:",
->>>>>>> fixes
+            f"points of curves, {BUDGET.seconds:g} s and up to {BUDGET.at_most} steps for each. Left out:",
             *(f"- {kind}: {', '.join(names)}" for kind, names in left.items() if names),
             "Without --quick they take part; --optimizer, --case, --dtype, --condition and --peer choose some of them.",
         ]

@@ -13,6 +13,8 @@ import fusedoptim
 
 #: The backend of every optimizer that a test makes without naming one. None is the user's default.
 BACKEND = os.environ.get("FUSEDOPTIM_TEST_BACKEND")
+#: Set where tests run once more, under a sanitizer: of large products a covering part is enough.
+COVERING = "FUSEDOPTIM_TEST_COVERING" in os.environ
 
 
 @dataclass(frozen=True)

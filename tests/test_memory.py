@@ -144,6 +144,6 @@ def test_a_parameter_whose_elements_overlap_is_refused() -> None:
 def test_many_tensors_are_looked_through_quickly() -> None:
     flat = torch.zeros(40_000)
     tensors = [*flat.split(4), *(torch.zeros(3) for _ in range(10_000))]
-    start = time.perf_counter()
+    start = time.process_time()  # however busy the machine is
     assert sharing(tensors) is None
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

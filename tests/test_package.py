@@ -34,15 +34,17 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_import_is_silent_quick_and_starts_no_cuda(tmp_path: Path) -> None:
     code = """if True:
         import time, torch
-        start = time.perf_counter()
+        start = time.process_time()  # however busy the machine is
         import fusedoptim
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         assert not torch.cuda.is_initialized()
         assert "triton" not in __import__("sys").modules or hasattr(torch, "_inductor")
         open({path!r}, "w").write(str(seconds))
     """
     path, best = tmp_path / "seconds", 1.0
-    for _ in range(5):
+    for _ in range(5):  # at most: the first may have to compile
+        if best < 0.1:
+            break
         result = python(code.replace("{path!r}", repr(str(path))))
         assert result.returncode == 0 and result.stdout == "" and result.stderr == "", result.stderr
         best = min(best, float(path.read_text()))
@@ -197,9 +199,10 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(tmp_path),
+        "FUSEDOPTIM_TEST_COVERING": "1",
     }
     tests = ["tests/test_layout.py", "tests/test_staleness.py", "tests/test_rounding.py", "tests/test_norm.py"]
-    chosen = "not ten_thousand and not allocates and not float64 and not threads and not transposed"
+    chosen = "not ten_thousand and not allocates and not threads"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, env=env)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
