@@ -93,8 +93,10 @@ def test_it_says_what_it_leaves_out() -> None:
     assert set(left["cases"].split(", ")) == set(CASES) - {row.case.name for row in rows}
     assert {"torch compiled", "bitsandbytes"} <= set(left["peers"].split(", "))
     assert "apex" not in left["peers"], "it is for GPUs alone"
-    results.rows[-1] = {**rows[-1].describe(), "skipped": rough.TIME_IS_UP}
-    assert f"- optimizers: {rows[-1].work.setting.name}\n" in rough.says(results, [])
+    for i, row in enumerate(rows):
+        if row.work.setting.name == "SGD":
+            results.rows[i] = {**row.describe(), "skipped": rough.TIME_IS_UP}
+    assert "- optimizers: SGD\n" in rough.says(results, [])
 
 
 def test_a_run_ends_in_time_and_with_what_it_left_out(
