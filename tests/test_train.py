@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import checkpoint, witness
+from benchmarks import checkpoint, convergence, witness
 from benchmarks.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -30,18 +33,28 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def command(*options: object, module: str = "train") -> list[str]:
-    return [sys.executable, "-W", "error", "-m", f"benchmarks.{module}", *map(str, options)]
+def command(*options: object) -> list[str]:
+    return [sys.executable, "-W", "error", "-m", "benchmarks.train", *map(str, options)]
 
 
-def run(*options: object, module: str = "train") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*options, module=module), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+def run(*options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-def train(out: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    return run(*TINY, "--out", out, *options)
+@dataclass
+class Ended:
+    """Like a process that has ended, with what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def train(out: Path, *options: object) -> Ended:
+    """In this process, which has loaded torch already."""
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+        code = main([*TINY, "--out", str(out), *map(str, options)])
+    return Ended(code, stdout.getvalue(), stderr.getvalue())
 
 
 def same_checkpoints(a: Path, b: Path) -> None:
@@ -56,7 +69,8 @@ def same_checkpoints(a: Path, b: Path) -> None:
 
 
 def test_it_learns_and_leaves_its_files(tmp_path: Path) -> None:
-    result = train(tmp_path, "--steps", 150, "--eval-every", 50)
+    """As a command, of which no warning comes."""
+    result = run(*TINY, "--out", tmp_path, "--steps", 150, "--eval-every", 50)
     assert result.returncode == 0, result.stderr
     history = json.loads((tmp_path / "history.json").read_text())
     assert history["validation"][-1]["loss"] < history["unigram_entropy"]
@@ -78,15 +92,10 @@ def test_losses_are_those_of_torch(tmp_path: Path, optimizer: str) -> None:
     assert " of fusedoptim: " in ours and (" of torch f" in theirs or " of eager reference: " in theirs)
 
 
-def test_a_difference_is_noticed(tmp_path: Path) -> None:
+def test_a_difference_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's own square root, which is another."""
-    code = (
-        "from contextlib import nullcontext; from benchmarks import witness, train; witness.ieee_sqrt = nullcontext; "
-    )
-    code += f"raise SystemExit(train.main({[*TINY, '--out', str(tmp_path), '--steps', '30', '--compare']!r}))"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    monkeypatch.setattr(witness, "ieee_sqrt", nullcontext)
+    result = train(tmp_path, "--steps", 30, "--compare")
     assert result.returncode == 1, result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1] == "losses identical: no" and lines[-2].startswith("first step at which the losses differ: ")
@@ -268,7 +277,6 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert shown.err.count("\n") == 1
 
 
-def test_convergence() -> None:
-    result = run(module="convergence")
-    assert result.returncode == 0, result.stdout
-    assert result.stdout.count(" yes\n") == 6
+def test_convergence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convergence.main() == 0
+    assert capsys.readouterr().out.count(" yes\n") == 6
