@@ -40,6 +40,8 @@ class Range:
 #: of fp64 parameters have the same limit, so that a group means the same in every dtype.
 LARGEST = 1e18
 NUMBER = Range(-LARGEST, LARGEST, f"finite, and at most {LARGEST:g} in size")
+#: For what is added to a divisor, and to nothing else.
+FP32 = Range(-3.4028234663852886e38, 3.4028234663852886e38, "finite in float32")
 AT_LEAST_0 = Range(0.0, LARGEST, f"at least 0 and at most {LARGEST:g}")
 BELOW_1 = Range(0.0, math.nextafter(1.0, 0.0), "at least 0 and below 1")
 #: Infinity, as a limit, limits nothing.

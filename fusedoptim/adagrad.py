@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import _checkpoint, reference
 from ._base import FusedOptimizer
-from ._rule import AT_LEAST_0, Hyper, Rule, Slot, at_least_0
+from ._rule import AT_LEAST_0, FP32, Hyper, Rule, Slot, at_least_0
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,7 +48,7 @@ class Adagrad(FusedOptimizer):
         hyper=(
             at_least_0("lr_decay", accepts=AT_LEAST_0),  # below it 1 + (t-1)*lr_decay could be 0
             at_least_0("weight_decay"),
-            at_least_0("eps", "epsilon value"),
+            at_least_0("eps", "epsilon value", FP32),
             Hyper("maximize"),
         ),
         slots=(Slot("sum", initial="initial_accumulator_value"),),

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from . import reference
 from ._base import FusedOptimizer
 from ._options import check_options
-from ._rule import BELOW_1, Hyper, Rule, Slot, at_least_0
+from ._rule import BELOW_1, FP32, Hyper, Rule, Slot, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Adam(FusedOptimizer):
         hyper=(
             _beta(0),
             _beta(1),
-            at_least_0("eps", "epsilon value"),
+            at_least_0("eps", "epsilon value", FP32),
             at_least_0("weight_decay"),
             Hyper("amsgrad"),
             Hyper("maximize"),

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import Hyper, Rule, Slot, at_least_0
+from ._rule import FP32, Hyper, Rule, Slot, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RMSprop(FusedOptimizer):
         reference=reference.rmsprop,
         hyper=(
             at_least_0("alpha"),
-            at_least_0("eps", "epsilon value"),
+            at_least_0("eps", "epsilon value", FP32),
             at_least_0("weight_decay"),
             at_least_0("momentum"),
             Hyper("centered"),
