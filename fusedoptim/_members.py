@@ -158,7 +158,8 @@ def early_average(rule: Rule, states: dict[str, Any] | None) -> bool:
     if not rule.states_at_construction or not states or states.get(EMA) is None:
         return False
     step = states.get("step")
-    return step is not None and bool(step.item() == 0)
+    # One that was moved to a device has counted a step there; nothing waits to hear how many.
+    return isinstance(step, Tensor) and step.device.type == "cpu" and bool(step.item() == 0)
 
 
 # ---- memory ----
