@@ -80,8 +80,8 @@ struct Progress {
   float scalar_state;
 };
 
-// The first warp's work: the scalars of the block's tensor, which lane 0 writes. Returns what they were made from. Powers
-// are the longest part of it by far, up to a microsecond each: each has a lane of its own.
+// The first warp's work: the scalars of the block's tensor, which lane 0 writes. Returns what they were made from.
+// Powers are the longest part of it by far, up to a microsecond each: each has a lane of its own.
 template <class Rule, class T>
 __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars<T>& scalars, const BlockWork& work,
                                                  const StepArgs& args, double sum_of_squares) {

@@ -93,8 +93,8 @@ struct Quotients<cuda::FastLane> {
     return divide(M::raised_sqrt(x) * -M::kRootDown, d.value, d.reciprocal);
   }
   // a may be anything up to 2^79, subnormal or 0. The quotient is never rounded to a subnormal number, so that the sum
-  // is right where it is not tiny itself, or where a is 0. One of 2^80, which the scaling takes beyond the largest number,
-  // can become infinite on the way instead of a NaN. b must not be negative, which no root is.
+  // is right where it is not tiny itself, or where a is 0. One of 2^80, which the scaling takes beyond the largest
+  // number, can become infinite on the way instead of a NaN. b must not be negative, which no root is.
   static __device__ __forceinline__ float add_ratio(float s, float a, float b) {
     const float r = cuda::approximate_reciprocal(b);
     const float q = divide(a * -M::kUp, b, std::fma(r, std::fma(-b, r, 1.0f), r));

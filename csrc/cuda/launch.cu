@@ -193,9 +193,8 @@ constexpr int32_t kOnHost = 1;
 #else
 constexpr int32_t kOnHost = 0;
 #endif
-const Api kApi = {
-    kApiVersion, kOnHost, sizeof(StepArgs), sizeof(DeviceEntry), Rules::size, check, step, upload, write, capturing,
-    l2_bytes};
+const Api kApi = {kApiVersion, kOnHost,   sizeof(StepArgs), sizeof(DeviceEntry), Rules::size, check, step, upload,
+                  write,       capturing, l2_bytes};
 
 }  // namespace
 }  // namespace fusedoptim::cuda

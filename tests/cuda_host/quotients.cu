@@ -45,9 +45,9 @@ __device__ inline void check_root(uint64_t n, Tally& tally) {
 
 // Every divisor's mantissa, n in [0, 2^23), with all numerators whose quotient is so near to the middle between two
 // floats that it could be rounded wrongly. A and B are 24-bit integers; a / b = A / B. A quotient misses the middle
-// M / 2^s by k / (B * 2^s) where k = A * 2^s - M * B, with s = 24 for A >= B and 25 otherwise. The error before rounding,
-// at most two units of the first quotient times the reciprocal's relative error, is below 2^-21 units of the last
-// place, so that |k| <= 16; for each k and B the A are those of a congruence.
+// M / 2^s by k / (B * 2^s) where k = A * 2^s - M * B, with s = 24 for A >= B and 25 otherwise. The error before
+// rounding, at most two units of the first quotient times the reciprocal's relative error, is below 2^-21 units of the
+// last place, so that |k| <= 16; for each k and B the A are those of a congruence.
 __device__ inline void check_divisor(uint64_t n, Tally& tally) {
   const uint32_t B = (1u << 23) + static_cast<uint32_t>(n);
   const float b = static_cast<float>(B) * 0x1p-23f;
@@ -60,11 +60,13 @@ __device__ inline void check_divisor(uint64_t n, Tally& tally) {
     for (int i = 0; i < s - twos; ++i) inverse = inverse & 1 ? (inverse + odd) / 2 : inverse / 2;
     for (int k = -(16 >> twos); k <= 16 >> twos; ++k) {
       if (k == 0) continue;
-      uint64_t A = (k < 0 ? odd + static_cast<uint64_t>(k + 16 * static_cast<int64_t>(odd)) % odd : k) % odd * inverse % odd;
+      uint64_t A =
+          (k < 0 ? odd + static_cast<uint64_t>(k + 16 * static_cast<int64_t>(odd)) % odd : k) % odd * inverse % odd;
       if (A < 1u << 23) A += ((1u << 23) - A + odd - 1) / odd * odd;
       for (; A < 1u << 24; A += odd) {
         if ((A >= B) != (s == 24)) continue;
-        const int64_t M = (static_cast<int64_t>(A << s) - static_cast<int64_t>(k) * (1 << twos)) / static_cast<int64_t>(B);
+        const int64_t M =
+            (static_cast<int64_t>(A << s) - static_cast<int64_t>(k) * (1 << twos)) / static_cast<int64_t>(B);
         if (M % 2 == 0) continue;
         const float a = static_cast<float>(A) * 0x1p-23f;
         tally.add(Fast::add_ratio(0.0f, a, b), a / b, false);
@@ -84,7 +86,8 @@ __device__ inline void check_ratio(uint64_t n, Tally& tally) {
   if (choice / 64 % 8 == 0) b = std::fabs(small[choice / 512 % 8]);
   if (choice / 4096 % 4 == 0) s = small[choice / 16384 % 8];
   if (more % 2 == 0) b = std::fma(b, 0.0f, 0x1p-27f) + std::ldexp(1.0f + (more >> 8) * 0x1p-24f, more / 2 % 64 - 40);
-  if (more / 128 % 2 == 0) a = std::ldexp(a > 0 ? 1.5f : -1.25f, static_cast<int>(more >> 20) % 250 - 150) * (1 + (more & 127) * 0x1p-23f);
+  if (more / 128 % 2 == 0)
+    a = std::ldexp(a > 0 ? 1.5f : -1.25f, static_cast<int>(more >> 20) % 250 - 150) * (1 + (more & 127) * 0x1p-23f);
   if (choice >> 30 == 0) s = -(a / b);
   if (more >> 29 == 0) a = std::ldexp(b, static_cast<int>(more >> 20 & 255) - 150);  // an exact quotient, up to 2^105
   const float expected = s + a / b;
@@ -124,7 +127,7 @@ int run(uint64_t first, uint64_t count, uint64_t, Counts* counts) {
   Counts* found = nullptr;
   cudaError_t error = cudaMalloc(&found, sizeof(Counts));
   if (error == cudaSuccess) error = cudaMemset(found, 0, sizeof(Counts));
-  if (error == cudaSuccess) kernel<check><<<4096, 128>>>(first, count, found);
+  if (error == cudaSuccess) kernel<check><<<4096, 128> > >(first, count, found);
   if (error == cudaSuccess) error = cudaGetLastError();
   if (error == cudaSuccess) error = cudaMemcpy(counts, found, sizeof(Counts), cudaMemcpyDeviceToHost);
   cudaFree(found);
