@@ -42,7 +42,7 @@ class Setting:
     def states(self) -> int:
         """How many states have the parameter's shape."""
         optimizer = self.make([torch.nn.Parameter(torch.zeros(1))])
-        return sum(slot.needed_in(optimizer.param_groups[0]) for slot in optimizer.rule.slots)
+        return sum(slot.needed_in(optimizer.param_groups[0]) for slot in optimizer.rule.states)
 
     def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
         """fusedoptim's."""

@@ -19,35 +19,34 @@ DTYPES = {"fp32": 0, "bf16": 2}
 RULES = {"adam": (2, 0), "sgd": (1, 1), "rmsprop": (1, 0), "adagrad": (1, 0), "norm_adaptive": (0, 0)}
 
 
-def kind(param: int, grad: int, state: int, variant: int, states: int, average: bool = False) -> int:
-    """What code a tensor needs, as DeviceEntry in csrc/cuda/table.h has it: a byte each for the dtypes of parameter,
-    gradient, step and three states, for the variant, and a bit for each state, the last for the moving average."""
+#: What code a tensor needs: see TritonDevice.prepare.
+Kind = tuple[tuple[int, ...], int, int, int]
+
+
+def kind(param: int, grad: int, state: int, variant: int, states: int, average: bool = False) -> Kind:
+    """Of a tensor with an fp32 step and ``states`` states, with their dtypes."""
     used = (1 << states) - 1
-    parts = [param, grad, 0, *(state if used >> k & 1 else 0 for k in range(3)), variant, used | average << 3]
-    return sum(part << 8 * i for i, part in enumerate(parts))
+    storages = (param, grad, *(state if used >> k & 1 else 0 for k in range(3)), int(param == 1))
+    return storages, 0, variant, used | average << 3
 
 
-def generate(rule: str | None, kinds: tuple[int, ...], backend: str = "cuda", arch: int | str = 90) -> Any:
-    """Compiles the kernel of a rule for kinds of tensors, as Triton does at the first launch; without a rule, that of
-    the norm of all gradients, for (dtype of the parameter | dtype of the gradient << 8)."""
+def generate(rule: str | None, kinds: tuple[Kind, ...], backend: str = "cuda", arch: int | str = 90) -> Any:
+    """Compiles the kernel of a rule for kinds of tensors, as Triton does at the first launch; without a rule, the one
+    that measures."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernels, launcher = (importlib.import_module(f"fusedoptim.triton_kernels.{n}") for n in ("kernels", "launcher"))
+    device = importlib.import_module("fusedoptim.triton_kernels.device")
     warp = 64 if backend == "hip" else 32
-    values: tuple[Any, ...] = (kinds, launcher.DIGEST)
-    code = kernels.norm_kernel
-    if rule is not None:
-        functions = launcher.plug(rule)
-        values = (*functions, kinds, launcher.block(warp), launcher.DIGEST)
-        code = kernels.step_kernel if functions.next_scalar_state is None else kernels.norm_step_kernel
+    purpose = "measure" if rule is None else "update"
+    code, values = device.kernel_for(purpose, rule or "", kinds, device.block(warp))
     source = ASTSource(
         code,
         {"header": "i64", **dict.fromkeys(code.arg_names[1:], "constexpr")},
         {(i + 1,): value for i, value in enumerate(values)},
     )
-    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=launcher.OPTIONS)
+    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=device.OPTIONS)
 
 
 def registers_and_instructions(compiled: Any, folder: Path) -> tuple[int, float]:

@@ -4,10 +4,10 @@
 #include <optional>
 
 #include "cpu/capability.h"
-#include "cuda/library_launcher.h"
-#include "cuda/table_layout.h"
-#include "cuda/tuning.h"
+#include "cuda/cuda_device.h"
 #include "fusedoptim_sources.h"  // made by setup.py
+#include "gpu/table_layout.h"
+#include "gpu/tuning.h"
 #include "python/clipper.h"
 #include "python/look.h"
 #include "python/plan.h"
@@ -37,17 +37,20 @@ void collect_plans(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<const std::string&, const std::vector<Plan::HyperArgs>&, py::object, std::pair<int, int>,
-                    py::object, std::tuple<int64_t, bool, bool>>())
+      .def(py::init<const RuleHandle&, const std::vector<Plan::HyperArgs>&, const std::vector<std::string>&, py::object,
+                    std::pair<int, int>, py::object, std::tuple<int64_t, bool, bool>>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
       .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
+      .def("measure", &Plan::measure, py::arg("transformed"), py::arg("stream") = 0, py::arg("grad_scale") = 0)
+      .def("reduce", &Plan::reduce, py::arg("stream") = 0)
+      .def("update", &Plan::update, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
       .def("retire", &Plan::retire)
       .def_property_readonly("reason", &Plan::reason)
       .def_property_readonly("number", &Plan::number)
       .def_property_readonly("captured", &Plan::captured);
   py::class_<Clipper>(m, "Clipper")
-      .def(py::init<const py::object&, int64_t>())
+      .def(py::init<const py::object&, int64_t, int64_t>())
       .def("run", &Clipper::run)
       .def_property_readonly("number", &Clipper::number);
   py::class_<VersionProbe>(m, "VersionProbe")
@@ -70,8 +73,8 @@ PYBIND11_MODULE(_C, m) {
   // Hands over the functions of _C_cuda, by the address that its fusedoptim_cuda_api() returns.
   m.def("set_cuda_api", [](int64_t address) {
     const auto* found = reinterpret_cast<const cuda::Api*>(address);
-    if (found && (found->version != cuda::kApiVersion || found->argument_bytes != sizeof(cuda::StepArgs) ||
-                  found->entry_bytes != sizeof(cuda::DeviceEntry) || found->rules != Rules::size))
+    if (found && (found->version != cuda::kApiVersion || found->argument_bytes != sizeof(gpu::StepArgs) ||
+                  found->entry_bytes != sizeof(gpu::DeviceEntry)))
       throw std::runtime_error("_C_cuda was built from another version of fusedoptim");
     cuda::api = found;
   });
@@ -81,18 +84,32 @@ PYBIND11_MODULE(_C, m) {
     return problem ? std::optional<std::string>(problem) : std::nullopt;
   });
   m.def("cuda_on_host", [] { return cuda::api && cuda::api->on_host; });
-  // Sets a choice of cuda/tuning.h for what is made or stepped from now on. Returns the value before.
+  // Sets a choice of gpu/tuning.h for what is made or stepped from now on. Returns the value before.
   m.def("tune", [](const std::string& name, int64_t value) {
-    int64_t* choice = cuda::tuning.find(name.c_str());
+    int64_t* choice = gpu::tuning.find(name.c_str());
     if (!choice) throw py::value_error("there is no choice called " + name);
     std::swap(*choice, value);
     return value;
   });
   // Where the fields of the tables on the device lie, in bytes, and their constants.
-  m.def("table_layout", &cuda::table_layout);
+  m.def("table_layout", &gpu::table_layout);
+  // What is compiled of a rule. Python holds it, and hands it to plans.
+  py::class_<RuleHandle>(m, "RuleHandle")
+      .def_property_readonly("name", [](const RuleHandle& rule) { return rule.name; })
+      .def_property_readonly("divides", [](const RuleHandle& rule) { return rule.divides; })
+      .def_property_readonly("layout", &gpu::rule_layout)
+      .def_property_readonly("states_of_variants", [](const RuleHandle& rule) {
+        std::vector<int> states;
+        for (int v = 0; v < rule.variants; ++v) {
+          states.push_back(0);
+          for (int k = 0; k < rule.slots; ++k) states.back() += rule.uses(v, k);
+        }
+        return states;
+      });
+  m.def("find_rule", &find_rule, py::return_value_policy::reference);
   m.def("rules", [] {
     std::vector<std::string> names;
-    for (int i = 0; i < Rules::size; ++i) names.push_back(rule_info(i).name);
+    for (const RuleHandle& rule : builtin_rules()) names.push_back(rule.name);
     return names;
   });
   m.attr("compiler") = __VERSION__;

@@ -32,7 +32,7 @@ from ._members import Member, Members
 from ._modes import PRE_DISPATCH, count_modes
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options, scales_in_step
 from ._rule import EMA, FLAGS, Group, Rule
-from ._runners import Around, Runner, make_runner
+from ._runners import Runner, StepSettings, make_runner
 from ._states import Changes, StateMaker, move_steps
 
 __all__ = ["FusedOptimizer"]
@@ -238,8 +238,8 @@ class FusedOptimizer(Optimizer):
             backend = _backends.choose(self._options["backend"], device)
             if self.rule.has_step and _backends.BACKENDS[backend].steps_on_device:
                 move_steps((m.states for m in of_device), device, changes)
-            around = Around(stats[device], self._options["skip_nonfinite"], self._options["zero_grad_in_step"])
-            runner = make_runner(backend, self.rule, device, around)
+            settings = StepSettings(stats[device], self._options["skip_nonfinite"], self._options["zero_grad_in_step"])
+            runner = make_runner(backend, self.rule, device, settings)
             runner.build(self.param_groups, self.state, of_device, found.dormant)
             if not runner.refresh(self.param_groups, self.state):
                 raise RuntimeError(f"a plan does not fit what it was made from ({runner.reason}): please report this")

@@ -107,7 +107,7 @@ class Loader:
         name: str,
     ) -> None:
         self.groups, self.defaults, self.rule, self.dtype, self.name = groups, defaults, rule, dtype, name
-        self.slots = {slot.name for slot in rule.slots}
+        self.slots = {slot.name for slot in rule.states}
         self.widened: list[str] = []
 
     def prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
     if not p.requires_grad or not _can_be_stepped(p):
         return False
     return p.numel() > 0 or not any(
-        isinstance(value := values.get(slot.name), Tensor) and value.numel() > 0 for slot in rule.slots
+        isinstance(value := values.get(slot.name), Tensor) and value.numel() > 0 for slot in rule.states
     )
 
 

@@ -124,7 +124,7 @@ def _make_look(rule: Rule, changes: Changes, zero_grad: bool) -> Any:
     if _native._C is None:
         return None
     slots: list[list[str]] = [[], []]
-    for slot in rule.slots:
+    for slot in rule.states:
         slots[slot.needed is not None].append(slot.name)
     step = "step" if rule.has_step else None
     return _native._C.Look(changes.state, *slots, step, rule.scalar_state, EMA, zero_grad)

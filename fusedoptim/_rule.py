@@ -94,8 +94,8 @@ AROUND = (
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A state with the parameter's shape."""
+class State:
+    """A state with the parameter's shape, and in its dtype unless the optimizer's ``state_dtype`` says otherwise."""
 
     name: str
     #: The groups that need it; all of them if None.
@@ -111,12 +111,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule. Order matters: ``hyper`` and ``slots`` are those of the compiled rule's Hyper and Slot enums."""
+    """An update rule. The names of ``hyper`` and ``states`` are those of the compiled rule, in its order
+    (csrc/rules): whoever makes a plan compares them."""
 
     name: str
     reference: Reference
     hyper: tuple[Hyper, ...]
-    slots: tuple[Slot, ...]
+    states: tuple[State, ...]
     #: Numbers that are read where states are made, and by no step.
     initial: tuple[Hyper, ...] = ()
     #: Raises ValueError for values of a group that are in their ranges, but do not go together.
@@ -143,13 +144,13 @@ class Rule:
     def state_names(self, group: Group | None = None) -> list[str]:
         """The names of the states, in the order in which they are created; with a group, those that it needs."""
         names = ["step"] if self.has_step else []
-        names += [s.name for s in self.slots if group is None or s.needed_in(group)]
+        names += [s.name for s in self.states if group is None or s.needed_in(group)]
         if group is None or group.get("ema_decay") is not None:
             names.append(EMA)
         return names + ([self.scalar_state] if self.scalar_state else [])
 
     def required_states(self) -> set[str]:
         """The states that every group needs."""
-        names = {s.name for s in self.slots if s.needed is None}
+        names = {s.name for s in self.states if s.needed is None}
         names |= {"step"} if self.has_step else set()
         return names | ({self.scalar_state} if self.scalar_state else set())

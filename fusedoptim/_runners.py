@@ -20,12 +20,12 @@ from ._rule import EMA, Rule
 from ._values import numbers
 
 Groups = list[dict[str, Any]]
-State = dict[Any, Any]
+States = dict[Any, Any]
 
 
 @dataclass(frozen=True)
-class Around:
-    """What a step does around the rule, beside what its groups say."""
+class StepSettings:
+    """What an optimizer's steps do around the rule, beside what its groups say."""
 
     #: Two fp64 numbers on the device, which steps write: the norm of all gradients, and how many steps were skipped
     #: because it was not finite.
@@ -46,10 +46,10 @@ class Runner(Protocol):
     def retire(self) -> None:
         """Lets go of everything else. It is not used again."""
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def build(self, groups: Groups, state: States, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
         """Prepares to step the members, once, for as long as the dormant parameters have no gradient."""
 
-    def refresh(self, groups: Groups, state: State) -> bool:
+    def refresh(self, groups: Groups, state: States) -> bool:
         """Looks up gradients and hyper-parameters; False if another runner has to be built. Writes nothing."""
 
     def run(self) -> None:
@@ -58,30 +58,55 @@ class Runner(Protocol):
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """The same with gradients divided by the scale; changes nothing if found_inf is not 0."""
 
+    # The parts of a step, for whoever has something to do between them, as adding the sums of other processes. run() is
+    # all of them, with as few launches as it takes.
 
-def make_runner(backend: str, rule: Rule, device: torch.device, around: Around) -> Runner:
+    @property
+    def sums(self) -> Tensor:
+        """An fp64 number per parameter of all groups, on the device. measure() writes them, the others read them."""
+
+    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+        """Writes the sum of squares of every gradient, 0 where there is none: unscaled, or as the rule gets it."""
+
+    def reduce(self) -> None:
+        """Makes the norm of all gradients, in the settings' ``norm_stats``, of the sums."""
+
+    def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Steps every member that has a gradient, with that norm; a rule of norms takes the sums as its own."""
+
+
+def make_runner(backend: str, rule: Rule, device: torch.device, settings: StepSettings) -> Runner:
     if backend == "cpu":
-        return CompiledRunner(rule, around)
+        return NativeRunner(rule, settings)
     if backend in ("cuda", "triton"):
-        return GpuRunner(rule, around, device, backend)
+        return GpuRunner(rule, settings, device, backend)
     assert backend == "reference", backend
-    return ReferenceRunner(rule, around)
+    return ReferenceRunner(rule, settings)
 
 
-class CompiledRunner:
+class NativeRunner:
     """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h)."""
 
     device = torch.device("cpu")
 
-    def __init__(self, rule: Rule, around: Around, device: tuple[int, int] = (1, 0), launcher: Any = None) -> None:
+    def __init__(
+        self, rule: Rule, settings: StepSettings, device: tuple[int, int] = (1, 0), launcher: Any = None
+    ) -> None:
         assert _native._C is not None
-        self.rule, self.around = rule, around  # which the plan has the address of
-        settings = (around.norm_stats.data_ptr(), around.skip_nonfinite, around.zero_grad)
+        self.rule, self.settings = rule, settings  # which the plan has the address of
         hyper = [(h.key, h.index, h.accepts.low, h.accepts.high, h.off_number) for h in rule.row]
-        self.plan = _native._C.Plan(rule.name, hyper, _versions.by_torch, device, launcher, settings)
+        self.plan = _native._C.Plan(
+            _native._C.find_rule(rule.name),
+            hyper,
+            [state.name for state in rule.states],
+            _versions.by_torch,
+            device,
+            launcher,
+            (settings.norm_stats.data_ptr(), settings.skip_nonfinite, settings.zero_grad),
+        )
         self.stream = stream_of(self.device)
         # The two calls of every step, without a Python frame of their own.
-        self.refresh: Callable[[Groups, State], bool] = self.plan.refresh
+        self.refresh: Callable[[Groups, States], bool] = self.plan.refresh
         self.run: Callable[[], None] = self.plan.run
 
     @property
@@ -97,16 +122,28 @@ class CompiledRunner:
 
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """In the kernel. On a GPU nothing waits on the host."""
-        scalars = [
-            None if t is None else t.to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
-            for t in (grad_scale, found_inf)
-        ]
-        self.plan.run(self.stream(), *(0 if t is None else t.data_ptr() for t in scalars))
+        scale, found = self._on_device(grad_scale), self._on_device(found_inf)
+        self.plan.run(self.stream(), _address(scale), _address(found))
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+        scale = self._on_device(grad_scale)
+        self.plan.measure(transformed, self.stream(), _address(scale))
+
+    def reduce(self) -> None:
+        self.plan.reduce(self.stream())
+
+    def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        scale, found = self._on_device(grad_scale), self._on_device(found_inf)
+        self.plan.update(self.stream(), _address(scale), _address(found))
+
+    def _on_device(self, t: Tensor | None) -> Tensor | None:
+        """A number as a kernel reads it, without waiting. To be kept until the kernel is launched."""
+        return None if t is None else t.to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
+
+    def build(self, groups: Groups, state: States, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
         tensors: list[Tensor] = []
         # What lacks a state has no gradient yet.
-        names = [*(slot.name for slot in self.rule.slots), EMA, "step" if self.rule.has_step else None]
+        names = [*(s.name for s in self.rule.states), EMA, "step" if self.rule.has_step else None]
         names.append(self.rule.scalar_state)
         starts = [0, *accumulate(len(group["params"]) for group in groups)]
         bindings: list[int] = []  # flat, because the garbage collector looks at every list
@@ -121,8 +158,14 @@ class CompiledRunner:
                     bindings.append(len(tensors))
                     tensors.append(value)
             bindings.append(m.first)
-        self.plan.build(groups, state, bindings, list(dormant), None if _versions.found() else tensors)
+        counted = None if _versions.found() else tensors
+        self.sums = torch.zeros(starts[-1], dtype=torch.float64, device=self.device)
+        self.plan.build(groups, state, bindings, list(dormant), counted, self.sums.data_ptr())
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def make_launcher(backend: str, device: torch.device) -> Any:
@@ -130,9 +173,9 @@ def make_launcher(backend: str, device: torch.device) -> Any:
     if backend == "cpu":
         return None
     if backend == "triton":
-        from .triton_kernels.launcher import TritonLauncher
+        from .triton_kernels.device import TritonDevice
 
-        return TritonLauncher(device)
+        return TritonDevice(device)
     return DeviceMemory(device)
 
 
@@ -159,13 +202,13 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return guard
 
 
-class GpuRunner(CompiledRunner):
-    """The same with the tables in a GPU's memory (csrc/cuda/executor.h), on torch's current stream."""
+class GpuRunner(NativeRunner):
+    """The same with the tables in a GPU's memory (csrc/gpu/executor.h), on torch's current stream."""
 
-    def __init__(self, rule: Rule, around: Around, device: torch.device, backend: str) -> None:
+    def __init__(self, rule: Rule, settings: StepSettings, device: torch.device, backend: str) -> None:
         self.device = device
         launcher = make_launcher(backend, device)
-        super().__init__(rule, around, torch.empty(0, device=device).__dlpack_device__(), launcher)
+        super().__init__(rule, settings, torch.empty(0, device=device).__dlpack_device__(), launcher)
         if device.type == "cpu":
             return
         current_device, run, stream = current_index_of(device), self.plan.run, self.stream
@@ -183,6 +226,18 @@ class GpuRunner(CompiledRunner):
         with device_guard(self.device):
             super().run_scaled(grad_scale, found_inf)
 
+    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+        with device_guard(self.device):
+            super().measure(transformed, grad_scale)
+
+    def reduce(self) -> None:
+        with device_guard(self.device):
+            super().reduce()
+
+    def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        with device_guard(self.device):
+            super().update(grad_scale, found_inf)
+
 
 class ReferenceRunner:
     """Steps with the functions of fusedoptim.reference, on any device."""
@@ -190,20 +245,22 @@ class ReferenceRunner:
     reason = "the reference looks at everything anew at each step"
     captured = False
 
-    def __init__(self, rule: Rule, around: Around) -> None:
-        self.rule, self.around = rule, around
+    def __init__(self, rule: Rule, settings: StepSettings) -> None:
+        self.rule, self.settings = rule, settings
         self.fresh = False
 
     def retire(self) -> None:
         pass
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def build(self, groups: Groups, state: States, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
         self.groups = [numbers(group, self.rule) for group in groups]
         self.state, self.members = state, members
+        self.places = [0, *accumulate(len(group["params"]) for group in groups)]
+        self.sums = torch.zeros(self.places[-1], dtype=torch.float64, device=self.settings.norm_stats.device)
         self.fresh = True
 
     @torch.no_grad()
-    def refresh(self, groups: Groups, state: State) -> bool:
+    def refresh(self, groups: Groups, state: States) -> bool:
         fresh, self.fresh = self.fresh, False
         if fresh:
             for m in self._active():  # a number that overflows should say so before anything is written
@@ -213,19 +270,36 @@ class ReferenceRunner:
     def run(self) -> None:
         self.run_scaled(None, None)
 
-    @torch.no_grad()
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if self.settings.skip_nonfinite or any(g["max_grad_norm"] is not None for g in self.groups):
+            self.measure(False, grad_scale)
+            self.reduce()
+        self.update(grad_scale, found_inf)
+
+    @torch.no_grad()
+    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+        self.sums.zero_()
+        for m in self._active():
+            g = self._gradient(m, grad_scale)
+            if transformed:
+                g = reference.clipped(g, self._norm(), self.groups[m.group])
+            self.sums[self._place(m)] = reference.sum_of_squares(g)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        norm = reference.norm_of([self.sums[self._place(m)] for m in self._active()], self._wide())
+        self.settings.norm_stats[0] = norm
+        if self.settings.skip_nonfinite and not norm.isfinite():
+            self.settings.norm_stats[1] += 1
+
+    @torch.no_grad()
+    def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """A rule of norms works them out itself, from whole gradients, and not from the sums."""
+        norm = self._norm()
         skip = found_inf is not None and found_inf.item() != 0
-        unscale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
-        norm = None
-        if self.around.skip_nonfinite or any(g["max_grad_norm"] is not None for g in self.groups):
-            norm = reference.global_norm([self._gradient(m, unscale) for m in self._active()])
-            self.around.norm_stats[0] = norm
-            if self.around.skip_nonfinite and not norm.isfinite():
-                self.around.norm_stats[1] += 1
-                skip = True
+        skip = skip or (self.settings.skip_nonfinite and not norm.isfinite())
         for m in [] if skip else self._active():
-            gradient = reference.clipped(self._gradient(m, unscale), norm, self.groups[m.group])
+            gradient = reference.clipped(self._gradient(m, grad_scale), norm, self.groups[m.group])
             updated, work = self._update(m, gradient, lambda t: t)
             m.param.detach().copy_(updated)
             for name, value in work.items():
@@ -233,7 +307,7 @@ class ReferenceRunner:
             decay = self.groups[m.group]["ema_decay"]
             if decay is not None:
                 self.state[m.param][EMA].lerp_(m.param.detach().to(compute_dtype(m.param)), 1 - decay)
-        if self.around.zero_grad:
+        if self.settings.zero_grad:
             for m in self._active():
                 assert m.param.grad is not None
                 m.param.grad.detach().zero_()
@@ -241,19 +315,31 @@ class ReferenceRunner:
     def _active(self) -> list[Member]:
         return [m for m in self.members if m.param.grad is not None]
 
-    def _gradient(self, m: Member, unscale: float) -> Tensor:
+    def _place(self, m: Member) -> int:
+        """In the sums."""
+        return self.places[m.group] + m.index
+
+    def _wide(self) -> bool:
+        return any(compute_dtype(m.param) == torch.float64 for m in self._active())
+
+    def _norm(self) -> Tensor:
+        """Of all gradients, as reduce() left it."""
+        return self.settings.norm_stats[0].to(torch.float64 if self._wide() else torch.float32)
+
+    def _gradient(self, m: Member, grad_scale: Tensor | None) -> Tensor:
         """A copy in the compute dtype, in logical order."""
         assert m.param.grad is not None
+        unscale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
         return _copy(m.param.grad, m.param).mul_(unscale)
 
     def _update(self, m: Member, gradient: Tensor, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """The new values of the parameter and the states, or of a part of them."""
         state, group = self.state.get(m.param, {}), self.groups[m.group]
         work: dict[str, Any] = {
-            s.name: _copy(part(state[s.name]), m.param) for s in self.rule.slots if s.needed_in(group)
+            s.name: _copy(part(state[s.name]), m.param) for s in self.rule.states if s.needed_in(group)
         }
         if m.first:
-            work.update({s.name: None for s in self.rule.slots if s.starts_absent and s.name in work})
+            work.update({s.name: None for s in self.rule.states if s.starts_absent and s.name in work})
         if self.rule.scalar_state:
             work[self.rule.scalar_state] = state[self.rule.scalar_state].clone()
         step = state["step"] + 1 if self.rule.has_step else None

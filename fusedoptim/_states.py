@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from ._checks import compute_dtype
-from ._rule import EMA, Rule, Slot
+from ._rule import EMA, Rule, State
 from ._values import number
-
-State = dict[Any, Any]
 
 
 class Changes:
     """What a step changed in ``optimizer.state`` before it ran, to be undone if it fails."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: dict[Any, Any]) -> None:
         self.state = state
         self._made: list[Tensor] = []  # parameters that had no entry
         self._log: list[Any] = []  # entry, name, value before, ...: the garbage collector looks at every tuple
@@ -94,7 +92,7 @@ class StateMaker:
 
     def __init__(self, rule: Rule, defaults: Mapping[str, Any], dtype: torch.dtype | None) -> None:
         self.rule, self.defaults, self.dtype = rule, defaults, dtype
-        self.slots = {s.name: s for s in rule.slots}
+        self.slots = {s.name: s for s in rule.states}
 
     def missing(self, names: Iterable[str], p: Tensor, there: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """The states of these names that a parameter lacks, new, beside those that are there. To be called without
@@ -103,7 +101,7 @@ class StateMaker:
             if there.get(name) is None:
                 yield name, self._new(name, self.slots.get(name), p)
 
-    def _new(self, name: str, slot: Slot | None, p: Tensor) -> Tensor:
+    def _new(self, name: str, slot: State | None, p: Tensor) -> Tensor:
         if slot is not None:
             dtype = self.dtype or p.dtype
             if slot.initial is None:

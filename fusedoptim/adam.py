@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from . import reference
 from ._base import FusedOptimizer
 from ._options import check_options
-from ._rule import BELOW_1, FP32, Hyper, Rule, Slot, at_least_0
+from ._rule import BELOW_1, FP32, Hyper, Rule, State, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ class Adam(FusedOptimizer):
             Hyper("decoupled_weight_decay"),
             Hyper("bias_correction", off=True),
         ),
-        slots=(
-            Slot("exp_avg"),
-            Slot("exp_avg_sq"),
-            Slot("max_exp_avg_sq", needed=lambda group: number(group["amsgrad"]) != 0),
+        states=(
+            State("exp_avg"),
+            State("exp_avg_sq"),
+            State("max_exp_avg_sq", needed=lambda group: number(group["amsgrad"]) != 0),
         ),
     )
 

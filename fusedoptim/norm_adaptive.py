@@ -55,7 +55,7 @@ class NormAdaptive(FusedOptimizer):
             at_least_0("weight_decay"),
             Hyper("maximize"),
         ),
-        slots=(),
+        states=(),
         scalar_state="avg_grad_norm",
         uses_norm=True,
     )

@@ -28,15 +28,16 @@ __all__ = [
     "correctly_rounded_sqrt",
     "global_norm",
     "norm_adaptive",
+    "norm_of",
     "rmsprop",
     "sgd",
     "sum_of_squares",
 ]
 
-State = dict[str, Any]
+States = dict[str, Any]
 
 
-def adam(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
+def adam(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
     """Adam (arXiv:1412.6980), AdamW (arXiv:1711.05101) and AMSGrad (arXiv:1904.09237)."""
     lr, (beta1, beta2), weight_decay = scalar_lr(h), h["betas"], h["weight_decay"]
     if h["maximize"]:
@@ -58,7 +59,7 @@ def adam(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
     p.addcdiv_(s["exp_avg"], denom, value=-(lr / bias_correction1))
 
 
-def sgd(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
+def sgd(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
     """SGD with momentum (Sutskever et al., ICML 2013). The first gradient enters the buffer undamped."""
     momentum = h["momentum"]
     if h["maximize"]:
@@ -74,7 +75,7 @@ def sgd(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
     p.add_(g, alpha=-scalar_lr(h))
 
 
-def rmsprop(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
+def rmsprop(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
     """RMSprop (Hinton, 2012), centered (Graves, arXiv:1308.0850), with momentum."""
     lr, alpha = scalar_lr(h), h["alpha"]
     if h["maximize"]:
@@ -94,7 +95,7 @@ def rmsprop(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
         p.addcdiv_(g, denom, value=-lr)
 
 
-def adagrad(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
+def adagrad(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
     """Adagrad (Duchi, Hazan and Singer, JMLR 12, 2011)."""
     if h["maximize"]:
         g = -g
@@ -105,7 +106,7 @@ def adagrad(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
     p.addcdiv_(g, denom, value=-(scalar_lr(h) / (1 + (t - 1) * h["lr_decay"])))
 
 
-def norm_adaptive(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
+def norm_adaptive(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
     """lr divided by a moving average of the gradient's norm: ``a = beta*a + (1-beta)*||g||``,
     ``p = p*(1 - lr*weight_decay) - (lr/(a+eps))*g``, where the quotient is 0 if its divisor is. Scalars in double,
     rounded once to fp32."""
@@ -124,10 +125,14 @@ def norm_adaptive(p: Tensor, g: Tensor, s: State, t: float, h: Group) -> None:
 def global_norm(grads: list[Tensor]) -> Tensor:
     """The norm of all gradients, each of its compute dtype: 0-dim, fp32, or fp64 if one of them has fp64. The sums of
     squares of the tensors are added one by one, in the order of the parameters."""
+    return norm_of([sum_of_squares(g) for g in grads], any(g.dtype == torch.float64 for g in grads))
+
+
+def norm_of(sums: list[Tensor], wide: bool) -> Tensor:
+    """The norm of tensors with these sums of squares, in fp32, or if ``wide`` in fp64."""
     total = torch.zeros((), dtype=torch.float64, device="cpu")
-    for g in grads:
-        total = total + sum_of_squares(g).to(total.device)
-    wide = any(g.dtype == torch.float64 for g in grads)
+    for x in sums:
+        total = total + x.to(total.device)
     return correctly_rounded_sqrt(total).to(torch.float64 if wide else torch.float32)
 
 

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import FP32, Hyper, Rule, Slot, at_least_0
+from ._rule import FP32, Hyper, Rule, State, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ class RMSprop(FusedOptimizer):
             Hyper("centered"),
             Hyper("maximize"),
         ),
-        slots=(
-            Slot("square_avg"),
-            Slot("momentum_buffer", needed=lambda group: number(group["momentum"]) > 0),
-            Slot("grad_avg", needed=lambda group: number(group["centered"]) != 0),
+        states=(
+            State("square_avg"),
+            State("momentum_buffer", needed=lambda group: number(group["momentum"]) > 0),
+            State("grad_avg", needed=lambda group: number(group["centered"]) != 0),
         ),
     )
 

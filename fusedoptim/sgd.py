@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import Group, Hyper, Rule, Slot, at_least_0
+from ._rule import Group, Hyper, Rule, State, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class SGD(FusedOptimizer):
             Hyper("nesterov"),
             Hyper("maximize"),
         ),
-        slots=(Slot("momentum_buffer", needed=lambda group: number(group["momentum"]) != 0, starts_absent=True),),
+        states=(State("momentum_buffer", needed=lambda group: number(group["momentum"]) != 0, starts_absent=True),),
         has_step=False,
         check=_check,
     )

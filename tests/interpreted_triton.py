@@ -15,6 +15,7 @@ from cases import FULL, Case, assert_same_optimizers, parameters, set_gradients
 from device_tests import *  # noqa: F403
 from device_tests import pair
 from number_tests import *  # noqa: F403
+from parts_tests import *  # noqa: F403
 
 from fusedoptim.triton_kernels import kernels as code
 

@@ -35,7 +35,7 @@ def stepped(case: Case, dtype: torch.dtype = F32, steps: int = 2, **options: Any
 
 
 def slots(optimizer: Any) -> set[str]:
-    return {slot.name for slot in optimizer.rule.slots}
+    return {slot.name for slot in optimizer.rule.states}
 
 
 def cast(content: dict[str, Any], names: set[str], dtype: torch.dtype) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_no_state_becomes_or_stays_narrower(case: Case, param: Any, saved: Any, 
     source, _ = stepped(case, param)
     target, params = stepped(case, param, steps=0, state_dtype=asked)
     content = cast(source.state_dict(), slots(source), saved)
-    name = next(slot.name for slot in target.rule.slots if slot.name in content["state"][0])
+    name = next(slot.name for slot in target.rule.states if slot.name in content["state"][0])
     wider = result.itemsize > saved.itemsize
     with one_warning(
         f"{name!r} of parameter 0 of group 0"

@@ -19,17 +19,14 @@ LIBRARY = _native.cuda_library()
 needs_cuda_library = pytest.mark.skipif(
     not LIBRARY.exists(), reason=f"no CUDA kernels: {_installation.build_report().get('cuda')}"
 )
-#: The name of a rule in C++, and as the library lists it.
-RULES = {
-    "Adam": "adam",
-    "SGD": "sgd",
-    "RMSprop": "rmsprop",
-    "Adagrad": "adagrad",
-    "NormAdaptive": "norm_adaptive",
-    "Clip": "clip",
-}
+_C = _native._C
 #: How many states of the parameter's shape each variant of a rule has.
-STATES = {"Adam": (2, 3), "SGD": (0, 1), "RMSprop": (1, 2, 2, 3), "Adagrad": (1,), "NormAdaptive": (0,), "Clip": (0,)}
+STATES = {} if _C is None else {rule: tuple(_C.find_rule(rule).states_of_variants) for rule in _C.rules()}
+
+
+def rule_called(struct: str) -> str:
+    """The rule that a C++ struct is: NormAdaptive is norm_adaptive."""
+    return next(rule for rule in STATES if rule.replace("_", "") == struct.lower())
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,8 @@ def kernels() -> dict[tuple[str, bool], Kernel]:
         pytest.skip("needs the CUDA library and cuobjdump")
     built = machine_code.architectures(LIBRARY)
     found = machine_code.read(LIBRARY, "sm_90" if "sm_90" in built else built[-1])
-    return {key: kernel for name, kernel in found.items() if (key := machine_code.rule_and_width(name)) is not None}
+    keys = {name: key for name in found if (key := machine_code.rule_and_width(name)) is not None}
+    return {(rule_called(struct), wide): found[name] for name, (struct, wide) in keys.items()}
 
 
 @needs_cuda_library
@@ -105,17 +103,15 @@ def test_a_gpu_that_the_kernels_do_not_fit_is_explained(monkeypatch: pytest.Monk
 
 
 def test_every_rule_has_both_kernels(kernels: dict[tuple[str, bool], Kernel]) -> None:
-    assert kernels.keys() == {(rule, mixed) for rule in RULES for mixed in (False, True)}
-    assert STATES.keys() == RULES.keys()
-    for name in RULES:
-        optimizer = getattr(fusedoptim, name, None)
-        assert max(STATES[name]) == (0 if optimizer is None else len(optimizer.rule.slots))
+    assert kernels.keys() == {(rule, mixed) for rule in STATES for mixed in (False, True)}
+    for optimizer in (fusedoptim.Adam, fusedoptim.SGD, fusedoptim.RMSprop, fusedoptim.NormAdaptive):
+        assert max(STATES[optimizer.rule.name]) == len(optimizer.rule.states)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", STATES)
 def test_memory_is_accessed_16_bytes_at_once(kernels: dict[tuple[str, bool], Kernel], rule: str) -> None:
     """In the loops of tensors whose dtypes are known when compiled; 16-bit operands beside 32-bit ones have 8 bytes."""
-    params = 0 if rule == "Clip" else 1  # it does not look at them
+    params = 0 if rule == "clip" else 1  # it does not look at them
     expected = {(states + 1 + params, states + 1) for states in STATES[rule]}
     for dtypes in ("fp32", "bf16"):
         found = {
@@ -129,7 +125,7 @@ def test_memory_is_accessed_16_bytes_at_once(kernels: dict[tuple[str, bool], Ker
     assert not [a for mixed in (False, True) for a in kernels[rule, mixed].addresses(r"(LD|LDG)\.(E\.)?[US]8")]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", STATES)
 def test_fp32_kernels_compute_in_fp32(kernels: dict[tuple[str, bool], Kernel], rule: str) -> None:
     """Scalars and norms are worked out in fp64, elements are not: between the first and the last access that streams
     there is none of it."""
@@ -141,10 +137,10 @@ def test_fp32_kernels_compute_in_fp32(kernels: dict[tuple[str, bool], Kernel], r
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["up to 32 bits", "64 bits"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", STATES)
 def test_registers_and_spills(kernels: dict[tuple[str, bool], Kernel], rule: str, mixed: bool) -> None:
     kernel = kernels[rule, mixed]
-    assert kernel.blocks >= (4 if mixed or rule == "NormAdaptive" else 5)
+    assert kernel.blocks >= (4 if mixed or rule == "norm_adaptive" else 5)
     assert kernel.local_bytes == 0
     # A called function keeps its return address there; a spill would show within the loops.
     streamed = kernel.addresses(r"(LDG|STG)\.E\.EF")
@@ -153,7 +149,7 @@ def test_registers_and_spills(kernels: dict[tuple[str, bool], Kernel], rule: str
 
 @pytest.mark.parametrize(
     ("rule", "dtypes", "stores", "most"),
-    [("Adam", "fp32", 3, 45), ("Adam", "bf16", 3, 46), ("Adam", "bf16 and fp32", 3, 48), ("SGD", "fp32", 2, 12)],
+    [("adam", "fp32", 3, 45), ("adam", "bf16", 3, 46), ("adam", "bf16 and fp32", 3, 48), ("sgd", "fp32", 2, 12)],
 )
 def test_what_the_main_loops_execute(
     kernels: dict[tuple[str, bool], Kernel], rule: str, dtypes: str, stores: int, most: int
@@ -168,4 +164,4 @@ def test_what_the_main_loops_execute(
     ]
     best = min(loops, key=lambda loop: loop.each)
     assert best.each <= most
-    assert best.branches <= (4 if rule == "Adam" else 5.5)
+    assert best.branches <= (4 if rule == "adam" else 5.5)

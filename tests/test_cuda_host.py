@@ -18,6 +18,7 @@ from cuda_host import ROOT, SANITIZE, build, build_once, sanitizers
 from device_tests import *  # noqa: F403
 from device_tests import pair
 from number_tests import *  # noqa: F403
+from parts_tests import *  # noqa: F403
 
 import fusedoptim
 from fusedoptim import _native

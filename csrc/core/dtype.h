@@ -4,17 +4,21 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define FUSEDOPTIM_HD __host__ __device__ __forceinline__
-#else
-// Always inlined, so that no copy compiled for one instruction set can be linked into code for another.
-#define FUSEDOPTIM_HD inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace fusedoptim {
 
 enum class DType : uint8_t { f32, f64, bf16, f16, unsupported };
+
+// In which a learning rate computes: Python's numbers, or those of a tensor of some dtype.
 enum class LrDType : uint8_t { python, f32, f64, bf16, f16 };
+FUSEDOPTIM_HD LrDType lr_dtype_of(DType d) { return static_cast<LrDType>(static_cast<int>(d) + 1); }
+FUSEDOPTIM_HD DType dtype_of(LrDType d) { return static_cast<DType>(static_cast<int>(d) - 1); }
+
+// In which a parameter of some dtype is updated.
+FUSEDOPTIM_HD DType compute_dtype_of(DType d) { return d == DType::f64 ? DType::f64 : DType::f32; }
+template <class T>
+inline constexpr DType kCompute = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
 FUSEDOPTIM_HD int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
 

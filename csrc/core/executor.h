@@ -5,27 +5,29 @@
 #include <functional>
 #include <vector>
 
-#include "composition.h"
 #include "tensor_table.h"
 
 namespace fusedoptim {
 
-// Addresses on the device, as numbers.
-struct OnDevice {
+// What a step is told beside its table: addresses on the device, as numbers.
+struct LaunchInputs {
   int64_t stream = 0;
   int64_t grad_scale = 0;  // an fp32 number that gradients are divided by, or 0
   int64_t found_inf = 0;   // an fp32 number: nothing is to change unless it is 0. Or 0
 };
 
+// The gradients whose squares are summed: as they come out of unscaling, for their common norm, or as the rule gets
+// them, for a rule of norms.
+enum class Gradients { unscaled, transformed };
+
 class Executor {
  public:
   virtual ~Executor() = default;
 
-  // Whether something outside the table changed (threads, instruction set), so that every entry has to be prepared
-  // anew.
-  virtual bool outdated() { return false; }
-  // Call for an entry whose dtypes or layout changed, and for all before the first run.
-  virtual void prepare(Entry& entry, int variant) = 0;
+  // Looks at what is outside of the table (threads, instruction set). Whether every entry has to be prepared anew.
+  virtual bool sync_threads_and_isa() { return false; }
+  // Call for an entry whose storage or layout changed, and for all before the first step.
+  virtual void prepare(Entry& entry, Variant variant) = 0;
   // Call when an entry began or ceased to be active.
   virtual void activity_changed() {}
 
@@ -35,12 +37,20 @@ class Executor {
   // Whether a CUDA graph may read its tables, so that it has to be kept.
   virtual bool captured() const { return false; }
 
-  // Call before run(). Whether it may take so long that the interpreter should be released for it.
-  virtual bool takes_long(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows) = 0;
-  // Updates all active entries and stores their step counts. on_caller runs once on the calling thread, while the work
-  // goes on elsewhere.
-  virtual void run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
-                   const std::function<void()>& on_caller) = 0;
+  // Call before a step. Whether it may take so long that the interpreter should be released for it.
+  virtual bool begin_step(const StepTable& table) = 0;
+
+  // A whole step: measures and reduces where it has to know the norm of all gradients, then updates; in one pass or
+  // launch each. on_caller runs once on the calling thread, while the work goes on elsewhere.
+  virtual void run(StepTable& table, const LaunchInputs& inputs, const std::function<void()>& on_caller) = 0;
+
+  // The parts of a step, for whoever has something to do between them, as adding the sums of other processes:
+  // writes every active entry's sum of squares to table.sums, and 0 for all others; reduces as well, if it is told to;
+  virtual void measure(StepTable& table, const LaunchInputs& inputs, Gradients which, bool reduces) = 0;
+  // makes the norm of all gradients of table.sums, and counts a step that is to be skipped for it;
+  virtual void reduce(StepTable& table, const LaunchInputs& inputs) = 0;
+  // updates all active entries and their step counts, with that norm, and for a rule of norms with table.sums.
+  virtual void update(StepTable& table, const LaunchInputs& inputs) = 0;
 };
 
 }  // namespace fusedoptim

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <thread>
 
+#include "../core/step_count.h"
 #include "../core/strided.h"
 #include "capability.h"
 #include "lanes_portable.h"
@@ -13,33 +14,23 @@
 namespace fusedoptim {
 namespace {
 
-double step_number(const Entry& e) {
-  if (!e.step) return 0;
-  return e.step_dtype == DType::f64 ? *static_cast<const double*>(e.step) + 1.0
-                                    : static_cast<double>(*static_cast<const float*>(e.step) + 1.0f);
-}
-
 // Asks for the first lines of a tensor that comes soon: the hardware follows addresses within a page, and cannot know
 // where the next tensor lies. (Forced inline: see python/prefetch.h.)
-FUSEDOPTIM_HD void prefetch_data(const Entry& e) {
-  constexpr int64_t kBytes = 256;
-  const auto ask = [](const void* base) {
-    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(static_cast<const char*>(base) + at, 1);
-  };
-  ask(e.param);
-  ask(e.grad);
-  for (void* state : e.state)
-    if (state) ask(state);
+FUSEDOPTIM_INLINE void prefetch_data(const Entry& e) {
+  for (const Operand& o : e.operand)
+    if (o.data)
+      for (int64_t at = 0; at < tuning::kPrefetchBytes; at += 64)
+        __builtin_prefetch(static_cast<const char*>(o.data) + at, 1);
   __builtin_prefetch(e.step, 1);
 }
 
+const float* number(int64_t address) { return reinterpret_cast<const float*>(address); }
+
 }  // namespace
 
-StepInputs CpuExecutor::inputs(const Entry& e, const std::vector<HyperRow>& rows, PowMemo* pow) const {
-  return {rows[e.group].value, step_number(e), e.first, e.sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f, pow};
-}
+// ---- before a step ----
 
-bool CpuExecutor::outdated() {
+bool CpuExecutor::sync_threads_and_isa() {
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   scheduled_ = scheduled_ && threads == threads_;
   threads_ = threads;
@@ -48,39 +39,31 @@ bool CpuExecutor::outdated() {
   return before && before != current;
 }
 
-void CpuExecutor::prepare(Entry& entry, int variant) {
-  entry.update = kernels_->update(rule_, variant, entry);
+void CpuExecutor::prepare(Entry& entry, Variant variant) {
+  entry.update = rule_.cpu[kernels_->capability](variant.code, entry);
   entry.tile_sum = kernels_->tile_sum(entry);
   scheduled_ = false;
 }
 
-void CpuExecutor::reschedule(const std::vector<Entry>& entries) {
-  schedule_.build(entries, torch::stable::get_num_threads(), info_.needs_norm ? kWindowElements : INT64_MAX / 2);
-  if (!sums_) return;
-  first_partial_.resize(entries.size());
-  int64_t total = 0;
-  for (size_t i = 0; i < entries.size(); ++i) {
-    first_partial_[i] = total;
-    if (entries[i].active) total += tiles(entries[i].numel);
-  }
-  partial_.resize(total);
+bool CpuExecutor::begin_step(const StepTable& table) {
+  if (!scheduled_) reschedule(table);
+  scheduled_ = true;
+  return schedule_.cost >= tuning::kReleaseCost;
 }
 
-bool CpuExecutor::takes_long(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows) {
-  measures_ = needs_global_norm(rows, settings_);
-  const bool sums = info_.needs_norm || measures_;
-  scheduled_ = scheduled_ && sums == sums_;
-  sums_ = sums;
-  if (!scheduled_) reschedule(entries);
-  scheduled_ = true;
-  return schedule_.cost >= kReleaseCost;
+void CpuExecutor::reschedule(const StepTable& table) {
+  schedule_.build(table.entries, torch::stable::get_num_threads(),
+                  rule_.needs_norm ? tuning::kWindowElements : INT64_MAX / 2);
+  first_partial_.clear();  // made when they are needed
 }
+
+// ---- chunks and threads ----
 
 // Threads take chunks from a counter, so that a thread that the machine slows down takes fewer.
 template <class F>
-void CpuExecutor::parallel_chunks(const Window& w, const std::function<void()>* on_caller, const F& chunk) const {
+void CpuExecutor::parallel_chunks(const Window& w, Caller on_caller, const F& chunk) const {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), w.chunk_end - w.chunk_begin);
-  if (threads <= 1 || schedule_.cost < kSerialCost) {
+  if (threads <= 1 || schedule_.cost < tuning::kSerialCost) {
     if (on_caller) (*on_caller)();
     for (int64_t k = w.chunk_begin; k < w.chunk_end; ++k) chunk(k);
     return;
@@ -106,8 +89,107 @@ void CpuExecutor::for_each_part(const std::vector<Entry>& entries, int64_t chunk
   }
 }
 
-void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vector<HyperRow>& rows,
-                               int64_t chunk) const {
+// ---- measure ----
+
+void CpuExecutor::set_transforms(const StepTable& table, const LaunchInputs& inputs, Gradients which) {
+  const float unscale = unscale_by(number(inputs.grad_scale));
+  transforms_.assign(table.rows.size(), GroupTransforms::unscaled(unscale));
+  if (which == Gradients::unscaled) return;
+  const bool in_f64 = table.norm_in_f64();
+  for (size_t i = 0; i < table.rows.size(); ++i) {
+    const double* h = table.rows[i].value;
+    transforms_[i] = GroupTransforms::of({h[kMaxGradNorm], h[kClipGradValue], h[kEmaDecay]}, unscale,
+                                         settings_.norm_stats->norm, in_f64, settings_.zero_grad);
+  }
+}
+
+void CpuExecutor::sum_squares(StepTable& table, const Window& w, Caller on_caller) {
+  const std::vector<Entry>& entries = table.entries;
+  if (first_partial_.empty()) {
+    int64_t total = 0;
+    for (const Entry& e : entries) {
+      first_partial_.push_back(total);
+      if (e.active) total += tiles(e.numel);
+    }
+    partial_.resize(total);
+  }
+  parallel_chunks(w, on_caller, [&](int64_t chunk) {
+    for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
+      const Entry& e = entries[i];
+      double* out = partial_.data() + first_partial_[i];
+      for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = e.tile_sum(e, t, transforms_[e.group]);
+    });
+  });
+  for (int64_t i = w.entry_begin; i < w.entry_end; ++i)
+    table.sums[i] =
+        entries[i].active ? reduce_tile_sums(partial_.data() + first_partial_[i], tiles(entries[i].numel)) : 0;
+}
+
+void CpuExecutor::measure(StepTable& table, const LaunchInputs& inputs, Gradients which, bool reduces) {
+  set_transforms(table, inputs, which);
+  for (const Window& w : schedule_.windows) sum_squares(table, w, nullptr);
+  if (reduces) reduce(table, inputs);
+}
+
+// ---- reduce ----
+
+// The sums of all tensors are added in the order of the parameters.
+void CpuExecutor::reduce(StepTable& table, const LaunchInputs&) {
+  double sum = 0;
+  for (size_t i = 0; i < table.entries.size(); ++i)
+    if (table.entries[i].active) sum += table.sums[i];
+  settings_.norm_stats->norm = norm_of(sum, table.norm_in_f64());
+  if (settings_.skip_nonfinite && !is_finite(settings_.norm_stats->norm)) settings_.norm_stats->skipped += 1;
+}
+
+// ---- update ----
+
+bool CpuExecutor::skips(const LaunchInputs& inputs) const {
+  if (inputs.found_inf && *number(inputs.found_inf) != 0) return true;
+  return settings_.skip_nonfinite && !is_finite(settings_.norm_stats->norm);
+}
+
+void CpuExecutor::run(StepTable& table, const LaunchInputs& inputs, const std::function<void()>& on_caller) {
+  if (table.needs_global_norm(settings_)) measure(table, inputs, Gradients::unscaled, true);
+  update(table, inputs, rule_.needs_norm, &on_caller);
+}
+
+void CpuExecutor::update(StepTable& table, const LaunchInputs& inputs) { update(table, inputs, false, nullptr); }
+
+void CpuExecutor::update(StepTable& table, const LaunchInputs& inputs, bool sums, Caller on_caller) {
+  if (!skips(inputs)) {
+    set_transforms(table, inputs, Gradients::transformed);
+    update_windows(table, sums, on_caller);
+    commit(table);
+  } else if (settings_.zero_grad) {
+    if (on_caller) (*on_caller)();
+    zero_gradients(table);
+  }
+}
+
+void CpuExecutor::update_windows(StepTable& table, bool sums, Caller on_caller) {
+  for (const Window& w : schedule_.windows) {
+    if (sums) {
+      sum_squares(table, w, on_caller);
+      on_caller = nullptr;
+    }
+    parallel_chunks(w, on_caller, [&](int64_t chunk) { update_chunk(table, chunk); });
+    on_caller = nullptr;
+  }
+}
+
+StepInputs CpuExecutor::inputs_of(const StepTable& table, const Entry& e, PowMemo* pow) const {
+  const double sum = rule_.needs_norm ? table.sums[&e - table.entries.data()] : 0;
+  return {table.rows[e.group].value,
+          next_step(e.step, e.step_dtype),
+          e.first,
+          sum,
+          e.scalar_state ? *e.scalar_state : 0.0f,
+          pow};
+}
+
+void CpuExecutor::update_chunk(const StepTable& table, int64_t chunk) const {
+  const std::vector<Entry>& entries = table.entries;
   alignas(64) unsigned char scalars[kMaxScalarBytes];
   // Neighbours usually agree in everything that scalars depend on.
   const Entry* prepared = nullptr;
@@ -115,115 +197,41 @@ void CpuExecutor::update_chunk(const std::vector<Entry>& entries, const std::vec
   PowMemo pow;
   for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
     const Entry& e = entries[i];
-    const StepInputs in = inputs(e, rows, &pow);
-    const bool same = prepared && !info_.needs_norm && prepared->group == e.group && prepared->first == e.first &&
+    const StepInputs in = inputs_of(table, e, &pow);
+    const bool same = prepared && !rule_.needs_norm && prepared->group == e.group && prepared->first == e.first &&
                       prepared->compute_dtype() == e.compute_dtype() && prepared_step == in.step;
     if (!same) {
-      (e.compute_dtype() == DType::f64 ? info_.prepare_f64 : info_.prepare_f32)(in, scalars);
+      (e.compute_dtype() == DType::f64 ? rule_.prepare_f64 : rule_.prepare_f32)(in, scalars);
       prepared = &e;
       prepared_step = in.step;
     }
-    constexpr int64_t kAhead = 4, kSmall = 4096;
-    if (e.numel < kSmall && i + kAhead < static_cast<int64_t>(entries.size())) prefetch_data(entries[i + kAhead]);
-    e.update(e, begin, end, scalars, around_[e.group]);
+    if (e.numel < tuning::kSmall && i + tuning::kAhead < static_cast<int64_t>(entries.size()))
+      prefetch_data(entries[i + tuning::kAhead]);
+    e.update(e, begin, end, scalars, transforms_[e.group]);
   });
 }
 
-template <class F>
-void CpuExecutor::sum_squares(std::vector<Entry>& entries, const Window& w, const std::function<void()>* on_caller,
-                              const F& around) {
-  parallel_chunks(w, on_caller, [&](int64_t chunk) {
-    for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
-      const Entry& e = entries[i];
-      double* out = partial_.data() + first_partial_[i];
-      for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = e.tile_sum(e, t, around(e));
-    });
-  });
-  for (int64_t i = w.entry_begin; i < w.entry_end; ++i)
-    if (entries[i].active)
-      entries[i].sum_of_squares = reduce_tile_sums(partial_.data() + first_partial_[i], tiles(entries[i].numel));
-}
-
-// Of the sums of all tensors, added in the order of the parameters.
-double CpuExecutor::global_norm(std::vector<Entry>& entries, const Composition& unscaled) {
-  double sum = 0;
-  for (const Window& w : schedule_.windows)
-    sum_squares(entries, w, nullptr, [&](const Entry&) -> const Composition& { return unscaled; });
-  for (const Entry& e : entries)
-    if (e.active) sum += e.sum_of_squares;
-  return norm_of(sum, any_f64(entries));
-}
-
-void CpuExecutor::compose(const std::vector<HyperRow>& rows, const Composition& unscaled, double norm, bool in_f64) {
-  around_.assign(rows.size(), unscaled);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const double* h = rows[i].value;
-    Composition& c = around_[i];
-    if (h[kMaxGradNorm] >= 0) c.coefficient = clip_coefficient(h[kMaxGradNorm], norm, in_f64);
-    if (h[kClipGradValue] >= 0) c.limit = h[kClipGradValue];
-    c.ema_decay = h[kEmaDecay];
-    c.zero_grad = settings_.zero_grad;
-  }
-}
-
-void CpuExecutor::run(std::vector<Entry>& entries, const std::vector<HyperRow>& rows, const OnDevice& on_device,
-                      const std::function<void()>& on_caller) {
-  const auto* found_inf = reinterpret_cast<const float*>(on_device.found_inf);
-  bool skip = found_inf && *found_inf != 0;
-  const auto unscaled = Composition::unscaled(unscale_by(reinterpret_cast<const float*>(on_device.grad_scale)));
-  double norm = 0;
-  if (measures_) {
-    norm = settings_.norm_stats->norm = global_norm(entries, unscaled);
-    if (settings_.skip_nonfinite && !is_finite(norm)) {
-      settings_.norm_stats->skipped += 1;
-      skip = true;
-    }
-  }
-  if (!settings_.update) return;
-  if (!skip) {
-    compose(rows, unscaled, norm, any_f64(entries));
-    update(entries, rows, on_caller);
-  } else if (settings_.zero_grad) {
-    on_caller();
-    zero_gradients(entries);
-  }
-}
-
-void CpuExecutor::update(std::vector<Entry>& entries, const std::vector<HyperRow>& rows,
-                         const std::function<void()>& on_caller) {
-  const std::function<void()>* once = &on_caller;
-  for (const Window& w : schedule_.windows) {
-    if (info_.needs_norm) {
-      sum_squares(entries, w, once, [&](const Entry& e) -> const Composition& { return around_[e.group]; });
-      once = nullptr;
-    }
-    parallel_chunks(w, once, [&](int64_t chunk) { update_chunk(entries, rows, chunk); });
-    once = nullptr;
-  }
-  for (Entry& e : entries) {
+// Counts the step, once no thread reads the numbers from before it.
+void CpuExecutor::commit(StepTable& table) const {
+  for (Entry& e : table.entries) {
     if (!e.active) continue;
-    if (e.scalar_state) *e.scalar_state = info_.next_scalar_state(inputs(e, rows, nullptr));
-    if (e.step) {
-      if (e.step_dtype == DType::f64)
-        *static_cast<double*>(e.step) += 1.0;
-      else
-        *static_cast<float*>(e.step) += 1.0f;
-    }
+    if (e.scalar_state) *e.scalar_state = rule_.next_scalar_state(inputs_of(table, e, nullptr));
+    store_step(e.step, e.step_dtype, next_step(e.step, e.step_dtype));
     e.first = false;
   }
 }
 
 // For a step that is skipped.
-void CpuExecutor::zero_gradients(const std::vector<Entry>& entries) const {
+void CpuExecutor::zero_gradients(const StepTable& table) const {
   for (const Window& w : schedule_.windows)
     parallel_chunks(w, nullptr, [&](int64_t chunk) {
-      for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
-        const Entry& e = entries[i];
-        const int64_t size = size_of(e.grad_dtype);
+      for_each_part(table.entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
+        const Entry& e = table.entries[i];
+        const int64_t size = size_of(e.grad().storage);
         if (!e.layout)
-          std::memset(static_cast<char*>(e.grad) + begin * size, 0, (end - begin) * size);
+          std::memset(static_cast<char*>(e.grad().data) + begin * size, 0, (end - begin) * size);
         else
-          fill_with_zeros<portable::F32>(e.grad, e.grad_dtype, e.layout->sizes, e.layout->grad, begin, end - begin);
+          fill_with_zeros<portable::F32>(e.grad(), e.layout->sizes, e.layout->strides[kGrad], begin, end - begin);
       });
     });
 }

@@ -16,12 +16,13 @@
 
 #include "lanes_avx2.h"
 
-#include "apply.h"
+#include "tile_sum.h"
+#include "update.h"
 
 namespace fusedoptim {
-extern const Kernels kAvx2Kernels = {"avx2", update_kernel<avx2::F32, avx2::F64>,
-                                     tile_sum_kernel<avx2::F32, avx2::F64>};
-}
+extern const Kernels kAvx2Kernels = {"avx2", kAvx2, find_tile_sum<avx2::F32, avx2::F64>};
+extern const UpdatesOfRules kAvx2Updates = updates_of<avx2::F32, avx2::F64>(Rules{});
+}  // namespace fusedoptim
 
 #if defined(__clang__)
 #pragma clang attribute pop

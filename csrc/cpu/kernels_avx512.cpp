@@ -17,12 +17,13 @@
 
 #include "lanes_avx512.h"
 
-#include "apply.h"
+#include "tile_sum.h"
+#include "update.h"
 
 namespace fusedoptim {
-extern const Kernels kAvx512Kernels = {"avx512", update_kernel<avx512::F32, avx512::F64>,
-                                       tile_sum_kernel<avx512::F32, avx512::F64>};
-}
+extern const Kernels kAvx512Kernels = {"avx512", kAvx512, find_tile_sum<avx512::F32, avx512::F64>};
+extern const UpdatesOfRules kAvx512Updates = updates_of<avx512::F32, avx512::F64>(Rules{});
+}  // namespace fusedoptim
 
 #if defined(__clang__)
 #pragma clang attribute pop

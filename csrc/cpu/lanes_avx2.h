@@ -13,23 +13,23 @@ struct F32 {
   using T = float;
   using V = __m256;
   static constexpr int width = 8;
-  FUSEDOPTIM_HD static V set(T x) { return _mm256_set1_ps(x); }
-  FUSEDOPTIM_HD static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  FUSEDOPTIM_HD static V sqrt(V a) { return _mm256_sqrt_ps(a); }
-  FUSEDOPTIM_HD static V max(V a, V b) {  // max_ps returns its second operand if either is NaN
+  FUSEDOPTIM_INLINE static V set(T x) { return _mm256_set1_ps(x); }
+  FUSEDOPTIM_INLINE static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  FUSEDOPTIM_INLINE static V sqrt(V a) { return _mm256_sqrt_ps(a); }
+  FUSEDOPTIM_INLINE static V max(V a, V b) {  // max_ps returns its second operand if either is NaN
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
   // min and max return their second operand if either is NaN
-  FUSEDOPTIM_HD static V clamp(V a, V b) { return _mm256_max_ps(-b, _mm256_min_ps(b, a)); }
-  FUSEDOPTIM_HD static V load(const float* x) { return _mm256_loadu_ps(x); }
-  FUSEDOPTIM_HD static void store(float* x, V v) { _mm256_storeu_ps(x, v); }
+  FUSEDOPTIM_INLINE static V clamp(V a, V b) { return _mm256_max_ps(-b, _mm256_min_ps(b, a)); }
+  FUSEDOPTIM_INLINE static V load(const float* x) { return _mm256_loadu_ps(x); }
+  FUSEDOPTIM_INLINE static void store(float* x, V v) { _mm256_storeu_ps(x, v); }
 
-  FUSEDOPTIM_HD static V load_bf16(const uint16_t* x) {
+  FUSEDOPTIM_INLINE static V load_bf16(const uint16_t* x) {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   }
   // The rounded value in the upper 16 bits of each element (see f32_to_bf16).
-  FUSEDOPTIM_HD static __m256i round_bf16(V v) {
+  FUSEDOPTIM_INLINE static __m256i round_bf16(V v) {
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
@@ -37,26 +37,26 @@ struct F32 {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(rounded, quiet, nan);
   }
-  FUSEDOPTIM_HD static void store_bf16(uint16_t* x, V v) {
+  FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) {
     const __m256i r = _mm256_srli_epi32(round_bf16(v), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
   }
   // 2*width values at once, those of even index and those of odd: one shift or mask each, and no lane changes place.
   static constexpr bool has_pairs = true;
-  FUSEDOPTIM_HD static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
+  FUSEDOPTIM_INLINE static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  FUSEDOPTIM_HD static void store_bf16_pair(uint16_t* x, V even, V odd) {
+  FUSEDOPTIM_INLINE static void store_bf16_pair(uint16_t* x, V even, V odd) {
     const __m256i low = _mm256_srli_epi32(round_bf16(even), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm256_blend_epi16(low, round_bf16(odd), 0xaa));
   }
-  FUSEDOPTIM_HD static V load_f16(const uint16_t* x) {
+  FUSEDOPTIM_INLINE static V load_f16(const uint16_t* x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   }
-  FUSEDOPTIM_HD static void store_f16(uint16_t* x, V v) {
+  FUSEDOPTIM_INLINE static void store_f16(uint16_t* x, V v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 };
@@ -66,15 +66,15 @@ struct F64 {
   using V = __m256d;
   static constexpr bool has_pairs = false;
   static constexpr int width = 4;
-  FUSEDOPTIM_HD static V set(T x) { return _mm256_set1_pd(x); }
-  FUSEDOPTIM_HD static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
-  FUSEDOPTIM_HD static V sqrt(V a) { return _mm256_sqrt_pd(a); }
-  FUSEDOPTIM_HD static V max(V a, V b) {
+  FUSEDOPTIM_INLINE static V set(T x) { return _mm256_set1_pd(x); }
+  FUSEDOPTIM_INLINE static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  FUSEDOPTIM_INLINE static V sqrt(V a) { return _mm256_sqrt_pd(a); }
+  FUSEDOPTIM_INLINE static V max(V a, V b) {
     return _mm256_blendv_pd(_mm256_max_pd(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q));
   }
-  FUSEDOPTIM_HD static V clamp(V a, V b) { return _mm256_max_pd(-b, _mm256_min_pd(b, a)); }
-  FUSEDOPTIM_HD static V load(const double* x) { return _mm256_loadu_pd(x); }
-  FUSEDOPTIM_HD static void store(double* x, V v) { _mm256_storeu_pd(x, v); }
+  FUSEDOPTIM_INLINE static V clamp(V a, V b) { return _mm256_max_pd(-b, _mm256_min_pd(b, a)); }
+  FUSEDOPTIM_INLINE static V load(const double* x) { return _mm256_loadu_pd(x); }
+  FUSEDOPTIM_INLINE static void store(double* x, V v) { _mm256_storeu_pd(x, v); }
 };
 
 }  // namespace fusedoptim::avx2

@@ -13,48 +13,48 @@ struct F32 {
   using T = float;
   using V = __m512;
   static constexpr int width = 16;
-  FUSEDOPTIM_HD static V set(T x) { return _mm512_set1_ps(x); }
-  FUSEDOPTIM_HD static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  FUSEDOPTIM_HD static V sqrt(V a) { return _mm512_sqrt_ps(a); }
-  FUSEDOPTIM_HD static V max(V a, V b) {  // max_ps returns its second operand if either is NaN
+  FUSEDOPTIM_INLINE static V set(T x) { return _mm512_set1_ps(x); }
+  FUSEDOPTIM_INLINE static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  FUSEDOPTIM_INLINE static V sqrt(V a) { return _mm512_sqrt_ps(a); }
+  FUSEDOPTIM_INLINE static V max(V a, V b) {  // max_ps returns its second operand if either is NaN
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
   // min and max return their second operand if either is NaN
-  FUSEDOPTIM_HD static V clamp(V a, V b) { return _mm512_max_ps(-b, _mm512_min_ps(b, a)); }
-  FUSEDOPTIM_HD static V load(const float* x) { return _mm512_loadu_ps(x); }
-  FUSEDOPTIM_HD static void store(float* x, V v) { _mm512_storeu_ps(x, v); }
+  FUSEDOPTIM_INLINE static V clamp(V a, V b) { return _mm512_max_ps(-b, _mm512_min_ps(b, a)); }
+  FUSEDOPTIM_INLINE static V load(const float* x) { return _mm512_loadu_ps(x); }
+  FUSEDOPTIM_INLINE static void store(float* x, V v) { _mm512_storeu_ps(x, v); }
 
-  FUSEDOPTIM_HD static V load_bf16(const uint16_t* x) {
+  FUSEDOPTIM_INLINE static V load_bf16(const uint16_t* x) {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   }
   // The rounded value in the upper 16 bits of each element (see f32_to_bf16).
-  FUSEDOPTIM_HD static __m512i round_bf16(V v) {
+  FUSEDOPTIM_INLINE static __m512i round_bf16(V v) {
     const __m512i u = _mm512_castps_si512(v);
     const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
     __m512i r = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
     r = _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
     return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
   }
-  FUSEDOPTIM_HD static void store_bf16(uint16_t* x, V v) {
+  FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) {
     const __m512i r = _mm512_srli_epi32(round_bf16(v), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(r));
   }
   // 2*width values at once, those of even index and those of odd: one shift or mask each, and no lane changes place.
   static constexpr bool has_pairs = true;
-  FUSEDOPTIM_HD static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
+  FUSEDOPTIM_INLINE static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
     const __m512i both = _mm512_loadu_si512(x);
     even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  FUSEDOPTIM_HD static void store_bf16_pair(uint16_t* x, V even, V odd) {
+  FUSEDOPTIM_INLINE static void store_bf16_pair(uint16_t* x, V even, V odd) {
     const __m512i low = _mm512_srli_epi32(round_bf16(even), 16);
     _mm512_storeu_si512(x, _mm512_mask_blend_epi16(0xaaaaaaaau, low, round_bf16(odd)));
   }
-  FUSEDOPTIM_HD static V load_f16(const uint16_t* x) {
+  FUSEDOPTIM_INLINE static V load_f16(const uint16_t* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
-  FUSEDOPTIM_HD static void store_f16(uint16_t* x, V v) {
+  FUSEDOPTIM_INLINE static void store_f16(uint16_t* x, V v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 };
@@ -64,15 +64,15 @@ struct F64 {
   using V = __m512d;
   static constexpr bool has_pairs = false;
   static constexpr int width = 8;
-  FUSEDOPTIM_HD static V set(T x) { return _mm512_set1_pd(x); }
-  FUSEDOPTIM_HD static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
-  FUSEDOPTIM_HD static V sqrt(V a) { return _mm512_sqrt_pd(a); }
-  FUSEDOPTIM_HD static V max(V a, V b) {
+  FUSEDOPTIM_INLINE static V set(T x) { return _mm512_set1_pd(x); }
+  FUSEDOPTIM_INLINE static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  FUSEDOPTIM_INLINE static V sqrt(V a) { return _mm512_sqrt_pd(a); }
+  FUSEDOPTIM_INLINE static V max(V a, V b) {
     return _mm512_mask_mov_pd(_mm512_max_pd(a, b), _mm512_cmp_pd_mask(a, a, _CMP_UNORD_Q), a);
   }
-  FUSEDOPTIM_HD static V clamp(V a, V b) { return _mm512_max_pd(-b, _mm512_min_pd(b, a)); }
-  FUSEDOPTIM_HD static V load(const double* x) { return _mm512_loadu_pd(x); }
-  FUSEDOPTIM_HD static void store(double* x, V v) { _mm512_storeu_pd(x, v); }
+  FUSEDOPTIM_INLINE static V clamp(V a, V b) { return _mm512_max_pd(-b, _mm512_min_pd(b, a)); }
+  FUSEDOPTIM_INLINE static V load(const double* x) { return _mm512_loadu_pd(x); }
+  FUSEDOPTIM_INLINE static void store(double* x, V v) { _mm512_storeu_pd(x, v); }
 };
 
 }  // namespace fusedoptim::avx512

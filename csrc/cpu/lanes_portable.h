@@ -15,17 +15,17 @@ struct Lane {
   using V = Scalar;
   static constexpr int width = 1;
   static constexpr bool has_pairs = false;
-  FUSEDOPTIM_HD static V set(T x) { return x; }
-  FUSEDOPTIM_HD static V fma(V a, V b, V c) { return std::fma(a, b, c); }
-  FUSEDOPTIM_HD static V sqrt(V a) { return std::sqrt(a); }
-  FUSEDOPTIM_HD static V max(V a, V b) { return (a != a || a > b) ? a : b; }
-  FUSEDOPTIM_HD static V clamp(V a, V b) { return a > b ? b : a < -b ? -b : a; }
-  FUSEDOPTIM_HD static V load(const T* x) { return *x; }
-  FUSEDOPTIM_HD static void store(T* x, V v) { *x = v; }
-  FUSEDOPTIM_HD static V load_bf16(const uint16_t* x) { return bf16_to_f32(*x); }
-  FUSEDOPTIM_HD static void store_bf16(uint16_t* x, V v) { *x = f32_to_bf16(v); }
-  FUSEDOPTIM_HD static V load_f16(const uint16_t* x) { return f16_to_f32(*x); }
-  FUSEDOPTIM_HD static void store_f16(uint16_t* x, V v) { *x = f32_to_f16(v); }
+  FUSEDOPTIM_INLINE static V set(T x) { return x; }
+  FUSEDOPTIM_INLINE static V fma(V a, V b, V c) { return std::fma(a, b, c); }
+  FUSEDOPTIM_INLINE static V sqrt(V a) { return std::sqrt(a); }
+  FUSEDOPTIM_INLINE static V max(V a, V b) { return (a != a || a > b) ? a : b; }
+  FUSEDOPTIM_INLINE static V clamp(V a, V b) { return a > b ? b : a < -b ? -b : a; }
+  FUSEDOPTIM_INLINE static V load(const T* x) { return *x; }
+  FUSEDOPTIM_INLINE static void store(T* x, V v) { *x = v; }
+  FUSEDOPTIM_INLINE static V load_bf16(const uint16_t* x) { return bf16_to_f32(*x); }
+  FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) { *x = f32_to_bf16(v); }
+  FUSEDOPTIM_INLINE static V load_f16(const uint16_t* x) { return f16_to_f32(*x); }
+  FUSEDOPTIM_INLINE static void store_f16(uint16_t* x, V v) { *x = f32_to_f16(v); }
 };
 
 using F32 = Lane<float>;

@@ -5,23 +5,28 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "table.h"
+#include "../gpu/table.h"
 
 namespace fusedoptim::cuda {
 
-inline constexpr int32_t kApiVersion = 4;
+inline constexpr int32_t kApiVersion = 5;
+
+// In place of a rule's name: the kernels that measure and reduce.
+inline constexpr const char *kMeasure = "(measure)", *kReduce = "(reduce)";
 
 struct Api {
   int32_t version;
   // The kernels were compiled for the host, for tests: device memory is memory.
   int32_t on_host;
   // What both libraries must have been built with.
-  int32_t argument_bytes, entry_bytes, rules;
+  int32_t argument_bytes, entry_bytes;
   // Whether this library's kernels can run on a device.
   const char* (*check)(int32_t device);
-  // One launch, of a rule's kernel or of the one for the norm of all gradients (rule kNormOfAll). mixed: the table may
-  // hold operands of 64 bits.
-  const char* (*step)(int32_t device, int32_t rule, int32_t mixed, const StepArgs& args, uint32_t blocks, void* stream);
+  // A rule's kernel, as launch() takes it; null if there is none. wide: there may be operands of 64 bits.
+  const void* (*find)(const char* rule, int32_t wide);
+  // overlaps: it may begin while the launch before still runs, for which it waits itself.
+  const char* (*launch)(int32_t device, const void* kernel, const gpu::StepArgs& args, uint32_t blocks,
+                        int32_t overlaps, void* stream);
   // Copies host memory to the device in the stream's order, and has read it when it returns. Staged in pinned memory:
   // waits for nothing unless the device is several copies behind.
   const char* (*upload)(int32_t device, void* to, const void* from, size_t bytes, void* stream);
@@ -29,6 +34,7 @@ struct Api {
   const char* (*write)(int32_t device, void* to, const void* from, size_t bytes, void* stream);
   int32_t (*capturing)(void* stream);
   int64_t (*l2_bytes)(int32_t device);
+  int64_t (*multiprocessors)(int32_t device);
 };
 
 }  // namespace fusedoptim::cuda

@@ -2,12 +2,13 @@
 // have kThreads threads.
 #pragma once
 
+#include "../core/step_count.h"
 #include "norm.cuh"
 #include "update.cuh"
 
 namespace fusedoptim::cuda {
 
-// Called by the block's first warp; fills `work` except for its composition. False if there is nothing to update.
+// Called by the block's first warp; fills `work` except for its transforms. False if there is nothing to update.
 __device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t item) {
   const Tables& t = args.tables;
   const uint32_t s = t.segment_of[item];
@@ -19,7 +20,7 @@ __device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t
     work.work = segment.work;
     work.entry = t.entries[segment.entry];
     work.first = (grad & kFirst) != 0;
-    work.grad = reinterpret_cast<void*>(static_cast<uintptr_t>(grad & kAddress));
+    work.entry.operand[kGrad].data = reinterpret_cast<void*>(static_cast<uintptr_t>(grad & kAddress));
     work.items = t.first_item[s + 1] - t.first_item[s];
     work.item = item - t.first_item[s];
     // The update goes backwards: what was read last is still in the cache.
@@ -29,12 +30,6 @@ __device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t
     work.end = work.begin + size < work.entry.numel ? work.begin + size : work.entry.numel;
   }
   return grad != 0;
-}
-
-__device__ inline double number_of_step(const DeviceEntry& e) {
-  if (!e.step) return 0;
-  return e.step_dtype == DType::f64 ? *static_cast<const double*>(e.step) + 1.0
-                                    : static_cast<double>(*static_cast<const float*>(e.step) + 1.0f);
 }
 
 __device__ inline const uint64_t* row_of(const StepArgs& args, int32_t group) {
@@ -50,15 +45,12 @@ __device__ inline double hyper_of(const uint64_t* row, int k) {
 }
 
 // What surrounds the rule for a tensor of this group.
-__device__ inline Composition composition_of(const StepArgs& args, int32_t group) {
+__device__ inline GroupTransforms transforms_of(const StepArgs& args, int32_t group) {
   const uint64_t* row = row_of(args, group);
-  const double max_norm = hyper_of(row, kMaxGradNorm), limit = hyper_of(row, kClipGradValue);
-  Composition c = Composition::unscaled(unscale_by(args.grad_scale));
-  if (max_norm >= 0) c.coefficient = clip_coefficient(max_norm, args.norm_stats->norm, (args.flags & kNormInF64) != 0);
-  if (limit >= 0) c.limit = limit;
-  c.ema_decay = hyper_of(row, kEmaDecay);
-  c.zero_grad = (args.flags & kZeroGrad) != 0;
-  return c;
+  const GroupOptions options{hyper_of(row, kMaxGradNorm), hyper_of(row, kClipGradValue), hyper_of(row, kEmaDecay)};
+  const double norm = options.max_grad_norm >= 0 ? args.norm_stats->norm : 0;  // half a microsecond
+  return GroupTransforms::of(options, unscale_by(args.grad_scale), norm, (args.flags & kNormInF64) != 0,
+                             (args.flags & kZeroGrad) != 0);
 }
 
 // The launch before is through, and what it wrote can be seen.
@@ -91,11 +83,10 @@ __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars
   for (int k = 0; k < Rule::kHypers; ++k) hyper[k] = hyper_of(row, k);
   if (hyper[kLrDType] >= kLrOnDevice) {
     hyper[kLrDType] -= kLrOnDevice;
-    constexpr DType kOf[] = {DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16};
-    const DType d = kOf[static_cast<int>(hyper[kLrDType])];
+    const DType d = dtype_of(static_cast<LrDType>(static_cast<int>(hyper[kLrDType])));
     hyper[kLr] = load_element<double>(reinterpret_cast<const void*>(static_cast<uintptr_t>(row[kLr])), d, 0);
   }
-  const double step = number_of_step(e);
+  const double step = next_step(e.step, e.step_dtype);
   PowMemo pow;
   if constexpr (Rule::powers > 0) {
     const int lane = threadIdx.x % kWarp;
@@ -127,16 +118,11 @@ __device__ __forceinline__ void arrive(const BlockWork& work, const StepArgs& ar
     control.arrivals = 0;
   }
   if constexpr (Rule::needs_norm) control.ready = 0;
-  if (e.step) {
-    if (e.step_dtype == DType::f64)
-      *static_cast<double*>(e.step) = progress.step;
-    else
-      *static_cast<float*>(e.step) = static_cast<float>(progress.step);
-  }
+  store_step(e.step, e.step_dtype, progress.step);
   if constexpr (Rule::needs_norm) *e.scalar_state = progress.scalar_state;
 }
 
-template <class Rule, class T, bool mixed>
+template <class Rule, class T, bool wide>
 __device__ __forceinline__ void prepare_and_update(const BlockWork& work, const StepArgs& args, double sum_of_squares) {
   __shared__ typename Rule::template Scalars<T> scalars;
   Progress progress;
@@ -144,31 +130,31 @@ __device__ __forceinline__ void prepare_and_update(const BlockWork& work, const 
   __syncthreads();
   // Behind the barrier, so that the other warps need not wait for it.
   if (threadIdx.x == 0) arrive<Rule>(work, args, progress);
-  update_variant<Rule, T, mixed>(work, scalars, args.tables.layouts);
+  update_variant<Rule, T, wide>(work, scalars, args.tables.layouts);
 }
 
-template <class Rule, bool mixed>
+template <class Rule, bool wide>
 __device__ __forceinline__ void prepare_and_update(const BlockWork& work, const StepArgs& args, double sum_of_squares) {
-  if constexpr (mixed) {
-    if (work.entry.param_dtype == DType::f64) {
-      prepare_and_update<Rule, double, mixed>(work, args, sum_of_squares);
+  if constexpr (wide) {
+    if (work.computes_in_f64()) {
+      prepare_and_update<Rule, double, wide>(work, args, sum_of_squares);
       return;
     }
   }
-  prepare_and_update<Rule, float, mixed>(work, args, sum_of_squares);
+  prepare_and_update<Rule, float, wide>(work, args, sum_of_squares);
 }
 
 // Sums the tiles of a part, each by a warp, and leaves the sums at `out`, tile by tile.
-template <bool mixed>
+template <bool wide>
 __device__ __forceinline__ void sum_tiles(const BlockWork& work, const int64_t* layouts, double* out) {
   const int64_t first = work.item * kTilesPerPart, left = tiles(work.entry.numel) - first;
   const int count = static_cast<int>(left < kTilesPerPart ? left : kTilesPerPart);
   for (int k = threadIdx.x / kWarp; k < count; k += kWarps) {
     double sum;
-    if (mixed && work.entry.param_dtype == DType::f64)
-      sum = warp_tile_sum<double, mixed>(work, first + k, layouts);
+    if (wide && work.computes_in_f64())
+      sum = warp_tile_sum<double, wide>(work, first + k, layouts);
     else
-      sum = warp_tile_sum<float, mixed>(work, first + k, layouts);
+      sum = warp_tile_sum<float, wide>(work, first + k, layouts);
     if (threadIdx.x % kWarp == 0) out[k] = sum;
   }
 }
@@ -181,9 +167,9 @@ __device__ inline double sum_of_part(const BlockWork& work, const double* sums) 
   });
 }
 
-// An elementwise rule. mixed: some operands may have 64 bits.
-template <class Rule, bool mixed>
-__global__ void __launch_bounds__(kThreads, mixed ? kWideBlocksPerSM : kBlocksPerSM)
+// An elementwise rule. wide: some operands may have 64 bits.
+template <class Rule, bool wide>
+__global__ void __launch_bounds__(kThreads, wide ? kWideBlocksPerSM : kBlocksPerSM)
     step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   if (args.flags & kOverlap) wait_for_launch_before();
@@ -192,20 +178,20 @@ __global__ void __launch_bounds__(kThreads, mixed ? kWideBlocksPerSM : kBlocksPe
   if (threadIdx.x < kWarp) {
     const bool any = find_work(work, args, blockIdx.x);
     if (threadIdx.x == 0) {
-      work.surround(composition_of(args, work.entry.group));
+      work.set_transforms(transforms_of(args, work.entry.group));
       if (!any) work.items = 0;
     }
   }
   __syncthreads();
   if (work.items == 0) return;
   if (skip)
-    zero_gradient<mixed>(work, args.tables.layouts);
+    zero_gradient<wide>(work, args.tables.layouts);
   else
-    prepare_and_update<Rule, mixed>(work, args, 0.0);
+    prepare_and_update<Rule, wide>(work, args, 0.0);
 }
 
 // A rule that needs the gradient's norm first. Blocks take tickets, so that what a block waits for has begun already.
-template <class Rule, bool mixed>
+template <class Rule, bool wide>
 __global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
@@ -223,24 +209,27 @@ __global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(c
     }
     const bool any = find_work(work, args, ticket);
     if (threadIdx.x == 0) {
-      work.surround(composition_of(args, work.entry.group));
+      work.set_transforms(transforms_of(args, work.entry.group));
       if (!any) work.items = 0;
     }
   }
   __syncthreads();
   const Tables& t = args.tables;
   if (skip) {
-    if (work.items != 0 && work.work != Work::sum) zero_gradient<mixed>(work, t.layouts);
+    if (work.items != 0 && work.work != Work::sum) zero_gradient<wide>(work, t.layouts);
     return;
   }
   if (work.items != 0) {
-    if (work.work == Work::sum) {
-      sum_tiles<mixed>(work, t.layouts, t.partials + work.entry.partials + work.item * kTilesPerPart);
+    const bool given = (args.flags & kSumsGiven) != 0;
+    if (work.work == Work::sum && !given) {
+      sum_tiles<wide>(work, t.layouts, t.partials + work.entry.partials + work.item * kTilesPerPart);
       __syncthreads();
-      if (threadIdx.x < kWarp) climb(work, t, [&](double sum) { publish_sum(t.control[work.index], sum); });
-    } else {
-      if (work.work == Work::sum_apply) {
-        sum_tiles<mixed>(work, t.layouts, sums);
+      if (threadIdx.x < kWarp) reduce_up(work, t, [&](double sum) { publish_sum(t.control[work.index], sum); });
+    } else if (work.work != Work::sum) {
+      if (given) {
+        if (threadIdx.x == 0) sum_of_squares = t.sums[work.index];
+      } else if (work.work == Work::sum_apply) {
+        sum_tiles<wide>(work, t.layouts, sums);
         __syncthreads();
         if (threadIdx.x < kWarp) {
           const double sum = sum_of_part(work, sums);
@@ -250,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(c
         sum_of_squares = wait_for_sum(t.control[work.index]);
       }
       __syncthreads();
-      prepare_and_update<Rule, mixed>(work, args, sum_of_squares);
+      prepare_and_update<Rule, wide>(work, args, sum_of_squares);
     }
   }
   // The last block leaves the counters as it found them.
@@ -260,14 +249,29 @@ __global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(c
   }
 }
 
-// One warp's work, with a tensor's sum of squares in lane 0: the last to come adds all sums, in the order of the
-// parameters, and leaves the norm for the launch that updates.
-__device__ inline void add_to_norm(const StepArgs& args, int32_t index, double sum) {
+// One warp's work: makes the norm of all gradients of the sums, added in the order of the parameters, for the launch
+// that updates.
+__device__ inline void reduce_sums(const StepArgs& args) {
+  const int lane = threadIdx.x % kWarp;
+  double total = 0;
+  for (int32_t first = 0; first < args.entries; first += kWarp) {
+    const double x = first + lane < args.entries ? __ldcg(args.tables.sums + first + lane) : 0.0;
+    for (int k = 0; k < kWarp; ++k) total += __shfl_sync(0xffffffffu, x, k);
+  }
+  if (lane != 0) return;
+  const double norm = norm_of(total, (args.flags & kNormInF64) != 0);
+  args.norm_stats->norm = norm;
+  if ((args.flags & kSkipNonfinite) && !is_finite(norm)) args.norm_stats->skipped += 1;
+}
+
+// One warp's work, with a tensor's sum of squares in lane 0. The last to come reduces, if this launch is to.
+__device__ inline void leave_sum(const StepArgs& args, int32_t index, double sum) {
   const Tables& t = args.tables;
   const int lane = threadIdx.x % kWarp;
+  if (lane == 0) t.sums[index] = sum;
+  if (!(args.flags & kReduces)) return;
   uint32_t before = 0;
   if (lane == 0) {
-    t.sums[index] = sum;
     __threadfence();
     before = atomicAdd(&t.launch->summed, 1u);
   }
@@ -275,45 +279,42 @@ __device__ inline void add_to_norm(const StepArgs& args, int32_t index, double s
   if (before + 1 != static_cast<uint32_t>(args.tensors)) return;
   __threadfence();
   __syncwarp();  // lane 0's atomic was the first to see the others' sums
-  double total = 0;
-  for (int32_t first = 0; first < args.entries; first += kWarp) {
-    const double x = first + lane < args.entries ? __ldcg(t.sums + first + lane) : 0.0;
-    for (int k = 0; k < kWarp; ++k) total += __shfl_sync(0xffffffffu, x, k);
-  }
-  if (lane == 0) {
-    const double norm = norm_of(total, (args.flags & kNormInF64) != 0);
-    args.norm_stats->norm = norm;
-    if ((args.flags & kSkipNonfinite) && !is_finite(norm)) args.norm_stats->skipped += 1;
-    t.launch->summed = 0;
-  }
+  reduce_sums(args);
+  if (lane == 0) t.launch->summed = 0;
 }
 
-// The norm of all gradients, unscaled but not clipped.
-template <bool mixed>
-__global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_kernel(const __grid_constant__ StepArgs args) {
+// The sum of squares of every gradient.
+template <bool wide>
+__global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) measure_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
   if (threadIdx.x < kWarp) {
     const bool any = find_work(work, args, blockIdx.x);
     if (threadIdx.x == 0) {
-      work.surround(Composition::unscaled(unscale_by(args.grad_scale)));
+      work.set_transforms((args.flags & kTransformed) ? transforms_of(args, work.entry.group)
+                                                      : GroupTransforms::unscaled(unscale_by(args.grad_scale)));
       if (!any) work.items = work.item == 0 ? 0 : -1;
     }
   }
   __syncthreads();
   const Tables& t = args.tables;
   if (work.items <= 0) {  // no gradient: one of its blocks tells so
-    if (work.items == 0 && threadIdx.x < kWarp) add_to_norm(args, work.index, 0.0);
+    if (work.items == 0 && threadIdx.x < kWarp) leave_sum(args, work.index, 0.0);
     return;
   }
   const bool one_part = work.items == 1;
-  sum_tiles<mixed>(work, t.layouts, one_part ? sums : t.partials + work.entry.partials + work.item * kTilesPerPart);
+  sum_tiles<wide>(work, t.layouts, one_part ? sums : t.partials + work.entry.partials + work.item * kTilesPerPart);
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
   if (one_part)
-    add_to_norm(args, work.index, sum_of_part(work, sums));
+    leave_sum(args, work.index, sum_of_part(work, sums));
   else
-    climb(work, t, [&](double sum) { add_to_norm(args, work.index, sum); });
+    reduce_up(work, t, [&](double sum) { leave_sum(args, work.index, sum); });
+}
+
+// One block.
+static __global__ void reduce_kernel(const __grid_constant__ StepArgs args) {
+  if (threadIdx.x < kWarp) reduce_sums(args);
 }
 
 // Writes data that travels in the arguments, so that a captured graph holds it.

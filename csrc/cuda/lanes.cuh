@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "table.h"
+#include "../rules/common.h"
 
 namespace fusedoptim::cuda {
 
@@ -99,7 +99,8 @@ struct Quotients<cuda::FastLane> {
     const float r = cuda::approximate_reciprocal(b);
     const float q = divide(a * -M::kUp, b, std::fma(r, std::fma(-b, r, 1.0f), r));
     const float sum = std::fma(q, M::kDown, s);
-    const bool right = (fabsf(sum) >= M::kTiny || a == 0) && fabsf(b) <= M::kHuge;
+    // Not || and &&, of which the compiler may make branches.
+    const bool right = ((fabsf(sum) >= M::kTiny) | (a == 0)) & (fabsf(b) <= M::kHuge);
     return right ? sum : NAN;
   }
 };

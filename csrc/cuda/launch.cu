@@ -2,7 +2,9 @@
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <vector>
 
+#include "../rules/all.h"
 #include "api.h"
 #include "kernel.cuh"
 
@@ -59,32 +61,44 @@ cudaError_t launch(void (*kernel)(Args), uint32_t blocks, int threads, void* str
 
 using Kernel = void (*)(StepArgs);
 
-template <class Rule, bool mixed>
+template <class Rule, bool wide>
 Kernel kernel_of() {
   if constexpr (Rule::needs_norm)
-    return norm_step_kernel<Rule, mixed>;
+    return norm_step_kernel<Rule, wide>;
   else
-    return step_kernel<Rule, mixed>;
+    return step_kernel<Rule, wide>;
 }
 
-template <bool mixed, class... R>
-Kernel find_kernel(RuleList<R...>, int rule) {
-  static const Kernel table[] = {kernel_of<R, mixed>()...};
-  return rule == kNormOfAll ? norm_kernel<mixed> : table[rule];
+struct Named {
+  const char* name;
+  Kernel kernel[2];  // for operands of up to 32 bits, and of 64
+};
+
+template <class... R>
+const std::vector<Named>& kernels(RuleList<R...>) {
+  static const std::vector<Named> all{{R::name, {kernel_of<R, false>(), kernel_of<R, true>()}}...,
+                                      {kMeasure, {measure_kernel<false>, measure_kernel<true>}},
+                                      {kReduce, {reduce_kernel, reduce_kernel}}};
+  return all;
 }
 
-const char* step(int32_t device, int32_t rule, int32_t mixed, const StepArgs& args, uint32_t blocks, void* stream) {
+const void* find(const char* rule, int32_t wide) {
+  for (const Named& named : kernels(Rules{}))
+    if (std::strcmp(named.name, rule) == 0) return reinterpret_cast<const void*>(named.kernel[wide != 0]);
+  return nullptr;
+}
+
+const char* launch_step(int32_t device, const void* kernel, const StepArgs& args, uint32_t blocks, int32_t overlaps,
+                        void* stream) {
   const DeviceGuard on(device);
   if (on.error() != cudaSuccess) return text(on.error());
-  const Kernel kernel = mixed ? find_kernel<true>(Rules{}, rule) : find_kernel<false>(Rules{}, rule);
-  bool overlaps = false;
-  if (rule != kNormOfAll && (args.flags & kOverlap)) {  // code made for older GPUs would not wait
+  if (overlaps) {  // code made for older GPUs would not wait
     cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     if (error != cudaSuccess) return text(error);
     overlaps = attributes.ptxVersion >= 90;
   }
-  return text(launch(kernel, blocks, kThreads, stream, args, overlaps));
+  return text(launch(reinterpret_cast<Kernel>(const_cast<void*>(kernel)), blocks, kThreads, stream, args, overlaps));
 }
 
 const char* write(int32_t device, void* to, const void* from, size_t bytes, void* stream) {
@@ -168,11 +182,9 @@ const char* check(int32_t device) {
   // Asking also loads them, so that no launch of a step fails for want of code after another one has run.
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(write_kernel));
-  for (int rule = kNormOfAll; rule < Rules::size && error == cudaSuccess; ++rule) {
-    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(find_kernel<false>(Rules{}, rule)));
-    if (error == cudaSuccess)
-      error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(find_kernel<true>(Rules{}, rule)));
-  }
+  for (const Named& named : kernels(Rules{}))
+    for (Kernel kernel : named.kernel)
+      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   return text(error);
 }
 
@@ -188,13 +200,19 @@ int64_t l2_bytes(int32_t device) {
   return bytes;
 }
 
+int64_t multiprocessors(int32_t device) {
+  int count = 1;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 #if defined(FUSEDOPTIM_CUDA_ON_HOST)
 constexpr int32_t kOnHost = 1;
 #else
 constexpr int32_t kOnHost = 0;
 #endif
-const Api kApi = {kApiVersion, kOnHost,   sizeof(StepArgs), sizeof(DeviceEntry), Rules::size, check, step, upload,
-                  write,       capturing, l2_bytes};
+const Api kApi = {kApiVersion, kOnHost,   sizeof(StepArgs), sizeof(DeviceEntry), check, find, launch_step, upload,
+                  write,       capturing, l2_bytes,         multiprocessors};
 
 }  // namespace
 }  // namespace fusedoptim::cuda

@@ -3,8 +3,7 @@
 // shuffles, and the last two stay in the lane again.
 #pragma once
 
-#include "access.cuh"
-#include "update.cuh"
+#include "block_work.cuh"
 
 namespace fusedoptim::cuda {
 
@@ -31,39 +30,40 @@ __device__ __forceinline__ double warp_sum_by_halving(const Load4& load4) {
 }
 
 template <class T>
-__device__ __forceinline__ double square(T x, const Intake<T>& intake) {
-  const double y = static_cast<double>(taken<Lane<T>>(x, intake));
+__device__ __forceinline__ double square(T x, const GradTransform<T>& transform) {
+  const double y = static_cast<double>(transform_grad<Lane<T>>(x, transform));
   return y * y;
 }
 
 // The square of element i of the gradient, wherever it lies; 0 beyond the end. One copy, called: its divisions and
 // cases would fill the instruction cache 32 times over.
-template <class T, bool mixed>
+template <class T, bool wide>
 __device__ __noinline__ double square_at(const BlockWork& work, int64_t i, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
   if (i >= e.numel) return 0.0;
   int64_t at[kOperands];
   at[kGrad] = i;
   if (e.sum_layout >= 0) strided_offsets(layouts + e.sum_layout, i, at);
-  return square(load_single<T, mixed>(work.grad, e.grad_dtype, at[kGrad]), work.around<T>().intake);
+  return square(load_single<T, wide>(work.grad().data, work.grad().storage, at[kGrad]), work.transforms<T>().grad);
 }
 
 // The sum of squares of a tile of the gradient that the rule gets.
-template <class T, bool mixed>
+template <class T, bool wide>
 __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
-  const auto intake = work.around<T>().intake;
+  const auto transform = work.transforms<T>().grad;
+  const DType d = work.grad().storage;
   const int64_t start = tile * kTile;
-  if constexpr (!mixed) {
-    const int64_t bytes = size_of(e.grad_dtype);
-    const char* base = static_cast<const char*>(work.grad) + start * bytes;
+  if constexpr (!wide) {
+    const int64_t bytes = size_of(d);
+    const char* base = static_cast<const char*>(work.grad().data) + start * bytes;
     if (e.sum_layout < 0 && reinterpret_cast<uintptr_t>(base) % (4 * bytes) == 0 && start + kTile <= e.numel) {
       // All loads before the first use. They are plain ones: the update should find the gradient in the L2.
       Raw raw[8];
       base += 4 * (threadIdx.x % kWarp) * bytes;
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        if (e.grad_dtype == DType::f32) {
+        if (d == DType::f32) {
           const uint4 x = *reinterpret_cast<const uint4*>(base + 512 * k);
           raw[k].word[0] = x.x, raw[k].word[1] = x.y, raw[k].word[2] = x.z, raw[k].word[3] = x.w;
         } else {
@@ -73,13 +73,13 @@ __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t t
       }
       return warp_sum_by_halving([&](int i, double (&out)[4]) {
         T x[4];
-        decode<4>(x, raw[i / 128], e.grad_dtype);
-        for (int j = 0; j < 4; ++j) out[j] = square(x[j], intake);
+        decode<4>(x, raw[i / 128], d);
+        for (int j = 0; j < 4; ++j) out[j] = square(x[j], transform);
       });
     }
   }
   return warp_sum_by_halving([&](int i, double (&out)[4]) {
-    for (int j = 0; j < 4; ++j) out[j] = square_at<T, mixed>(work, start + i + j, layouts);
+    for (int j = 0; j < 4; ++j) out[j] = square_at<T, wide>(work, start + i + j, layouts);
   });
 }
 
@@ -94,7 +94,7 @@ __device__ inline double warp_sum(const double* x, int64_t count) {
 // node the last to arrive sums the node and goes on to the next; at the root it calls publish(sum), with the sum in
 // lane 0. Who does it varies, the order of summation never does.
 template <class Publish>
-__device__ __forceinline__ void climb(const BlockWork& work, const Tables& tables, const Publish& publish) {
+__device__ __forceinline__ void reduce_up(const BlockWork& work, const Tables& tables, const Publish& publish) {
   const DeviceEntry& e = work.entry;
   constexpr int64_t kPartsPerNode = kTile / kTilesPerPart;
   int64_t count = tiles(e.numel), node = work.item / kPartsPerNode;  // sums of this level; the node above them

@@ -1,22 +1,14 @@
-// Choices that wait for a measurement on a GPU: benchmarks/ab.py steps with each value in turn, in one process.
+// The shape of the CUDA kernels' blocks.
 #pragma once
-
-#include <cstdint>
-#include <cstring>
 
 namespace fusedoptim::cuda {
 
-struct Tuning {
-  int64_t norm_windows = 4;  // a window of gradients that are summed before their updates is such a part of the L2
-  int64_t overlap = 0;       // the launch that updates begins while the one that sums for the norm ends
-
-  int64_t* find(const char* name) {
-    if (std::strcmp(name, "norm_windows") == 0) return &norm_windows;
-    if (std::strcmp(name, "overlap") == 0) return &overlap;
-    return nullptr;
-  }
-};
-
-inline Tuning tuning;
+// Blocks of 128 threads, so many to a multiprocessor: five have up to 96 registers, and 80 KB of loads under way where
+// a thread has two groups of four operands; an H200 needs about 30. Sums of squares and fp64 get 128 registers.
+inline constexpr int kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
+#if !defined(FUSEDOPTIM_BLOCKS)  // for measurements
+#define FUSEDOPTIM_BLOCKS 5
+#endif
+inline constexpr int kBlocksPerSM = FUSEDOPTIM_BLOCKS, kWideBlocksPerSM = 4;
 
 }  // namespace fusedoptim::cuda

@@ -16,7 +16,8 @@ namespace fusedoptim {
 class Clipper {
  public:
   // launcher: see make_executor.h. norm_stats: the address of a NormStats on the tensors' device.
-  Clipper(const pybind11::object& launcher, int64_t norm_stats);
+  // sums: of an fp64 number per tensor.
+  Clipper(const pybind11::object& launcher, int64_t norm_stats, int64_t sums);
 
   // Under which the tensors are handed over: tensor_hand_over.h.
   int64_t number() const { return hand_over_.number(); }
@@ -28,6 +29,7 @@ class Clipper {
  private:
   const pybind11::object launcher_;
   NormStats* const norm_stats_;
+  double* const sums_;
   std::vector<torch::stable::Tensor> tensors_;
   TensorHandOver hand_over_{[this](const TensorHandOver::Tensors& tensors) { tensors_ = tensors; }};
 };

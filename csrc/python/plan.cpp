@@ -10,10 +10,10 @@ namespace fusedoptim {
 
 using StableTensor = torch::stable::Tensor;
 
-Plan::Plan(const std::string& rule, const std::vector<HyperArgs>& hyper, py::object increment_version,
-           std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings)
-    : rule_(find_rule(rule.c_str())),
-      info_(rule_ >= 0 ? rule_info(rule_) : throw py::value_error("no compiled rule is called '" + rule + "'")),
+Plan::Plan(const RuleHandle& rule, const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states,
+           py::object increment_version, std::pair<int, int> device, py::object launcher,
+           std::tuple<int64_t, bool, bool> settings)
+    : rule_(rule),
       device_{device.first, device.second},
       zero_grad_(std::get<2>(settings)),
       on_cpu_(launcher.is_none()),
@@ -22,8 +22,7 @@ Plan::Plan(const std::string& rule, const std::vector<HyperArgs>& hyper, py::obj
           {reinterpret_cast<NormStats*>(std::get<0>(settings)), std::get<1>(settings), std::get<2>(settings)})),
       increment_version_(std::move(increment_version)),
       params_key_(py::str("params")) {
-  if (static_cast<int>(hyper.size()) + 1 != info_.hypers)
-    throw py::value_error("rule '" + rule + "' was compiled with another number of hyper-parameters");
+  check_names(hyper, states);
   for (const auto& [key, index, low, high, off] : hyper) {
     auto interned = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str()));
     const int at = static_cast<int>(hyper_.size());
@@ -31,8 +30,28 @@ Plan::Plan(const std::string& rule, const std::vector<HyperArgs>& hyper, py::obj
   }
 }
 
+// A rule that was compiled from another declaration would take one number for another.
+void Plan::check_names(const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states) const {
+  std::vector<std::string> declared, compiled{"lr"};
+  for (const auto& [key, index, low, high, off] : hyper)
+    declared.push_back(index < 0 ? key : key + "[" + std::to_string(index) + "]");
+  compiled.insert(compiled.end(), std::begin(kOptionKeys), std::end(kOptionKeys));
+  compiled.insert(compiled.end(), rule_.hyper_names, rule_.hyper_names + rule_.hypers - kFirstRuleHyper);
+  declared.insert(declared.end(), states.begin(), states.end());
+  compiled.insert(compiled.end(), rule_.state_names, rule_.state_names + rule_.slots);
+  if (declared == compiled) return;
+  const auto list = [](const std::vector<std::string>& names) {
+    std::string text;
+    for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+    return text;
+  };
+  throw py::value_error(std::string("rule '") + rule_.name + "' declares " + list(declared) +
+                        ", but was compiled with " + list(compiled));
+}
+
 void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
-                 std::optional<py::list> counted) {
+                 std::optional<py::list> counted, int64_t sums) {
+  table_.sums = reinterpret_cast<double*>(sums);
   if (!counted && !VersionCounters::known()) throw std::runtime_error("nobody has looked for the version counters yet");
   counted_ = std::move(counted);
   groups_ = groups;
@@ -46,7 +65,7 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
       params_.push_back(py::reinterpret_borrow<py::object>(p));
       Entry e;
       e.group = static_cast<int32_t>(group_.size());
-      entries_.push_back(e);
+      table_.entries.push_back(e);
     }
     group.end = static_cast<int64_t>(params_.size());
     group_.push_back(std::move(group));
@@ -54,7 +73,7 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
   member_.resize(params_.size());
   strides_.resize(params_.size());
   grads_.resize(params_.size());
-  rows_.resize(group_.size());
+  table_.rows.resize(group_.size());
   std::unordered_set<PyObject*> asleep;
   for (py::handle p : dormant) asleep.insert(p.ptr());
   for (size_t i = 0; i < params_.size(); ++i) {
@@ -62,13 +81,13 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
     member_[i].dormant = asleep.count(params_[i].ptr()) > 0;
   }
   bindings_.resize(params_.size());
-  const size_t width = 6 + info_.slots;
+  const size_t width = 6 + rule_.slots;
   if (bindings.size() % width != 0) throw std::runtime_error("a plan's bindings have another width");
   for (auto b = bindings.begin(); b != bindings.end(); b += width) bindings_.at(*b).assign(b + 1, b + width);
   for (size_t i = 0; i < group_.size(); ++i) {
     Group& g = group_[i];
-    for (int64_t k = g.begin; k < g.end; ++k) g.ours = g.ours || !bindings_[k].empty();
-    if (g.ours && !refresh_group(g, rows_[i])) throw py::value_error(reason_);
+    for (int64_t k = g.begin; k < g.end; ++k) g.on_device = g.on_device || !bindings_[k].empty();
+    if (g.on_device && !refresh_group(g, table_.rows[i])) throw py::value_error(reason_);
   }
   snapshot_.take(state);
   const TensorReader& reader = TensorReader::get();
@@ -91,7 +110,7 @@ void Plan::bind(const std::vector<StableTensor>& tensors) {
 
 void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, const std::vector<int>& binding) {
   Member& m = member_[i];
-  Entry& e = entries_[i];
+  Entry& e = table_.entries[i];
   const StableTensor& p = tensors.at(binding[0]);
   const auto sizes = to_vector(p.sizes()), strides = to_vector(p.strides());
   m.ndim = static_cast<int32_t>(sizes.size());
@@ -99,48 +118,49 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
   shapes_.insert(shapes_.end(), strides.begin(), strides.end());
   e.numel = p.numel();
-  e.param_dtype = dtype_of(p);
-  e.param = addresses_.add(p);
-  if (zero_grad_) kept_.add(e.param, e.param_dtype, m.ndim, m.shape, m.shape + m.ndim);
+  e.param().storage = dtype_of(p);
+  e.param().data = watch_.add(p);
+  if (zero_grad_) kept_.add(e.param().data, e.param().storage, m.ndim, m.shape, m.shape + m.ndim);
   m.memory = tensor_memory(p.get());
   m.written_begin = static_cast<int64_t>(written_.size());
   const auto writes = [&](int at) { written_.push_back({VersionCounters::object(tensors.at(at).get()), at}); };
   writes(binding[0]);
-  const int variant = group_[e.group].variant;
+  const Variant variant = group_[e.group].variant;
   m.linear = e.numel <= 1 || dense(sizes, strides);
   m.logical = e.numel <= 1 || row_major(sizes, strides);
-  m.ours = m.ready = true;
+  m.on_device = m.ready = true;
   for (int k = 0; k < kStates; ++k) {
-    if (!info_.uses(variant, k)) continue;
-    const int at = binding[k == kEma ? 1 + info_.slots : 1 + k];
+    if (!rule_.uses_state(variant, k)) continue;
+    const int at = binding[k == kAverage ? 1 + rule_.slots : 1 + k];
     if (at < 0) {
       m.ready = false;
       continue;
     }
     const StableTensor& s = tensors.at(at);
-    e.state_dtype[k] = dtype_of(s);
-    e.state[k] = addresses_.add(s);
+    Operand& o = e.state(k);
+    o.storage = dtype_of(s);
+    o.data = watch_.add(s);
     writes(at);
-    strides_[i].state[k] = to_vector(s.strides());
-    if (zero_grad_) kept_.add(e.state[k], e.state_dtype[k], m.ndim, m.shape, strides_[i].state[k].data());
-    if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), strides_[i].state[k].data());
+    std::vector<int64_t>& own = strides_[i].of[kFirstState + k] = to_vector(s.strides());
+    if (zero_grad_) kept_.add(o.data, o.storage, m.ndim, m.shape, own.data());
+    if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), own.data());
   }
-  const int step = binding[2 + info_.slots], scalar = binding[3 + info_.slots];
-  if (info_.has_step && step < 0) m.ready = false;
-  if (info_.next_scalar_state && scalar < 0) m.ready = false;
-  if (info_.has_step && step >= 0) {
+  const int step = binding[2 + rule_.slots], scalar = binding[3 + rule_.slots];
+  if (rule_.has_step && step < 0) m.ready = false;
+  if (rule_.next_scalar_state && scalar < 0) m.ready = false;
+  if (rule_.has_step && step >= 0) {
     e.step_dtype = dtype_of(tensors.at(step));
     // Each by itself also where all are views of one buffer, as on a GPU: giving one of them other memory (.data =)
     // leaves no trace in what they share. 4 ns each.
-    e.step = addresses_.add(tensors.at(step));
+    e.step = watch_.add(tensors.at(step));
     writes(step);
   }
-  if (info_.next_scalar_state && scalar >= 0) {
-    e.scalar_state = static_cast<float*>(addresses_.add(tensors.at(scalar)));
+  if (rule_.next_scalar_state && scalar >= 0) {
+    e.scalar_state = static_cast<float*>(watch_.add(tensors.at(scalar)));
     writes(scalar);
   }
   m.written_end = static_cast<int64_t>(written_.size());
-  e.first = binding[4 + info_.slots] != 0;
+  e.first = binding[4 + rule_.slots] != 0;
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {
@@ -162,7 +182,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
 
 void Plan::retire() {
   clear();
-  addresses_ = AddressBook();
+  watch_ = StorageWatch();
 }
 
 void Plan::clear() {

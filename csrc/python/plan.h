@@ -16,13 +16,13 @@
 #include <vector>
 
 #include "../core/executor.h"
-#include "../rules/registry.h"
-#include "address_book.h"
+#include "../core/rule_handle.h"
 #include "dict_version.h"
 #include "memory_ranges.h"
 #include "prefetch.h"
 #include "pybind.h"
 #include "state_snapshot.h"
+#include "storage_watch.h"
 #include "tensor_hand_over.h"
 #include "tensor_reader.h"
 #include "version_counter.h"
@@ -36,19 +36,22 @@ class Plan {
   // A group's key, the index into its value or -1, the least and the largest number that is accepted, and the number of
   // a group without the key, if there may be such.
   using HyperArgs = std::tuple<std::string, int, double, double, std::optional<double>>;
-  // hyper: all that a step reads of a group, in the order of a rule's rows, which have lr's dtype after lr.
+  // hyper: all that a step reads of a group, in the order of a rule's rows, which have lr's dtype after lr; states: the
+  // rule's, with the parameter's shape. Their names have to be the compiled rule's.
   // device: whose tensors it steps, as DLPack names it. launcher: see make_executor.h.
   // settings: the address of the optimizer's NormStats on the device, skip_nonfinite, zero_grad.
-  Plan(const std::string& rule, const std::vector<HyperArgs>& hyper, py::object increment_version,
-       std::pair<int, int> device, py::object launcher, std::tuple<int64_t, bool, bool> settings);
+  Plan(const RuleHandle& rule, const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states,
+       py::object increment_version, std::pair<int, int> device, py::object launcher,
+       std::tuple<int64_t, bool, bool> settings);
 
   // groups is optimizer.param_groups, state is optimizer.state. bindings has, one after another, for each parameter
   // that this plan steps: its position among all, then indices into the list of tensors that is handed over then, or -1
   // where there is none (param, slots..., ema, step, scalar_state), then 1 if its states count as absent in the coming
   // step. dormant: parameters that no plan steps, for as long as they have no gradient.
   // counted: that list, to have torch's own function raise their version counters; None if they can be raised here.
+  // sums: the address of an fp64 number per parameter, on the device: see StepTable.
   void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
-             std::optional<py::list> counted);
+             std::optional<py::list> counted, int64_t sums);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
@@ -57,6 +60,10 @@ class Plan {
   // numbers on the device, each may be 0: gradients are divided by the scale, and nothing changes if found_inf is not
   // 0.
   void run(int64_t stream, int64_t grad_scale, int64_t found_inf);
+  // The parts of a step (Executor's), in this order: measure() and reduce() as often as needed, update() once.
+  void measure(bool transformed, int64_t stream, int64_t grad_scale);
+  void reduce(int64_t stream);
+  void update(int64_t stream, int64_t grad_scale, int64_t found_inf);
 
   // For Python's garbage collector: visits, or lets go of, every Python object that is held.
   int traverse(visitproc visit, void* arg) const;
@@ -79,15 +86,15 @@ class Plan {
     const int64_t* last_grad_sizes = nullptr;  // likewise
     int32_t ndim = 0;
     int64_t written_begin = 0, written_end = 0;  // in written_: what a step writes to
-    bool ours = false;                           // in this plan's table
+    bool on_device = false;                      // in this plan's table
     bool dormant = false;                        // in no plan's
     bool ready = false;                          // its states exist
     bool linear = false;                         // parameter and states share one dense memory order
     bool logical = false;                        // which is the logical one
     bool prepared = false;                       // by the executor, for the gradient's dtype and layout
   };
-  struct Strides {  // of a member whose operands may differ in memory order
-    std::vector<int64_t> grad, state[kStates];
+  struct Strides {                       // of a member whose operands may differ in memory order
+    std::vector<int64_t> of[kOperands];  // the parameter's are Member::shape's
     std::unique_ptr<Layout> layout;
   };
   struct Hyper {
@@ -96,8 +103,8 @@ class Plan {
     int column;  // of a row
     double low, high;
     std::optional<double> off;
-    bool accepts(double x) const { return low <= x && x <= high; }                   // a NaN is in no range
-    bool optional() const { return column > kLrDType && column < kFirstRuleHyper; }  // None is off
+    bool accepts(double x) const { return low <= x && x <= high; }                         // a NaN is in no range
+    bool is_option() const { return column >= kFirstOption && column < kFirstRuleHyper; }  // None is off
   };
   struct Written {
     const char* object;  // see VersionCounters
@@ -106,8 +113,8 @@ class Plan {
   struct Group {
     py::object dict, params;
     int64_t begin, end;  // its members
-    int variant = 0;
-    bool ours = false;              // has members on this plan's device
+    Variant variant;
+    bool on_device = false;         // has members on this plan's device
     std::vector<py::object> items;  // key, value, ... of dict, if no value that matters can change in place
     uint64_t version = 0;           // of dict
     bool unchanged();
@@ -125,10 +132,13 @@ class Plan {
   void prefetch_gradients(int64_t i) const;
   void raise_versions() const;
   py::list counted_by_torch() const;
-  bool no(const char* why);
+  void check_names(const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states) const;
+  bool begin_part();
+  template <class Run>
+  void run_counted(const Run& run);
+  bool stale(const char* why);  // false
 
-  const int rule_;
-  const RuleInfo& info_;
+  const RuleHandle rule_;
   const dlpack::Device device_;
   const bool zero_grad_;
   const bool on_cpu_;  // the CPU's kernels run the steps
@@ -143,11 +153,10 @@ class Plan {
   std::vector<int64_t> shapes_;  // what Member::shape points into
   std::vector<std::vector<int>> bindings_;
   StateSnapshot snapshot_;
-  AddressBook addresses_;
+  StorageWatch watch_;
   bool bound_ = false;
 
-  std::vector<Entry> entries_;
-  std::vector<HyperRow> rows_;
+  StepTable table_;
   std::vector<py::object> params_, grads_;  // grads are held from refresh() to the end of run()
   std::vector<Written> written_;
   std::optional<py::list> counted_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <thread>
 
 #include "plan.h"
@@ -22,7 +23,7 @@ bool is_immutable(PyObject* x) {
 
 }  // namespace
 
-bool Plan::no(const char* why) {
+bool Plan::stale(const char* why) {
   reason_ = why;
   return false;
 }
@@ -31,13 +32,13 @@ bool Plan::no(const char* why) {
 bool Plan::read_hyper(PyObject* dict, const Hyper& hyper, double* row, bool& immutable) {
   PyObject* value = PyDict_GetItem(dict, hyper.key.ptr());
   if (!value) {
-    if (!hyper.off) return no("a group lacks a hyper-parameter");
+    if (!hyper.off) return stale("a group lacks a hyper-parameter");
     row[hyper.column] = *hyper.off;
     return true;
   }
   immutable = immutable && is_immutable(value);
   if (hyper.index < 0) {
-    if (hyper.optional() && value == Py_None) {
+    if (hyper.is_option() && value == Py_None) {
       row[hyper.column] = -1;
       return true;
     }
@@ -48,7 +49,7 @@ bool Plan::read_hyper(PyObject* dict, const Hyper& hyper, double* row, bool& imm
   const auto item = py::reinterpret_steal<py::object>(size == 2 ? PyObject_GetItem(value, index.ptr()) : nullptr);
   if (!item) {
     if (PyErr_Occurred()) forget_python_error();
-    return no("a hyper-parameter is not one of two");
+    return stale("a hyper-parameter is not one of two");
   }
   return read_number(item.ptr(), hyper, row);
 }
@@ -64,29 +65,28 @@ bool Plan::read_number(PyObject* value, const Hyper& hyper, double* row) {
     out = PyFloat_AsDouble(value);
     if (out == -1.0 && PyErr_Occurred()) {
       forget_python_error();
-      return no("a hyper-parameter is not a number");
+      return stale("a hyper-parameter is not a number");
     }
   }
-  return hyper.accepts(out) || no("a hyper-parameter is out of its range");
+  return hyper.accepts(out) || stale("a hyper-parameter is out of its range");
 }
 
 bool Plan::read_tensor(PyObject* value, const Hyper& hyper, double* row) {
   double& out = row[hyper.column];
   const bool is_lr = hyper.column == kLr;
   TensorView v;
-  if (!TensorReader::get().view(value, v) || !v.data) return no("a hyper-parameter is a tensor that cannot be read");
+  if (!TensorReader::get().view(value, v) || !v.data) return stale("a hyper-parameter is a tensor that cannot be read");
   for (int d = 0; d < v.ndim; ++d)
-    if (v.sizes[d] != 1) return no("a hyper-parameter is a tensor of several elements");
+    if (v.sizes[d] != 1) return stale("a hyper-parameter is a tensor of several elements");
   const bool on_host = v.device.type == dlpack::kCpu;
   const bool by_address = is_lr && executor_->reads_lr_on_device() && v.device == device_;
-  if (!on_host && !by_address) return no("a hyper-parameter is a tensor on another device");
+  if (!on_host && !by_address) return stale("a hyper-parameter is a tensor on another device");
   if (on_host) {
     out = load_element<double>(v.data, v.dtype, 0);
-    if (!hyper.accepts(out)) return no("a hyper-parameter is out of its range");
+    if (!hyper.accepts(out)) return stale("a hyper-parameter is out of its range");
   }
   if (is_lr) {
-    static constexpr LrDType kOf[] = {LrDType::f32, LrDType::f64, LrDType::bf16, LrDType::f16};
-    row[kLrDType] = static_cast<double>(kOf[static_cast<int>(v.dtype)]) + (by_address ? kLrOnDevice : 0);
+    row[kLrDType] = static_cast<double>(lr_dtype_of(v.dtype)) + (by_address ? kLrOnDevice : 0);
   }
   if (by_address) std::memcpy(&out, &v.data, sizeof(out));
   return true;
@@ -113,10 +113,10 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
   bool immutable = true;
   for (const Hyper& hyper : hyper_)
     if (!read_hyper(dict, hyper, h, immutable)) return false;
-  const int variant = info_.variant(h);
+  const Variant variant = rule_.variant_of(h);
   if (variant != g.variant) {
     g.variant = variant;
-    if (bound_) return no("a group's options changed which states it needs");
+    if (bound_) return stale("a group's options changed which states it needs");
   }
   g.items.clear();
   g.version = dict_version(dict);
@@ -130,32 +130,31 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
 
 bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   Member& m = member_[i];
-  Entry& e = entries_[i];
-  if (!m.ready) return no("a parameter has a gradient for the first time");
-  if (!(g.device == device_)) return no("a gradient is on another device");
-  if (!g.data && e.numel > 0) return no("a gradient has no memory");
-  if (g.ndim != m.ndim) return no("a gradient's shape differs from its parameter's");
+  Entry& e = table_.entries[i];
+  if (!m.ready) return stale("a parameter has a gradient for the first time");
+  if (!(g.device == device_)) return stale("a gradient is on another device");
+  if (!g.data && e.numel > 0) return stale("a gradient has no memory");
+  if (g.ndim != m.ndim) return stale("a gradient's shape differs from its parameter's");
   for (int d = 0; d < g.ndim; ++d)
-    if (g.sizes[d] != m.shape[d]) return no("a gradient's shape differs from its parameter's");
+    if (g.sizes[d] != m.shape[d]) return stale("a gradient's shape differs from its parameter's");
   const bool linear = m.linear && (e.numel <= 1 || same_strides(m.ndim, m.shape, g.strides, m.shape + m.ndim));
   const bool plain = linear && m.logical;
   std::unique_ptr<Layout>& layout = strides_[i].layout;
-  bool changed = !m.prepared || e.grad_dtype != g.dtype || linear != (e.layout == nullptr);
-  std::vector<int64_t>& strides = strides_[i].grad;
+  bool changed = !m.prepared || e.grad().storage != g.dtype || linear != (e.layout == nullptr);
+  std::vector<int64_t>& strides = strides_[i].of[kGrad];
   changed = changed || (!plain && !same_strides(g.ndim, g.sizes, g.strides, strides.data()));
-  grads_moved_ = grads_moved_ || changed || e.grad != g.data;
+  grads_moved_ = grads_moved_ || changed || e.grad().data != g.data;
   if (!plain && changed) {
     layout = std::make_unique<Layout>();
-    layout->sizes.assign(m.shape, m.shape + m.ndim);
-    layout->param.assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
-    layout->grad.assign(g.strides, g.strides + g.ndim);
-    for (int k = 0; k < kStates; ++k) layout->state[k] = strides_[i].state[k];
-    layout->simplify();
     strides.assign(g.strides, g.strides + g.ndim);
+    layout->sizes.assign(m.shape, m.shape + m.ndim);
+    for (int k = 0; k < kOperands; ++k) layout->strides[k] = strides_[i].of[k];
+    layout->strides[kParam].assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
+    layout->simplify();
   }
-  e.grad = g.data;
+  e.grad().data = g.data;
   if (changed) {
-    e.grad_dtype = g.dtype;
+    e.grad().storage = g.dtype;
     e.layout = linear ? nullptr : layout.get();
     e.sum_layout = plain ? nullptr : layout.get();
     executor_->prepare(e, group_[e.group].variant);
@@ -168,7 +167,7 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
 bool Plan::written_apart() {
   written_ranges_.clear();
   for (size_t i = 0; i < member_.size(); ++i) {
-    if (!entries_[i].active) continue;
+    if (!table_.entries[i].active) continue;
     TensorView g;
     if (!TensorReader::get().view(grads_[i].ptr(), g)) return false;
     written_ranges_.add(g.data, g.dtype, g.ndim, g.sizes, g.strides);
@@ -178,7 +177,7 @@ bool Plan::written_apart() {
 }
 
 // Gradients are usually where they were at the last step. See prefetch.h.
-FUSEDOPTIM_HD void Plan::prefetch_gradients(int64_t i) const {
+FUSEDOPTIM_INLINE void Plan::prefetch_gradients(int64_t i) const {
   constexpr int64_t kFar = 16, kNear = 8;
   const int64_t n = static_cast<int64_t>(member_.size());
   if (i + kFar < n) {
@@ -188,8 +187,8 @@ FUSEDOPTIM_HD void Plan::prefetch_gradients(int64_t i) const {
     __builtin_prefetch(m.last_grad);
     __builtin_prefetch(m.last_grad_sizes);
     if (m.last_grad_sizes) __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
-    __builtin_prefetch(&entries_[i + kFar]);
-    __builtin_prefetch(reinterpret_cast<const char*>(&entries_[i + kFar]) + 64);
+    __builtin_prefetch(&table_.entries[i + kFar]);
+    __builtin_prefetch(reinterpret_cast<const char*>(&table_.entries[i + kFar]) + 64);
   }
   if (i + kNear < n) prefetch_autograd(member_[i + kNear].memory);
 }
@@ -197,47 +196,47 @@ FUSEDOPTIM_HD void Plan::prefetch_gradients(int64_t i) const {
 bool Plan::refresh_python(py::handle groups, py::handle state) {
   if (groups.ptr() != groups_.ptr() || state.ptr() != state_.ptr() || !PyList_Check(groups.ptr()) ||
       PyList_GET_SIZE(groups.ptr()) != static_cast<Py_ssize_t>(group_.size()))
-    return no("the groups or the state were replaced");
-  if (!snapshot_.matches(state.ptr())) return no("a state was replaced");
-  if (executor_->outdated())
+    return stale("the groups or the state were replaced");
+  if (!snapshot_.matches(state.ptr())) return stale("a state was replaced");
+  if (executor_->sync_threads_and_isa())
     for (Member& m : member_) m.prepared = false;
   const TensorReader& reader = TensorReader::get();
   for (size_t gi = 0; gi < group_.size(); ++gi) {
     Group& g = group_[gi];
     if (gi + 4 < group_.size()) prefetch_dict(group_[gi + 4].dict.ptr());
     if (gi + 2 < group_.size()) prefetch_dict_keys(group_[gi + 2].dict.ptr());
-    if (PyList_GET_ITEM(groups.ptr(), gi) != g.dict.ptr()) return no("a group was replaced");
+    if (PyList_GET_ITEM(groups.ptr(), gi) != g.dict.ptr()) return stale("a group was replaced");
     PyObject* const params = g.params.ptr();
     const bool unchanged = g.unchanged();  // the item "params" included
     if ((!unchanged && PyDict_GetItem(g.dict.ptr(), params_key_.ptr()) != params) || !PyList_Check(params) ||
         PyList_GET_SIZE(params) != g.end - g.begin)
-      return no("a group's parameters changed");
-    if (!unchanged && g.ours && !refresh_group(g, rows_[gi])) return false;
+      return stale("a group's parameters changed");
+    if (!unchanged && g.on_device && !refresh_group(g, table_.rows[gi])) return false;
     for (int64_t i = g.begin; i < g.end; ++i) {
       prefetch_gradients(i);
       Member& m = member_[i];
-      Entry& e = entries_[i];
-      if (PyList_GET_ITEM(params, i - g.begin) != m.param) return no("a group's parameters changed");
-      if (!m.ours && !m.dormant) continue;
+      Entry& e = table_.entries[i];
+      if (PyList_GET_ITEM(params, i - g.begin) != m.param) return stale("a group's parameters changed");
+      if (!m.on_device && !m.dormant) continue;
       grads_[i] = py::reinterpret_steal<py::object>(reader.grad(m.param));
       if (!grads_[i]) {
         forget_python_error();
-        return no("a parameter's gradient cannot be read");
+        return stale("a parameter's gradient cannot be read");
       }
       m.last_grad = grads_[i].ptr();
       const bool active = !grads_[i].is_none();
       if (m.dormant) {
-        if (active) return no("a parameter that was left alone has a gradient");
+        if (active) return stale("a parameter that was left alone has a gradient");
         continue;
       }
       if (active) {
         TensorView view;
-        if (!reader.view(m.last_grad, view)) return no("a gradient is not a strided tensor of a supported dtype");
+        if (!reader.view(m.last_grad, view)) return stale("a gradient is not a strided tensor of a supported dtype");
         m.last_grad_sizes = view.sizes;
         // Such gradients are every second element of a complex tensor, so only unusual strides are worth the question.
         const bool usual =
             e.numel > 1 && view.ndim == m.ndim && std::equal(view.strides, view.strides + m.ndim, m.shape + m.ndim);
-        if (!usual && reader.is_negated(m.last_grad)) return no("a gradient is negated lazily");
+        if (!usual && reader.is_negated(m.last_grad)) return stale("a gradient is negated lazily");
         if (!refresh_gradient(i, view)) return false;
       }
       if (active != e.active) {
@@ -269,7 +268,7 @@ bool Plan::refresh(py::handle groups, py::handle state) {
           error = std::current_exception();
         }
       } else {
-        unchanged = addresses_.unchanged();
+        unchanged = watch_.unchanged();
         addresses_checked = true;
       }
     });
@@ -277,10 +276,10 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   }
   if (!python_checked) fits = refresh_python(groups, state);
   if (!fits) return false;
-  if (!addresses_checked) unchanged = addresses_.unchanged();
-  if (!unchanged) return no("a parameter or a state has new memory, strides or dtype");
+  if (!addresses_checked) unchanged = watch_.unchanged();
+  if (!unchanged) return stale("a parameter or a state has new memory, strides or dtype");
   if (zero_grad_ && grads_moved_ && !grads_checked_ && !written_apart())
-    return no("gradients that are written to may share memory");
+    return stale("gradients that are written to may share memory");
   refreshed_ = true;
   grads_checked_ = grads_moved_ = false;
   return true;
@@ -292,7 +291,7 @@ void Plan::raise_versions() const {
   const VersionRaiser raiser;
   const int64_t n = static_cast<int64_t>(written_.size());
   for (size_t i = 0; i < member_.size(); ++i) {
-    if (!entries_[i].active) continue;
+    if (!table_.entries[i].active) continue;
     for (int64_t k = member_[i].written_begin; k < member_[i].written_end; ++k) {
       if (k + kFar < n) raiser.prefetch_object(written_[k + kFar].object);
       if (k + kNear < n) raiser.prefetch_counter(written_[k + kNear].object);
@@ -303,8 +302,8 @@ void Plan::raise_versions() const {
 
 py::list Plan::counted_by_torch() const {
   py::list all;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    if (!entries_[i].active) continue;
+  for (size_t i = 0; i < table_.entries.size(); ++i) {
+    if (!table_.entries[i].active) continue;
     const Member& m = member_[i];
     if (counted_)
       for (int64_t k = m.written_begin; k < m.written_end; ++k) all.append((*counted_)[written_[k].index]);
@@ -313,8 +312,11 @@ py::list Plan::counted_by_torch() const {
   return all;
 }
 
-void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
-  if (!refreshed_) throw std::runtime_error("run() must follow a refresh() that returned True");
+// What needs the interpreter is done beside the kernels of short steps, and before those of long ones, so that other
+// Python threads can run. run(on_caller) writes.
+template <class Run>
+void Plan::run_counted(const Run& run) {
+  if (!refreshed_) throw std::runtime_error("a step must follow a refresh() that returned True");
   refreshed_ = false;
   struct Running {  // releases what was held for the kernels
     Plan& plan;
@@ -325,18 +327,15 @@ void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
       if (plan.zero_grad_) plan.counted_now_ = py::object();
     }
   } running(*this);
-  if (activity_changed_) executor_->activity_changed();
   // Gradients may be other objects in the same memory.
   if (zero_grad_ || (counted_ && activity_changed_)) counted_now_ = counted_by_torch();
-  activity_changed_ = false;
-  // What needs the interpreter is done beside the kernels of short steps, and before those of long ones, so that other
-  // Python threads can run.
+  const bool is_long = begin_part();
   py::object result = py::none();
-  const auto raise = [&] {
+  const std::function<void()> raise = [&] {
     if (!counted_) raise_versions();
   };
-  if (!executor_->takes_long(entries_, rows_)) {
-    executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, [&] {
+  if (!is_long) {
+    run([&] {
       raise();
       if (counted_now_)
         result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(increment_version_.ptr(), counted_now_.ptr()));
@@ -345,8 +344,40 @@ void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
   } else {
     if (counted_now_) increment_version_(counted_now_);
     py::gil_scoped_release release;
-    executor_->run(entries_, rows_, {stream, grad_scale, found_inf}, raise);
+    run(raise);
   }
+}
+
+// Whether the coming part of a step may take long.
+bool Plan::begin_part() {
+  if (activity_changed_) executor_->activity_changed();
+  activity_changed_ = false;
+  return executor_->begin_step(table_);
+}
+
+void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
+  run_counted([&](const std::function<void()>& on_caller) {
+    executor_->run(table_, {stream, grad_scale, found_inf}, on_caller);
+  });
+}
+
+void Plan::update(int64_t stream, int64_t grad_scale, int64_t found_inf) {
+  run_counted([&](const std::function<void()>& on_caller) {
+    on_caller();
+    executor_->update(table_, {stream, grad_scale, found_inf});
+  });
+}
+
+void Plan::measure(bool transformed, int64_t stream, int64_t grad_scale) {
+  if (!refreshed_) throw std::runtime_error("measure() must follow a refresh() that returned True");
+  begin_part();
+  executor_->measure(table_, {stream, grad_scale, 0}, transformed ? Gradients::transformed : Gradients::unscaled,
+                     false);
+}
+
+void Plan::reduce(int64_t stream) {
+  if (!refreshed_) throw std::runtime_error("reduce() must follow measure()");
+  executor_->reduce(table_, {stream, 0, 0});
 }
 
 }  // namespace fusedoptim

@@ -5,7 +5,7 @@
 #include <memory>
 #include <utility>
 
-#include "../cuda/launcher.h"
+#include "../gpu/device.h"
 #include "pybind.h"
 
 namespace fusedoptim {
@@ -16,17 +16,17 @@ class PythonMemory {
  public:
   explicit PythonMemory(py::object functions) : functions_(std::move(functions)) {}
 
-  cuda::Memory allocate(int64_t bytes) const {
+  gpu::Memory allocate(int64_t bytes) const {
     auto tensor = std::make_shared<py::object>(functions_.attr("allocate")(std::max<int64_t>(bytes, 16)));
-    cuda::Memory memory;
+    gpu::Memory memory;
     memory.address = reinterpret_cast<char*>(tensor->attr("data_ptr")().cast<uintptr_t>());
     memory.owner = std::move(tensor);
     return memory;
   }
-  void used_on(const cuda::Memory& memory, void* stream) const {
+  void used_on(const gpu::Memory& memory, void* stream) const {
     functions_.attr("used_on")(tensor(memory), reinterpret_cast<uintptr_t>(stream));
   }
-  static const py::object& tensor(const cuda::Memory& memory) { return *static_cast<py::object*>(memory.owner.get()); }
+  static const py::object& tensor(const gpu::Memory& memory) { return *static_cast<py::object*>(memory.owner.get()); }
 
  private:
   const py::object functions_;

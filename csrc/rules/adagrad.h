@@ -9,7 +9,9 @@ struct Adagrad {
   static constexpr const char* name = "adagrad";
   static constexpr bool has_step = true, needs_norm = false, divides = true;
   enum Hyper { kLrDecay = kFirstRuleHyper, kWeightDecay, kEps, kMaximize, kHypers };
+  static constexpr const char* hyper_names[] = {"lr_decay", "weight_decay", "eps", "maximize"};
   enum Slot { kSum, kSlots };
+  static constexpr const char* state_names[] = {"sum"};
 
   static constexpr int powers = 0;
   static constexpr int variants = 1;
@@ -18,7 +20,7 @@ struct Adagrad {
 
   template <class T>
   struct Scalars {
-    GradientTransform<T> gradient;
+    WeightDecay<T> weight_decay;
     T eps, neg_clr;
   };
 
@@ -26,7 +28,7 @@ struct Adagrad {
   FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
     const double* h = in.hyper;
     Scalars<T> c;
-    c.gradient = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, h[kWeightDecay] != 0};
+    c.weight_decay = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, h[kWeightDecay] != 0};
     c.eps = static_cast<T>(h[kEps]);
     c.neg_clr = static_cast<T>(-Lr(h).over(1.0 + (in.step - 1.0) * h[kLrDecay]));
     return c;
@@ -35,7 +37,7 @@ struct Adagrad {
   template <int variant, class M>
   FUSEDOPTIM_HD static void update(typename M::V& p, typename M::V g, typename M::V* s,
                                    const Scalars<typename M::T>& c) {
-    g = transform<M>(g, p, c.gradient);
+    g = apply_weight_decay<M>(g, p, c.weight_decay);
     s[kSum] = add_scaled_square<M>(s[kSum], g, typename M::T(1));
     p = add_scaled_ratio<M>(p, g, M::sqrt(s[kSum]) + M::set(c.eps), c.neg_clr);
   }

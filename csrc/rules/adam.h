@@ -20,7 +20,11 @@ struct Adam {
     kBiasCorrection,
     kHypers
   };
+  static constexpr const char* hyper_names[] = {
+      "betas[0]",       "betas[1]", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay",
+      "bias_correction"};
   enum Slot { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kSlots };
+  static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 
   static constexpr int powers = 2;
   FUSEDOPTIM_HD static double power_base(const double* h, int use) { return h[kBeta1 + use]; }
@@ -32,7 +36,7 @@ struct Adam {
 
   template <class T>
   struct Scalars {
-    GradientTransform<T> gradient;
+    WeightDecay<T> weight_decay;
     T decay;
     LerpWeight<T> toward_grad;
     T beta2, one_minus_beta2;
@@ -48,7 +52,7 @@ struct Adam {
     const double bias_correction2 = corrects ? 1.0 - (*in.pow)(1, power_base(h, 1), in.step) : 1.0;
     const Lr lr(h);
     Scalars<T> c;
-    c.gradient = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, decays && !decoupled};
+    c.weight_decay = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, decays && !decoupled};
     c.decay = decays && decoupled ? static_cast<T>(lr.decay(h[kWeightDecay])) : T(1);
     c.toward_grad = LerpWeight<T>::of(1.0 - h[kBeta1]);
     c.beta2 = static_cast<T>(h[kBeta2]);
@@ -63,7 +67,7 @@ struct Adam {
   FUSEDOPTIM_HD static void update(typename M::V& p, typename M::V g, typename M::V* s,
                                    const Scalars<typename M::T>& c) {
     p = p * M::set(c.decay);  // decay is 1, which changes nothing, unless it is decoupled and on
-    g = transform<M>(g, p, c.gradient);
+    g = apply_weight_decay<M>(g, p, c.weight_decay);
     s[kExpAvg] = lerp<M>(s[kExpAvg], g, c.toward_grad);
     s[kExpAvgSq] = add_scaled_square<M>(s[kExpAvgSq] * M::set(c.beta2), g, c.one_minus_beta2);
     typename M::V second = s[kExpAvgSq];

@@ -10,7 +10,9 @@ struct Clip {
   static constexpr const char* name = "clip";
   static constexpr bool has_step = false, needs_norm = false, divides = false;
   enum Hyper { kHypers = kFirstRuleHyper };
+  static constexpr const char* hyper_names[] = {nullptr};
   enum Slot { kSlots };
+  static constexpr const char* state_names[] = {nullptr};
 
   static constexpr int powers = 0;
   static constexpr int variants = 1;

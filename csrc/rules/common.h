@@ -13,6 +13,7 @@
 // fma below is spelled, because it is part of the result.
 //
 // A rule says of itself:
+//   name, hyper_names, state_names  as Python declares them (fusedoptim/*.py), which is compared when a plan is made
 //   has_step, needs_norm     whether it counts steps; whether it needs the norm of the gradient first
 //   divides                  whether it takes roots or quotients of elements, all of which end in the parameter
 //   powers, power_base       how many powers x^step its scalars need, the first uses of StepInputs::pow; their bases
@@ -24,13 +25,9 @@
 
 #include "../core/dtype.h"
 #include "../core/power.h"
+#include "../core/row.h"
 
 namespace fusedoptim {
-
-// Every rule's row of hyper-parameters starts with these; of the last three one below 0 is off.
-enum CommonHyper { kLr, kLrDType, kMaxGradNorm, kClipGradValue, kEmaDecay, kFirstRuleHyper };
-// Added to a row's kLrDType where its kLr holds the bits of the address of a learning rate on the device.
-inline constexpr int kLrOnDevice = 8;
 
 // pow, remembering the last result of each of its few uses: tensors of one model differ in lr far more often than in
 // beta or step, and two calls of pow cost as much as a hundred elements.
@@ -143,13 +140,13 @@ FUSEDOPTIM_HD typename M::V add_scaled_ratio(typename M::V s, typename M::V a, t
 
 // maximize and coupled weight decay, with which four of the rules begin
 template <class T>
-struct GradientTransform {
+struct WeightDecay {
   T weight_decay;
   bool maximize, decays;
 };
 
 template <class M>
-FUSEDOPTIM_HD typename M::V transform(typename M::V g, typename M::V p, const GradientTransform<typename M::T>& c) {
+FUSEDOPTIM_HD typename M::V apply_weight_decay(typename M::V g, typename M::V p, const WeightDecay<typename M::T>& c) {
   if (c.maximize) g = -g;
   if (c.decays) g = M::fma(M::set(c.weight_decay), p, g);
   return g;

@@ -12,7 +12,9 @@ struct NormAdaptive {
   static constexpr const char* name = "norm_adaptive";
   static constexpr bool has_step = true, needs_norm = true, divides = false;
   enum Hyper { kBeta = kFirstRuleHyper, kEps, kWeightDecay, kMaximize, kHypers };
+  static constexpr const char* hyper_names[] = {"beta", "eps", "weight_decay", "maximize"};
   enum Slot { kSlots };
+  static constexpr const char* state_names[] = {nullptr};
 
   static constexpr int powers = 0;
   static constexpr int variants = 1;

@@ -10,7 +10,9 @@ struct RMSprop {
   static constexpr const char* name = "rmsprop";
   static constexpr bool has_step = true, needs_norm = false, divides = true;
   enum Hyper { kAlpha = kFirstRuleHyper, kEps, kWeightDecay, kMomentum, kCentered, kMaximize, kHypers };
+  static constexpr const char* hyper_names[] = {"alpha", "eps", "weight_decay", "momentum", "centered", "maximize"};
   enum Slot { kSquareAvg, kMomentumBuffer, kGradAvg, kSlots };
+  static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
 
   // bit 0 of the variant: momentum; bit 1: centered
   static constexpr int powers = 0;
@@ -22,7 +24,7 @@ struct RMSprop {
 
   template <class T>
   struct Scalars {
-    GradientTransform<T> gradient;
+    WeightDecay<T> weight_decay;
     LerpWeight<T> toward_grad;
     T alpha, one_minus_alpha, eps, momentum, neg_lr;
   };
@@ -31,7 +33,7 @@ struct RMSprop {
   FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
     const double* h = in.hyper;
     Scalars<T> c;
-    c.gradient = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, h[kWeightDecay] != 0};
+    c.weight_decay = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, h[kWeightDecay] != 0};
     c.toward_grad = LerpWeight<T>::of(1.0 - h[kAlpha]);
     c.alpha = static_cast<T>(h[kAlpha]);
     c.one_minus_alpha = static_cast<T>(1.0 - h[kAlpha]);
@@ -45,7 +47,7 @@ struct RMSprop {
   FUSEDOPTIM_HD static void update(typename M::V& p, typename M::V g, typename M::V* s,
                                    const Scalars<typename M::T>& c) {
     using T = typename M::T;
-    g = transform<M>(g, p, c.gradient);
+    g = apply_weight_decay<M>(g, p, c.weight_decay);
     s[kSquareAvg] = add_scaled_square<M>(s[kSquareAvg] * M::set(c.alpha), g, c.one_minus_alpha);
     typename M::V variance = s[kSquareAvg];
     if constexpr ((variant & 2) != 0) {

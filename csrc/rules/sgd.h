@@ -10,7 +10,9 @@ struct SGD {
   static constexpr const char* name = "sgd";
   static constexpr bool has_step = false, needs_norm = false, divides = false;
   enum Hyper { kMomentum = kFirstRuleHyper, kDampening, kWeightDecay, kNesterov, kMaximize, kHypers };
+  static constexpr const char* hyper_names[] = {"momentum", "dampening", "weight_decay", "nesterov", "maximize"};
   enum Slot { kMomentumBuffer, kSlots };
+  static constexpr const char* state_names[] = {"momentum_buffer"};
 
   // variant 1 has momentum
   static constexpr int powers = 0;
@@ -20,7 +22,7 @@ struct SGD {
 
   template <class T>
   struct Scalars {
-    GradientTransform<T> gradient;
+    WeightDecay<T> weight_decay;
     T momentum, one_minus_dampening, neg_lr;
     bool nesterov, first;
   };
@@ -29,7 +31,7 @@ struct SGD {
   FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
     const double* h = in.hyper;
     Scalars<T> c;
-    c.gradient = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, h[kWeightDecay] != 0};
+    c.weight_decay = {static_cast<T>(h[kWeightDecay]), h[kMaximize] != 0, h[kWeightDecay] != 0};
     c.momentum = static_cast<T>(h[kMomentum]);
     c.one_minus_dampening = static_cast<T>(1.0 - h[kDampening]);
     c.neg_lr = static_cast<T>(-h[kLr]);
@@ -41,7 +43,7 @@ struct SGD {
   template <int variant, class M>
   FUSEDOPTIM_HD static void update(typename M::V& p, typename M::V g, typename M::V* s,
                                    const Scalars<typename M::T>& c) {
-    g = transform<M>(g, p, c.gradient);
+    g = apply_weight_decay<M>(g, p, c.weight_decay);
     if constexpr (variant == 1) {
       typename M::V& buf = s[kMomentumBuffer];
       if (c.first)

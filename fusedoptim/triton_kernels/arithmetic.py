@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import tables as at
-from .memory import bf16_bits, fp64, load_where, word
+from . import layout as L
+from .codec import bf16_bits, load_f64, load_i64, load_where
 
 
 @triton.jit
@@ -62,44 +62,48 @@ def power(x, n):
 
 
 @triton.jit
-def hyper(row, K: tl.constexpr):
-    """The rule's own, counted from 0."""
-    return fp64(row + 8 * (at.FIRST_RULE_HYPER + K))
+def hyper(row, COLUMN: tl.constexpr):
+    return load_f64(row + 8 * COLUMN)
 
 
 @triton.jit
-def flag(row, K: tl.constexpr):
-    return hyper(row, K) != 0.0
+def flag(row, COLUMN: tl.constexpr):
+    return hyper(row, COLUMN) != 0.0
 
 
 @triton.jit
 def lr_dtype(row):
-    """0: a Python number; 1 to 4: a tensor of fp32, fp64, bf16, fp16."""
-    return fp64(row + 8).to(tl.int32) % at.LR_ON_DEVICE
+    """0: a Python number; else that of a tensor."""
+    return hyper(row, L.LR_DTYPE).to(tl.int32) % L.LR_ON_DEVICE
 
 
 @triton.jit
 def lr_value(row):
-    value = fp64(row)
-    if fp64(row + 8) >= at.LR_ON_DEVICE:
-        address = word(row)
+    value = hyper(row, L.LR)
+    if hyper(row, L.LR_DTYPE) >= L.LR_ON_DEVICE:
+        address = load_i64(row + 8 * L.LR)
         dtype = lr_dtype(row)
-        if dtype == 1:
-            value = load_where(address, 0, True, at.F32, tl.float64)
-        elif dtype == 2:
-            value = load_where(address, 0, True, at.F64, tl.float64)
-        elif dtype == 3:
-            value = load_where(address, 0, True, at.BF16, tl.float64)
+        if dtype == L.LR_F32:
+            value = load_where(address, 0, True, L.F32, tl.float64)
+        elif dtype == L.LR_F64:
+            value = load_where(address, 0, True, L.F64, tl.float64)
+        elif dtype == L.LR_BF16:
+            value = load_where(address, 0, True, L.BF16, tl.float64)
         else:
-            value = load_where(address, 0, True, at.F16, tl.float64)
+            value = load_where(address, 0, True, L.F16, tl.float64)
     return value
+
+
+@triton.jit
+def lr_in_double(dtype):
+    return (dtype == 0) | (dtype == L.LR_F64)
 
 
 @triton.jit
 def _lr_rounded(x, dtype):
     """An fp32 result in the dtype of lr."""
     as_bf16 = bf16_bits(x).to(tl.float32, bitcast=True)
-    return tl.where(dtype == 3, as_bf16, tl.where(dtype == 4, x.to(tl.float16).to(tl.float32), x))
+    return tl.where(dtype == L.LR_BF16, as_bf16, tl.where(dtype == L.LR_F16, x.to(tl.float16).to(tl.float32), x))
 
 
 @triton.jit
@@ -107,7 +111,7 @@ def lr_over(row, x):
     """lr / x. A number computes in double; a tensor rounds to its dtype, as torch does."""
     lr, dtype = lr_value(row), lr_dtype(row)
     rounded = _lr_rounded(tl.div_rn(lr.to(tl.float32), x.to(tl.float32)), dtype).to(tl.float64)
-    return tl.where((dtype == 0) | (dtype == 2), lr / x, rounded)
+    return tl.where(lr_in_double(dtype), lr / x, rounded)
 
 
 @triton.jit
@@ -116,7 +120,7 @@ def lr_decay(row, weight_decay):
     lr, dtype = lr_value(row), lr_dtype(row)
     product = _lr_rounded(lr.to(tl.float32) * weight_decay.to(tl.float32), dtype)
     rounded = _lr_rounded(1.0 - product, dtype).to(tl.float64)
-    return tl.where((dtype == 0) | (dtype == 2), 1.0 - lr * weight_decay, rounded)
+    return tl.where(lr_in_double(dtype), 1.0 - lr * weight_decay, rounded)
 
 
 # ---- what updates share ----
@@ -154,7 +158,7 @@ def add_scaled_ratio(s, a, b, scale):
 
 
 @triton.jit
-def transformed(g, p, weight_decay, decays, maximize):
+def apply_weight_decay(g, p, weight_decay, decays, maximize):
     """maximize, then coupled weight decay."""
     g = tl.where(maximize, g * -1.0, g)  # Triton's -g is 0 - g, which loses the sign of a zero
     return tl.where(decays, tl.fma(spread(weight_decay, p), p, g), g)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import tables as at
-from .composition import composition_of, has_flag, is_skipped, unscaled
-from .memory import half_word, word
-from .norm import add_to_norm, climb, part_sums, publish_sum, sum_of, wait_for_sum
-from .update import update_range, zero_gradient
+from . import layout as L
+from .codec import load_f64, load_i32, load_i64
+from .norm import leave_sum, part_sums, publish_sum, reduce_sums, reduce_up, sum_of, wait_for_sum
+from .transforms import has_flag, is_skipped, measured, transforms_of
+from .update import STORAGES, update_range, zero_gradient
 
 
 @triton.jit
 def item_of(header, item):
     """The segment's entry, its work, the number of its items, which of them this is, the gradient's word."""
-    first_item = word(header + at.HEADER_FIRST_ITEM)
-    s = half_word(word(header + at.HEADER_SEGMENT_OF) + 4 * item.to(tl.int64)).to(tl.int64)
-    segment = word(header + at.HEADER_SEGMENTS) + s * at.SEGMENT_BYTES
-    begin, end = half_word(first_item + 4 * s), half_word(first_item + 4 * s + 4)
-    index = half_word(segment).to(tl.int64)
-    grad = word(word(header + at.HEADER_GRADS) + 8 * index)
-    return index, half_word(segment + at.SEGMENT_WORK), end - begin, item - begin, grad
+    first_item = load_i64(header + L.HEADER_FIRST_ITEM)
+    s = load_i32(load_i64(header + L.HEADER_SEGMENT_OF) + 4 * item.to(tl.int64)).to(tl.int64)
+    segment = load_i64(header + L.HEADER_SEGMENTS) + s * L.SEGMENT_BYTES
+    begin, end = load_i32(first_item + 4 * s), load_i32(first_item + 4 * s + 4)
+    index = load_i32(segment).to(tl.int64)
+    grad = load_i64(load_i64(header + L.HEADER_GRADS) + 8 * index)
+    return index, load_i32(segment + L.SEGMENT_WORK), end - begin, item - begin, grad
 
 
 @triton.jit(do_not_specialize=["header"])
@@ -36,23 +36,23 @@ def step_kernel(
 ):
     """An elementwise rule. header: the address of a StepHeader; KINDS: of all entries; LAYOUT: tables.DIGEST."""
     skip = is_skipped(header)
-    if (skip == 0) | has_flag(header, at.ZERO_GRAD):
+    if (skip == 0) | has_flag(header, L.ZERO_GRAD):
         index, _, items, item, grad = item_of(header, tl.program_id(0))
         if grad != 0:
-            entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
-            control = word(header + at.HEADER_CONTROL) + index * at.CONTROL_BYTES
-            chunk = word(header + at.HEADER_CHUNK)
+            entry = load_i64(header + L.HEADER_ENTRIES) + index * L.ENTRY_BYTES
+            control = load_i64(header + L.HEADER_CONTROL) + index * L.CONTROL_BYTES
+            chunk = load_i64(header + L.HEADER_CHUNK)
             begin = item.to(tl.int64) * chunk
-            end = tl.minimum(begin + chunk, word(entry + at.ENTRY_NUMEL))
-            kind = word(entry + at.ENTRY_KIND)
+            end = tl.minimum(begin + chunk, load_i64(entry + L.ENTRY_NUMEL))
+            kind = load_i32(entry + L.ENTRY_KIND)
             none = tl.full((), 0.0, tl.float64)
             for k in tl.static_range(len(KINDS)):
-                if kind == KINDS[k]:
+                if kind == k:
                     if skip:
-                        zero_gradient(header, entry, grad, begin, end, (KINDS[k] >> 8) & 255, BLOCK)
+                        zero_gradient(header, entry, grad, begin, end, KINDS[k][STORAGES][L.GRAD], BLOCK)
                     else:
                         update_range(
-                            header, entry, control, grad, begin, end, items, composition_of(header, entry), none,
+                            header, entry, control, grad, begin, end, items, transforms_of(header, entry), none,
                             KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
                         )  # fmt: skip
 
@@ -69,44 +69,49 @@ def norm_step_kernel(
 ):
     """A rule that needs the gradient's norm first. Programs take tickets, so that what one waits for has begun."""
     skip = is_skipped(header)
-    if (skip == 0) | has_flag(header, at.ZERO_GRAD):
-        launch = word(header + at.HEADER_LAUNCH)
-        tickets = (launch + at.LAUNCH_TICKETS).to(tl.pointer_type(tl.int32))
-        finished = (launch + at.LAUNCH_FINISHED).to(tl.pointer_type(tl.int32))
+    if (skip == 0) | has_flag(header, L.ZERO_GRAD):
+        launch = load_i64(header + L.HEADER_LAUNCH)
+        tickets = (launch + L.LAUNCH_TICKETS).to(tl.pointer_type(tl.int32))
+        finished = (launch + L.LAUNCH_FINISHED).to(tl.pointer_type(tl.int32))
         ticket = tl.program_id(0)
         if skip == 0:  # zeroing waits for nothing
             ticket = tl.atomic_add(tickets, 1)
         index, work, items, item, grad = item_of(header, ticket)
         if grad != 0:
-            entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
-            control = word(header + at.HEADER_CONTROL) + index * at.CONTROL_BYTES
-            numel = word(entry + at.ENTRY_NUMEL)
-            partials = word(header + at.HEADER_PARTIALS) + 8 * word(entry + at.ENTRY_PARTIALS)
+            entry = load_i64(header + L.HEADER_ENTRIES) + index * L.ENTRY_BYTES
+            control = load_i64(header + L.HEADER_CONTROL) + index * L.CONTROL_BYTES
+            numel = load_i64(entry + L.ENTRY_NUMEL)
+            partials = load_i64(header + L.HEADER_PARTIALS) + 8 * load_i64(entry + L.ENTRY_PARTIALS)
             # Updates go backwards: what was read last is still in the cache.
-            item = tl.where(work == at.WORK_APPLY, items - 1 - item, item)
-            begin = item.to(tl.int64) * at.PART
-            end = tl.minimum(begin + at.PART, numel)
-            around = composition_of(header, entry)
-            kind = word(entry + at.ENTRY_KIND)
+            item = tl.where(work == L.WORK_APPLY, items - 1 - item, item)
+            begin = item.to(tl.int64) * L.PART
+            end = tl.minimum(begin + L.PART, numel)
+            transforms = transforms_of(header, entry)
+            kind = load_i32(entry + L.ENTRY_KIND)
+            given = has_flag(header, L.SUMS_GIVEN)
             for k in tl.static_range(len(KINDS)):
-                if kind == KINDS[k]:
+                if kind == k:
                     if skip:
-                        if work != at.WORK_SUM:
-                            zero_gradient(header, entry, grad, begin, end, (KINDS[k] >> 8) & 255, BLOCK)
-                    elif work == at.WORK_SUM:
-                        part_sums(header, entry, grad, begin, end, around, partials + begin // at.TILE * 8, KINDS[k])
-                        at_root, total = climb(header, entry, item, items)
-                        if at_root:
-                            publish_sum(control, total)
+                        if work != L.WORK_SUM:
+                            zero_gradient(header, entry, grad, begin, end, KINDS[k][STORAGES][L.GRAD], BLOCK)
+                    elif work == L.WORK_SUM:
+                        if given == 0:
+                            sums = partials + begin // L.TILE * 8
+                            part_sums(header, entry, grad, begin, end, transforms, sums, KINDS[k])
+                            at_root, total = reduce_up(header, entry, item, items)
+                            if at_root:
+                                publish_sum(control, total)
                     else:
-                        if work == at.WORK_APPLY:
+                        if given:
+                            sum_of_squares = load_f64(load_i64(header + L.HEADER_SUMS) + 8 * index)
+                        elif work == L.WORK_APPLY:
                             sum_of_squares = wait_for_sum(control)
                         else:
-                            part_sums(header, entry, grad, begin, end, around, partials, KINDS[k])
+                            part_sums(header, entry, grad, begin, end, transforms, partials, KINDS[k])
                             tl.debug_barrier()
-                            sum_of_squares = sum_of(partials, (numel + at.TILE - 1) // at.TILE)
+                            sum_of_squares = sum_of(partials, (numel + L.TILE - 1) // L.TILE)
                         update_range(
-                            header, entry, control, grad, begin, end, items, around, sum_of_squares,
+                            header, entry, control, grad, begin, end, items, transforms, sum_of_squares,
                             KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
                         )  # fmt: skip
         # The last program leaves the counters as it found them.
@@ -117,26 +122,32 @@ def norm_step_kernel(
 
 
 @triton.jit(do_not_specialize=["header"])
-def norm_kernel(header, KINDS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The norm of all gradients, unscaled but not clipped. KINDS: dtypes of parameters and gradients, a byte each."""
+def measure_kernel(header, KINDS: tl.constexpr, LAYOUT: tl.constexpr):
+    """The sum of squares of every gradient."""
     index, _, items, item, grad = item_of(header, tl.program_id(0))
     if grad != 0:
-        entry = word(header + at.HEADER_ENTRIES) + index * at.ENTRY_BYTES
-        numel = word(entry + at.ENTRY_NUMEL)
-        partials = word(header + at.HEADER_PARTIALS) + 8 * word(entry + at.ENTRY_PARTIALS)
-        begin = item.to(tl.int64) * at.PART
-        end = tl.minimum(begin + at.PART, numel)
-        around = unscaled(header)
-        kind = word(entry + at.ENTRY_KIND) & 0xFFFF
+        entry = load_i64(header + L.HEADER_ENTRIES) + index * L.ENTRY_BYTES
+        numel = load_i64(entry + L.ENTRY_NUMEL)
+        partials = load_i64(header + L.HEADER_PARTIALS) + 8 * load_i64(entry + L.ENTRY_PARTIALS)
+        begin = item.to(tl.int64) * L.PART
+        end = tl.minimum(begin + L.PART, numel)
+        transforms = measured(header, entry)
+        kind = load_i32(entry + L.ENTRY_KIND)
         for k in tl.static_range(len(KINDS)):
-            if kind == KINDS[k]:
-                part_sums(header, entry, grad, begin, end, around, partials + begin // at.TILE * 8, KINDS[k])
+            if kind == k:
+                part_sums(header, entry, grad, begin, end, transforms, partials + begin // L.TILE * 8, KINDS[k])
         if items == 1:
             tl.debug_barrier()
-            add_to_norm(header, index, sum_of(partials, (numel + at.TILE - 1) // at.TILE))
+            leave_sum(header, index, sum_of(partials, (numel + L.TILE - 1) // L.TILE))
         else:
-            at_root, total = climb(header, entry, item, items)
+            at_root, total = reduce_up(header, entry, item, items)
             if at_root:
-                add_to_norm(header, index, total)
+                leave_sum(header, index, total)
     elif item == 0:  # of a tensor without a gradient one program tells so
-        add_to_norm(header, index, tl.full((), 0.0, tl.float64))
+        leave_sum(header, index, tl.full((), 0.0, tl.float64))
+
+
+@triton.jit(do_not_specialize=["header"])
+def reduce_kernel(header, LAYOUT: tl.constexpr):
+    """The norm of all gradients, of sums that are there. One program."""
+    reduce_sums(header)

@@ -349,7 +349,7 @@ using cudaEvent_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorUnknown, cudaErrorNotReady };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum cudaDeviceAttr { cudaDevAttrL2CacheSize };
+enum cudaDeviceAttr { cudaDevAttrL2CacheSize, cudaDevAttrMultiProcessorCount };
 struct cudaFuncAttributes {
   int ptxVersion;
 };
@@ -376,7 +376,9 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1 << 20, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr asked, int) {
+  return *value = asked == cudaDevAttrL2CacheSize ? 1 << 20 : 132, cudaSuccess;
+}
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cuda_on_host_is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
 }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import layout
 from ..arithmetic import (
     add_scaled_ratio,
     add_scaled_square,
+    apply_weight_decay,
     divide,
     double,
     flag,
@@ -19,14 +21,24 @@ from ..arithmetic import (
     maximum,
     power,
     sqrt,
-    transformed,
 )
+
+H = layout.of_rule("adam")
 
 
 @triton.jit
 def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
-    beta1, beta2, eps, weight_decay = hyper(row, 0), hyper(row, 1), hyper(row, 2), hyper(row, 3)
-    maximize, decoupled, corrects = flag(row, 5), flag(row, 6), flag(row, 7)
+    beta1, beta2, eps, weight_decay = (
+        hyper(row, H.BETAS_0),
+        hyper(row, H.BETAS_1),
+        hyper(row, H.EPS),
+        hyper(row, H.WEIGHT_DECAY),
+    )
+    maximize, decoupled, corrects = (
+        flag(row, H.MAXIMIZE),
+        flag(row, H.DECOUPLED_WEIGHT_DECAY),
+        flag(row, H.BIAS_CORRECTION),
+    )
     decays = weight_decay != 0.0
     bias_correction1, bias_correction2 = double(1.0), double(1.0)
     if corrects:
@@ -50,7 +62,8 @@ def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
 
 
 @triton.jit
-def update(p, g, m, v, v_max, c, VARIANT: tl.constexpr):
+def update(p, g, s, c, VARIANT: tl.constexpr):
+    m, v, v_max = s
     (
         weight_decay,
         decays,
@@ -65,7 +78,7 @@ def update(p, g, m, v, v_max, c, VARIANT: tl.constexpr):
         neg_step_size,
     ) = c
     p = p * decay
-    g = transformed(g, p, weight_decay, decays, maximize)
+    g = apply_weight_decay(g, p, weight_decay, decays, maximize)
     m = lerp(m, g, toward_grad, from_start)
     v = add_scaled_square(v * beta2, g, one_minus_beta2)
     second = v
@@ -74,4 +87,4 @@ def update(p, g, m, v, v_max, c, VARIANT: tl.constexpr):
         second = v_max
     denom = divide(sqrt(second), bias_correction2_sqrt) + eps
     p = add_scaled_ratio(p, m, denom, neg_step_size)
-    return p, m, v, v_max
+    return p, (m, v, v_max)

@@ -12,5 +12,5 @@ def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
 
 
 @triton.jit
-def update(p, g, s0, s1, s2, c, VARIANT: tl.constexpr):
-    return g, s0, s1, s2
+def update(p, g, s, c, VARIANT: tl.constexpr):
+    return g, s

@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import layout
 from ..arithmetic import (
     add_scaled_ratio,
     add_scaled_square,
+    apply_weight_decay,
     flag,
     hyper,
     lerp,
@@ -15,32 +17,34 @@ from ..arithmetic import (
     lr_value,
     spread,
     sqrt,
-    transformed,
 )
+
+H = layout.of_rule("rmsprop")
 
 
 @triton.jit
 def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
-    alpha, weight_decay = hyper(row, 0), hyper(row, 2)
+    alpha, weight_decay = hyper(row, H.ALPHA), hyper(row, H.WEIGHT_DECAY)
     toward_grad, from_start = lerp_weight(1.0 - alpha, T)
     return (
         weight_decay.to(T),
         weight_decay != 0.0,
-        flag(row, 5),
+        flag(row, H.MAXIMIZE),
         toward_grad,
         from_start,
         alpha.to(T),
         (1.0 - alpha).to(T),
-        hyper(row, 1).to(T),
-        hyper(row, 3).to(T),
+        hyper(row, H.EPS).to(T),
+        hyper(row, H.MOMENTUM).to(T),
         (lr_value(row) * -1.0).to(T),
     )
 
 
 @triton.jit
-def update(p, g, v, buf, mean, c, VARIANT: tl.constexpr):
+def update(p, g, s, c, VARIANT: tl.constexpr):
+    v, buf, mean = s
     weight_decay, decays, maximize, toward_grad, from_start, alpha, one_minus_alpha, eps, momentum, neg_lr = c
-    g = transformed(g, p, weight_decay, decays, maximize)
+    g = apply_weight_decay(g, p, weight_decay, decays, maximize)
     v = add_scaled_square(v * alpha, g, one_minus_alpha)
     variance = v
     if VARIANT & 2:
@@ -52,4 +56,4 @@ def update(p, g, v, buf, mean, c, VARIANT: tl.constexpr):
         p = tl.fma(spread(neg_lr, p), buf, p)
     else:
         p = add_scaled_ratio(p, g, denom, neg_lr)
-    return p, v, buf, mean
+    return p, (v, buf, mean)

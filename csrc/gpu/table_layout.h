@@ -1,13 +1,23 @@
 // Offsets and constants of the tables by name, for kernels in other languages.
 #pragma once
 
+#include <cctype>
 #include <cstddef>
 #include <map>
 #include <string>
 
+#include "../rules/builtin.h"
 #include "table.h"
 
-namespace fusedoptim::cuda {
+namespace fusedoptim::gpu {
+
+// As a name in Python: "betas[0]" is BETAS_0.
+inline std::string upper(const char* name) {
+  std::string out;
+  for (const char* c = name; *c; ++c)
+    if (*c != ']') out += *c == '[' ? '_' : static_cast<char>(std::toupper(*c));
+  return out;
+}
 
 inline std::map<std::string, int64_t> table_layout() {
   const auto tables = [](size_t offset) { return offset + offsetof(StepHeader, tables); };
@@ -33,8 +43,9 @@ inline std::map<std::string, int64_t> table_layout() {
       {"HEADER_CHUNK", offsetof(StepHeader, chunk)},
       {"HEADER_ROW_WORDS", offsetof(StepHeader, row_words)},
       {"ENTRY_BYTES", sizeof(DeviceEntry)},
-      {"ENTRY_PARAM", offsetof(DeviceEntry, param)},
-      {"ENTRY_STATE", offsetof(DeviceEntry, state)},
+      {"ENTRY_OPERANDS", offsetof(DeviceEntry, operand)},
+      {"OPERAND_BYTES", sizeof(Operand)},
+      {"OPERAND_DATA", offsetof(Operand, data)},
       {"ENTRY_STEP", offsetof(DeviceEntry, step)},
       {"ENTRY_SCALAR_STATE", offsetof(DeviceEntry, scalar_state)},
       {"ENTRY_NUMEL", offsetof(DeviceEntry, numel)},
@@ -43,7 +54,7 @@ inline std::map<std::string, int64_t> table_layout() {
       {"ENTRY_PARTIALS", offsetof(DeviceEntry, partials)},
       {"ENTRY_NODES", offsetof(DeviceEntry, nodes)},
       {"ENTRY_GROUP", offsetof(DeviceEntry, group)},
-      {"ENTRY_KIND", offsetof(DeviceEntry, param_dtype)},
+      {"ENTRY_KIND", offsetof(DeviceEntry, kind)},
       {"CONTROL_BYTES", sizeof(EntryControl)},
       {"CONTROL_ARRIVALS", offsetof(EntryControl, arrivals)},
       {"CONTROL_READY", offsetof(EntryControl, ready)},
@@ -57,14 +68,20 @@ inline std::map<std::string, int64_t> table_layout() {
       {"SEGMENT_WORK", offsetof(Segment, work)},
       {"LAYOUT_WORDS_PER_DIM", kLayoutWordsPerDim},
       {"LR_ON_DEVICE", kLrOnDevice},
-      {"MAX_GRAD_NORM", kMaxGradNorm},
-      {"CLIP_GRAD_VALUE", kClipGradValue},
-      {"EMA_DECAY", kEmaDecay},
-      {"FIRST_RULE_HYPER", kFirstRuleHyper},
+      {"LR", kLr},
+      {"LR_DTYPE", kLrDType},
       {"SKIP_NONFINITE", kSkipNonfinite},
       {"ZERO_GRAD", kZeroGrad},
       {"NORM_IN_F64", kNormInF64},
-      {"EMA", kEma},
+      {"TRANSFORMED", kTransformed},
+      {"REDUCES", kReduces},
+      {"SUMS_GIVEN", kSumsGiven},
+      {"OPERANDS", kOperands},
+      {"PARAM", kParam},
+      {"GRAD", kGrad},
+      {"FIRST_STATE", kFirstState},
+      {"MAX_SLOTS", kMaxSlots},
+      {"AVERAGE", kAverage},
       {"TILE", kTile},
       {"PART", kPart},
   };
@@ -74,9 +91,20 @@ inline std::map<std::string, int64_t> table_layout() {
   for (const auto& [name, work] : {std::pair{"UPDATE", Work::update}, {"SUM", Work::sum}, {"APPLY", Work::apply}})
     out[std::string("WORK_") + name] = static_cast<int64_t>(work);
   for (const auto& [name, d] :
-       {std::pair{"F32", DType::f32}, {"F64", DType::f64}, {"BF16", DType::bf16}, {"F16", DType::f16}})
+       {std::pair{"F32", DType::f32}, {"F64", DType::f64}, {"BF16", DType::bf16}, {"F16", DType::f16}}) {
     out[name] = static_cast<int64_t>(d);
+    out[std::string("LR_") + name] = static_cast<int64_t>(lr_dtype_of(d));
+  }
+  for (int k = 0; k < kOptions; ++k) out[upper(kOptionKeys[k])] = kFirstOption + k;
   return out;
 }
 
-}  // namespace fusedoptim::cuda
+// The columns of a rule's hyper-parameters, and the numbers of its states, by name.
+inline std::map<std::string, int64_t> rule_layout(const RuleHandle& rule) {
+  std::map<std::string, int64_t> out;
+  for (int k = kFirstRuleHyper; k < rule.hypers; ++k) out[upper(rule.hyper_names[k - kFirstRuleHyper])] = k;
+  for (int k = 0; k < rule.slots; ++k) out[upper(rule.state_names[k])] = k;
+  return out;
+}
+
+}  // namespace fusedoptim::gpu

@@ -7,51 +7,43 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../core/composition.h"
+#include "../core/operand.h"
+#include "../core/row.h"
 #include "../core/sum_of_squares.h"
-#include "../rules/all.h"
+#include "../core/transforms.h"
 
-namespace fusedoptim::cuda {
-
-// Blocks of 128 threads, so many to a multiprocessor: five have up to 96 registers, and 80 KB of loads under way where
-// a thread has two groups of four operands; an H200 needs about 30. Sums of squares and fp64 get 128 registers.
-inline constexpr int kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
-#if !defined(FUSEDOPTIM_BLOCKS)  // for measurements
-#define FUSEDOPTIM_BLOCKS 5
-#endif
-inline constexpr int kBlocksPerSM = FUSEDOPTIM_BLOCKS, kWideBlocksPerSM = 4;
+namespace fusedoptim::gpu {
 
 // A rule that needs a norm works in parts of this many elements, both when it sums and when it updates; a tensor of one
 // part is done by one block, without waiting.
 inline constexpr int64_t kTilesPerPart = 16, kPart = kTilesPerPart * kTile;
 
-inline constexpr int kOperands = kStates + 2;
-enum Operand { kParam, kGrad, kFirstState };
+// What code a tensor needs.
+struct Kind {
+  DType storage[kOperands] = {};  // the gradient's included, whose address comes with every step
+  DType step_dtype = DType::f32;
+  uint8_t variant = 0;
+  uint8_t uses = 0;  // bit k: state k belongs to the variant, the moving average included
 
-// A tensor. It changes when memory, dtypes or layouts do, not from step to step.
+  bool operator<(const Kind& other) const { return std::memcmp(this, &other, sizeof(Kind)) < 0; }
+};
+static_assert(sizeof(Kind) == kOperands + 3, "compared byte by byte");
+
+// A tensor. It changes when memory, storages or layouts do, not from step to step.
 struct DeviceEntry {
-  void* param;
-  void* state[kStates];
-  void* step;           // 0-dim, fp32 or fp64; null for a rule without a step
-  float* scalar_state;  // for a rule with one
+  Operand operand[kOperands];  // but for the gradient's address
+  void* step;                  // 0-dim, fp32 or fp64; null for a rule without a step
+  float* scalar_state;         // for a rule with one
   int64_t numel;
   int64_t layout;      // where its layout starts in Tables::layouts; -1: all operands share one dense memory order
   int64_t sum_layout;  // the same for sums over the gradient; -1: it lies in logical order
   int64_t partials;    // where its tile sums start in Tables::partials
   int32_t nodes;       // where its arrival counters start in Tables::nodes
   int32_t group;
-  // Its kind, which decides what code it needs: one word. (The moving average of the parameter has the compute dtype.)
-  DType param_dtype, grad_dtype, step_dtype, state_dtype[kMaxSlots];
-  uint8_t variant;
-  uint8_t uses;  // bit k: state k belongs to the variant
-
-  uint64_t kind() const {
-    uint64_t word;
-    memcpy(&word, &param_dtype, sizeof(word));
-    return word;
-  }
+  int32_t kind;  // which of those that its kernel was made ready for
+  DType step_dtype;
+  uint8_t variant, uses;  // as Kind has them
 };
-static_assert(offsetof(DeviceEntry, uses) == offsetof(DeviceEntry, param_dtype) + 7);
 
 // A layout, in words: the number of dimensions, then for each, the innermost first, its size and the stride of each
 // operand, in elements.
@@ -91,20 +83,21 @@ struct Tables {
   LaunchControl* launch;
   uint32_t* nodes;
   double* partials;
-  double* sums;  // of squares, of each tensor, for the norm of all gradients
+  double* sums;  // of squares, of each entry's gradient
 };
 
 // A gradient's address, with flags in bits that no address uses. A word of 0: no gradient, no update. kFirst: its
 // states count as absent in this step.
 inline constexpr uint64_t kActive = uint64_t{1} << 63, kFirst = uint64_t{1} << 62, kAddress = kFirst - 1;
 
-// In place of a rule: the norm of all gradients.
-inline constexpr int kNormOfAll = -1;
-
 // Flags of a step.
 inline constexpr int32_t kSkipNonfinite = 1, kZeroGrad = 2, kNormInF64 = 4;
 // The launch may begin while the one before, of norms, still runs: its blocks wait for that themselves.
 inline constexpr int32_t kOverlap = 8;
+// Of a launch that measures: the gradients are those that the rule gets; its last block makes the norm of the sums.
+inline constexpr int32_t kTransformed = 16, kReduces = 32;
+// Of one that updates by a rule of norms: the sums are there already.
+inline constexpr int32_t kSumsGiven = 64;
 
 // Kernel arguments may have 32,764 bytes from CUDA 12.1 on.
 inline constexpr int64_t kArgumentBytes = 32760;
@@ -115,7 +108,7 @@ struct StepHeader {
   const uint64_t* rows;     // hyper-parameters, row_words per group; null: they are in `words`
   const float* found_inf;   // not 0: nothing is to be changed. May be null
   const float* grad_scale;  // gradients are divided by it. May be null
-  NormStats* norm_stats;    // of all gradients: written by the kernel of norms, read by that of updates
+  NormStats* norm_stats;    // of all gradients: written by what reduces, read by what updates
   int64_t chunk;            // elements per item of Work::update
   uint32_t items;
   int32_t row_words, inline_grads, inline_rows;  // the last two: where they start in `words`
@@ -136,4 +129,4 @@ struct WriteArgs {
   uint64_t words[kWriteWords];
 };
 
-}  // namespace fusedoptim::cuda
+}  // namespace fusedoptim::gpu

@@ -10,7 +10,7 @@
 
 namespace fusedoptim {
 
-class AddressBook {
+class StorageWatch {
  public:
   // Returns the tensor's address.
   void* add(const torch::stable::Tensor& t) {

@@ -10,9 +10,11 @@
 #include <cuda_fp16.h>
 #endif
 
-#include "table.h"
+#include "../gpu/table.h"
 
 namespace fusedoptim::cuda {
+
+using namespace gpu;
 
 // ---- dtypes ----
 
@@ -49,16 +51,16 @@ __device__ __forceinline__ uint32_t encode_pair(float low, float high, DType d) 
   return encode_16(low, d) | static_cast<uint32_t>(encode_16(high, d)) << 16;
 }
 
-// One element. mixed: it may have 64 bits; kernels for tensors without such hold no 64-bit arithmetic.
-template <class T, bool mixed>
+// One element. wide: it may have 64 bits; kernels for tensors without such hold no 64-bit arithmetic.
+template <class T, bool wide>
 __device__ __forceinline__ T load_single(const void* base, DType d, int64_t i) {
-  if constexpr (mixed) return load_element<T>(base, d, i);
+  if constexpr (wide) return load_element<T>(base, d, i);
   if (d == DType::f32) return static_cast<const float*>(base)[i];
   return decode_16(static_cast<const uint16_t*>(base)[i], d);
 }
-template <bool mixed, class T>
+template <bool wide, class T>
 __device__ __forceinline__ void store_single(void* base, DType d, int64_t i, T x) {
-  if constexpr (mixed) {
+  if constexpr (wide) {
     store_element<T>(base, d, i, x);
   } else {
     if (d == DType::f32)
@@ -68,6 +70,14 @@ __device__ __forceinline__ void store_single(void* base, DType d, int64_t i, T x
   }
 }
 
+// A value as it reads once it was stored.
+template <class T>
+__device__ __forceinline__ T as_stored(T x, DType d) {
+  if constexpr (sizeof(T) == 4)
+    if (size_of(d) == 2) return decode_16(encode_16(x, d), d);
+  return x;
+}
+
 // ---- groups ----
 
 struct Raw {  // a group as it is in memory
@@ -75,9 +85,9 @@ struct Raw {  // a group as it is in memory
 };
 
 // Read once and not again before the next step: such lines should be the first to leave the caches.
-template <int G>
+template <int kGroup>
 __device__ __forceinline__ void fetch(Raw& raw, const char* at, DType d) {
-  if (G == 4 && size_of(d) == 2) {
+  if (kGroup == 4 && size_of(d) == 2) {
     const uint2 x = __ldcs(reinterpret_cast<const uint2*>(at));
     raw.word[0] = x.x, raw.word[1] = x.y;
   } else {
@@ -86,33 +96,33 @@ __device__ __forceinline__ void fetch(Raw& raw, const char* at, DType d) {
   }
 }
 
-template <int G>
+template <int kGroup>
 __device__ __forceinline__ void put(char* at, const Raw& raw, DType d) {
-  if (G == 4 && size_of(d) == 2)
+  if (kGroup == 4 && size_of(d) == 2)
     __stcs(reinterpret_cast<uint2*>(at), uint2{raw.word[0], raw.word[1]});
   else
     __stcs(reinterpret_cast<uint4*>(at), uint4{raw.word[0], raw.word[1], raw.word[2], raw.word[3]});
 }
 
-template <int G, class T>
-__device__ __forceinline__ void decode(T (&x)[G], const Raw& raw, DType d) {
-  if constexpr (G == 2) {
+template <int kGroup, class T>
+__device__ __forceinline__ void decode(T (&x)[kGroup], const Raw& raw, DType d) {
+  if constexpr (kGroup == 2) {
     memcpy(x, raw.word, 16);
-  } else if (G == 4 && d == DType::f32) {
+  } else if (kGroup == 4 && d == DType::f32) {
     for (int k = 0; k < 4; ++k) x[k] = float_of(raw.word[k]);
   } else {
-    for (int k = 0; k < G; ++k) x[k] = decode_16(static_cast<uint16_t>(raw.word[k / 2] >> (k % 2 ? 16 : 0)), d);
+    for (int k = 0; k < kGroup; ++k) x[k] = decode_16(static_cast<uint16_t>(raw.word[k / 2] >> (k % 2 ? 16 : 0)), d);
   }
 }
 
-template <int G, class T>
-__device__ __forceinline__ void encode(Raw& raw, const T (&x)[G], DType d) {
-  if constexpr (G == 2) {
+template <int kGroup, class T>
+__device__ __forceinline__ void encode(Raw& raw, const T (&x)[kGroup], DType d) {
+  if constexpr (kGroup == 2) {
     memcpy(raw.word, x, 16);
-  } else if (G == 4 && d == DType::f32) {
+  } else if (kGroup == 4 && d == DType::f32) {
     for (int k = 0; k < 4; ++k) raw.word[k] = bits_of(x[k]);
   } else {
-    for (int k = 0; k < G / 2; ++k) raw.word[k] = encode_pair(x[2 * k], x[2 * k + 1], d);
+    for (int k = 0; k < kGroup / 2; ++k) raw.word[k] = encode_pair(x[2 * k], x[2 * k + 1], d);
   }
 }
 

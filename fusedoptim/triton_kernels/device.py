@@ -1,16 +1,17 @@
-"""What csrc/python/python_launcher.h calls: memory, copies and launches through torch and Triton."""
+"""What csrc/python/triton_device.h calls: memory, copies and launches through torch and Triton."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._device_memory import DeviceMemory
-from .kernels import norm_kernel, norm_step_kernel, step_kernel
-from .tables import DIGEST
+from .kernels import measure_kernel, norm_step_kernel, reduce_kernel, step_kernel
+from .layout import DIGEST, STATES
 
 WARPS = 4
 #: Contraction would change results.
@@ -26,7 +27,7 @@ def block(threads_per_warp: int) -> int:
     return 8 * threads_per_warp * WARPS
 
 
-class Plug(NamedTuple):
+class RuleFunctions(NamedTuple):
     """The functions of a rule; the last is None but for a rule of norms."""
 
     prepare: Any
@@ -34,12 +35,12 @@ class Plug(NamedTuple):
     next_scalar_state: Any
 
 
-def plug(rule: str) -> Plug:
+def functions_of(rule: str) -> RuleFunctions:
     module = importlib.import_module(f".rules.{rule}", __package__)
-    return Plug(module.prepare, module.update, getattr(module, "next_scalar_state", None))
+    return RuleFunctions(module.prepare, module.update, getattr(module, "next_scalar_state", None))
 
 
-class TritonLauncher(DeviceMemory):
+class TritonDevice(DeviceMemory):
     """For one optimizer's parameters on one device, which has to be the current one. All is done on torch's current
     stream."""
 
@@ -48,7 +49,6 @@ class TritonLauncher(DeviceMemory):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._block = block(32 if torch.version.hip is None else 64)
-        self._plugs: dict[str, Plug] = {}
         #: What captured copies read from at every replay.
         self._captured: list[Tensor] = []
         #: Pinned memory for captured steps, during which none can be had.
@@ -81,22 +81,50 @@ class TritonLauncher(DeviceMemory):
             return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
         return 32 << 20
 
-    def prepare(self, rule: str | None, kinds: tuple[int, ...]) -> None:
-        """Compiles what a step will launch, so that no launch of it fails after another one has run. No rule: the norm
-        of all gradients."""
-        if rule is not None and rule not in self._plugs:
-            self._plugs[rule] = plug(rule)
+    def multiprocessors(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+        return 64
+
+    def prepare(self, purpose: str, rule: str, kinds: tuple[Any, ...]) -> Callable[[int, int], None]:
+        """Compiles what a step will launch, so that no launch of it fails after another one has run.
+
+        Args:
+            purpose: "measure", "reduce" or "update".
+            kinds: of each kind of entries the storages of all operands, the dtype of the step, the variant, and a bit
+                for each state that is used.
+
+        Returns:
+            What launches it, with the address of its header and the number of blocks.
+        """
+        kernel, constants = kernel_for(purpose, rule, kinds, self._block)
         if self.device.type != "cpu":
-            kernel, constants = self._kernel(rule, kinds)
             kernel.warmup(ANY_ADDRESS, *constants, grid=(1,), **OPTIONS)
 
-    def step(self, rule: str | None, kinds: tuple[int, ...], header: int, blocks: int) -> None:
-        kernel, constants = self._kernel(rule, kinds)
-        kernel[(blocks,)](header, *constants, **OPTIONS)
+        def launch(header: int, blocks: int) -> None:
+            kernel[(blocks,)](header, *constants, **OPTIONS)
 
-    def _kernel(self, rule: str | None, kinds: tuple[int, ...]) -> tuple[Any, tuple[Any, ...]]:
-        if rule is None:
-            return norm_kernel, (kinds, DIGEST)
-        functions = self._plugs[rule]
-        kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
-        return kernel, (*functions, kinds, self._block, DIGEST)
+        return launch
+
+
+#: As kernels take it: see update.py.
+Kind = tuple[tuple[int, ...], tuple[bool, ...], int, int]
+
+
+def _kind(kind: tuple[tuple[int, ...], int, int, int]) -> Kind:
+    storages, step, variant, states = kind
+    always = len(storages) - STATES
+    used = tuple(k < always or bool(states >> (k - always) & 1) for k in range(len(storages)))
+    return storages, used, step, variant
+
+
+def kernel_for(purpose: str, rule: str, kinds: tuple[Any, ...], block: int) -> tuple[Any, tuple[Any, ...]]:
+    """A kernel, and its constants behind the header."""
+    if purpose == "reduce":
+        return reduce_kernel, (DIGEST,)
+    of_kernel = tuple(map(_kind, kinds))
+    if purpose == "measure":
+        return measure_kernel, (of_kernel, DIGEST)
+    functions = functions_of(rule)
+    kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
+    return kernel, (*functions, of_kernel, block, DIGEST)

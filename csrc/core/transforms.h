@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
 #include "dtype.h"
 
@@ -17,25 +16,10 @@ struct NormStats {
 };
 
 // What an optimizer is made with.
-struct Settings {
+struct StepSettings {
   NormStats* norm_stats = nullptr;
   bool skip_nonfinite = false;  // a step whose norm is not finite changes nothing
   bool zero_grad = false;       // gradients are left as zeros, in a skipped step as well
-  bool update = true;           // otherwise the norm is measured, and nothing else done
-};
-
-// Of one group, in one step.
-struct Composition {
-  float unscale;       // gradients are multiplied by this, in the compute dtype, then
-  double coefficient;  // by this, and then
-  double limit;        // held within [-limit, limit]
-  double ema_decay;    // of the moving average; below 0: none
-  bool zero_grad;
-
-  FUSEDOPTIM_HD bool is_plain() const {
-    return unscale == 1 && coefficient == 1 && limit == static_cast<double>(INFINITY) && ema_decay < 0 && !zero_grad;
-  }
-  FUSEDOPTIM_HD static Composition unscaled(float unscale) { return {unscale, 1.0, INFINITY, -1.0, false}; }
 };
 
 // The reciprocal of GradScaler's scale, as it rounds it.
@@ -64,20 +48,40 @@ FUSEDOPTIM_HD double clip_coefficient(double max_norm, double norm, bool in_f64)
 
 FUSEDOPTIM_HD bool is_finite(double x) { return x - x == 0; }
 
-// Composition's first three, in the compute dtype.
-template <class T>
-struct Intake {
-  T unscale, coefficient, limit;
-
-  FUSEDOPTIM_HD static Intake of(const Composition& c) {
-    return {static_cast<T>(c.unscale), static_cast<T>(c.coefficient), static_cast<T>(c.limit)};
-  }
+// The options of a group, as its row has them: below 0 each is off.
+struct GroupOptions {
+  double max_grad_norm, clip_grad_value, ema_decay;
 };
 
-// The gradient that the rule gets. M: see rules/common.h.
-template <class M>
-FUSEDOPTIM_HD typename M::V taken(typename M::V g, const Intake<typename M::T>& c) {
-  return M::clamp(g * M::set(c.unscale) * M::set(c.coefficient), M::set(c.limit));
-}
+// The numbers of one group's transforms, in one step.
+struct GroupTransforms {
+  float unscale = 1;        // gradients are multiplied by this, in the compute dtype, then
+  double coefficient = 1;   // by this, and then
+  double limit = INFINITY;  // held within [-limit, limit]
+  double ema_decay = -1;    // of the moving average; below 0: none
+  bool zero_grad = false;
+
+  // norm: of all unscaled gradients, which only clipping by norm looks at.
+  FUSEDOPTIM_HD static GroupTransforms of(const GroupOptions& o, float unscale, double norm, bool norm_in_f64,
+                                          bool zero_grad) {
+    GroupTransforms t;
+    t.unscale = unscale;
+    if (o.max_grad_norm >= 0) t.coefficient = clip_coefficient(o.max_grad_norm, norm, norm_in_f64);
+    if (o.clip_grad_value >= 0) t.limit = o.clip_grad_value;
+    t.ema_decay = o.ema_decay;
+    t.zero_grad = zero_grad;
+    return t;
+  }
+  FUSEDOPTIM_HD static GroupTransforms unscaled(float unscale) {
+    GroupTransforms t;
+    t.unscale = unscale;
+    return t;
+  }
+
+  FUSEDOPTIM_HD bool leave_gradient() const {
+    return unscale == 1 && coefficient == 1 && limit == static_cast<double>(INFINITY);
+  }
+  FUSEDOPTIM_HD bool do_nothing() const { return leave_gradient() && ema_decay < 0 && !zero_grad; }
+};
 
 }  // namespace fusedoptim

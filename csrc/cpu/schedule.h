@@ -6,8 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "sum_of_squares.h"
-#include "tensor_table.h"
+#include "../core/sum_of_squares.h"
+#include "../core/tensor_table.h"
+#include "tuning.h"
 
 namespace fusedoptim {
 
@@ -26,12 +27,7 @@ struct Schedule {
   std::vector<Window> windows;
   int64_t cost = 0;
 
-  // Costs are in elements of a plain fp32 pass. A tensor costs about as much as 128 elements whatever its size.
-  static constexpr int64_t kTensorCost = 128, kStridedFactor = 16;
-  // Chunks of 64 K elements instead of 1 M cost 3 % on large tensors: each begins with cold pages.
-  static constexpr int64_t kMinChunk = 4096, kMaxChunk = int64_t{1} << 20;
-
-  static int64_t cost_of(const Entry& e) { return kTensorCost + e.numel * (e.layout ? kStridedFactor : 1); }
+  static int64_t factor_of(const Entry& e) { return e.layout ? tuning::kStridedFactor : 1; }
 
   void build(const std::vector<Entry>& entries, int64_t threads, int64_t window_elements) {
     const int64_t n = static_cast<int64_t>(entries.size());
@@ -39,8 +35,9 @@ struct Schedule {
     windows.clear();
     cost = 0;
     for (const Entry& e : entries)
-      if (e.active) cost += cost_of(e);
-    const int64_t chunk = std::clamp(std::min(cost, window_elements) / (threads * 8), kMinChunk, kMaxChunk);
+      if (e.active) cost += tuning::kTensorCost + e.numel * factor_of(e);
+    const int64_t chunk = std::clamp(std::min(cost, window_elements) / (threads * tuning::kChunksPerThread),
+                                     tuning::kMinChunk, tuning::kMaxChunk);
     int64_t in_chunk = 0, in_window = 0;
     Window window{0, 0, 0, 0};
     marks.push_back({0, 0});
@@ -61,8 +58,8 @@ struct Schedule {
       if (!e.active) continue;
       if (in_window > 0 && in_window + e.numel > window_elements) close_window(i);
       in_window += e.numel;
-      in_chunk += kTensorCost;
-      const int64_t factor = e.layout ? kStridedFactor : 1;
+      in_chunk += tuning::kTensorCost;
+      const int64_t factor = factor_of(e);
       for (int64_t offset = 0; offset < e.numel;) {
         const int64_t room = tiles(std::max<int64_t>(chunk - in_chunk, 1) / factor + 1) * kTile;
         const int64_t take = std::min(room, e.numel - offset);

@@ -5,9 +5,10 @@
 #include <memory>
 #include <vector>
 
+#include "../core/rule_handle.h"
 #include "table.h"
 
-namespace fusedoptim::cuda {
+namespace fusedoptim::gpu {
 
 // Memory on the device, kept as long as any copy of this lives. It goes back to the stream that it was allocated on
 // once all streams that it was used on are through with it.
@@ -19,19 +20,16 @@ struct Memory {
   char* at(int64_t offset) const { return address ? address + offset : nullptr; }
 };
 
-struct Launch {
-  int rule;
-  bool mixed;  // the table may hold operands of 64 bits
-  uint32_t blocks;
-  // Of the entries, see DeviceEntry; for norms the dtypes of parameter and gradient.
-  const std::vector<uint64_t>& kinds;
-  void* stream;
-};
+// What a launch does: sums squares; makes the norm of all gradients of the sums; updates by a rule.
+enum class Purpose { measure, reduce, update };
+
+// A kernel that is ready to be launched, as its device knows it.
+using Program = std::shared_ptr<const void>;
 
 // Functions throw, having launched and copied nothing.
-class Launcher {
+class Device {
  public:
-  virtual ~Launcher() = default;
+  virtual ~Device() = default;
   // Whether kernels take their arguments, with gradients and hyper-parameters, by value. Otherwise they take the
   // address of a StepHeader in device memory, and all words are in tables.
   virtual bool by_value() const = 0;
@@ -44,10 +42,13 @@ class Launcher {
   virtual void write(const Memory& to, const void* from, int64_t bytes, void* stream) = 0;
   virtual bool capturing(void* stream) = 0;
   virtual int64_t l2_bytes() = 0;
-  // Makes ready for launches of a rule on such entries, so that only the device itself can make one fail.
-  virtual void prepare(int rule, const std::vector<uint64_t>& kinds) = 0;
-  // header is null if arguments go by value.
-  virtual void step(const Launch& launch, const StepArgs& args, const StepHeader* header) = 0;
+  virtual int64_t multiprocessors() = 0;
+  // Makes ready for launches on entries of these kinds, so that only the device itself can make one fail. wide: there
+  // may be operands of 64 bits. The rule does not matter to what measures and reduces.
+  virtual Program prepare(Purpose purpose, const RuleHandle& rule, bool wide, const std::vector<Kind>& kinds) = 0;
+  // header is null if arguments go by value. overlaps: see kOverlap.
+  virtual void launch(const Program& program, uint32_t blocks, const StepArgs& args, const StepHeader* header,
+                      bool overlaps, void* stream) = 0;
 };
 
-}  // namespace fusedoptim::cuda
+}  // namespace fusedoptim::gpu

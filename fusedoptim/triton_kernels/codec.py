@@ -1,4 +1,4 @@
-"""Between memory and registers: words of tables, and elements of every dtype as the compute type."""
+"""Between memory and registers: words of tables, and elements in their storage as values of the compute type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import triton
 import triton.language as tl
 
-from . import tables as at
+from . import layout as L
 
 #: Elements are read and written once per step.
 EVICT = tl.constexpr("evict_first")
@@ -16,33 +16,33 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def word(address):
+def load_i64(address):
     return tl.load(address.to(tl.pointer_type(tl.int64)))
 
 
 @triton.jit
-def half_word(address):
+def load_i32(address):
     return tl.load(address.to(tl.pointer_type(tl.int32)))
 
 
 @triton.jit
-def fp32(address):
+def load_f32(address):
     return tl.load(address.to(tl.pointer_type(tl.float32)))
 
 
 @triton.jit
-def fp64(address):
+def load_f64(address):
     return tl.load(address.to(tl.pointer_type(tl.float64)))
 
 
 @triton.jit
 def pointer(address, D: tl.constexpr):
     """bf16 is handled as integers, which neither interpreters nor compilers do arithmetic of their own with."""
-    if D == at.F32:
+    if D == L.F32:
         return address.to(tl.pointer_type(tl.float32))
-    elif D == at.F64:
+    elif D == L.F64:
         return address.to(tl.pointer_type(tl.float64))
-    elif D == at.BF16:
+    elif D == L.BF16:
         return address.to(tl.pointer_type(tl.int16))
     else:
         return address.to(tl.pointer_type(tl.float16))
@@ -50,10 +50,10 @@ def pointer(address, D: tl.constexpr):
 
 @triton.jit
 def decode(x, D: tl.constexpr, T: tl.constexpr):
-    if D == at.BF16:
+    if D == L.BF16:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(T)
     else:
-        return x.to(tl.float32).to(T) if D == at.F16 else x.to(T)
+        return x.to(tl.float32).to(T) if D == L.F16 else x.to(T)
 
 
 @triton.jit
@@ -68,17 +68,23 @@ def bf16_bits(x):
 def encode(x, D: tl.constexpr):
     """fp64 goes to 16 bits through fp32, as torch converts it. The device's conversion to bf16 is one instruction for
     two elements, where rounding in integers takes a dozen."""
-    if D == at.F64:
+    if D == L.F64:
         return x.to(tl.float64)
-    elif D == at.F32:
+    elif D == L.F32:
         return x.to(tl.float32)
-    elif D == at.BF16:
+    elif D == L.BF16:
         if INTERPRETED:
             return (bf16_bits(x.to(tl.float32)) >> 16).to(tl.int16)
         else:
             return x.to(tl.float32).to(tl.bfloat16).to(tl.int16, bitcast=True)
     else:
         return x.to(tl.float32).to(tl.float16)
+
+
+@triton.jit
+def as_stored(x, D: tl.constexpr, T: tl.constexpr):
+    """A value as it reads once it was stored."""
+    return decode(encode(x, D), D, T)
 
 
 @triton.jit
@@ -110,12 +116,12 @@ def strided_offsets(layout, i, K: tl.constexpr):
     """Where operand K keeps the logical elements i. A layout is the number of dimensions, then for each, the innermost
     first, its size and the strides of all operands."""
     offsets = i * 0
-    dims = word(layout)
+    dims = load_i64(layout)
     dim = layout + 8
     for d in range(dims):
-        size = word(dim)
+        size = load_i64(dim)
         index = tl.where(d + 1 < dims, i % size, i)
-        offsets += index * word(dim + 8 + 8 * K)
+        offsets += index * load_i64(dim + 8 + 8 * K)
         i = i // size
-        dim += 8 * at.LAYOUT_WORDS_PER_DIM
+        dim += 8 * L.LAYOUT_WORDS_PER_DIM
     return offsets

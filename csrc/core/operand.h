@@ -1,0 +1,32 @@
+// The tensors that a step reads and writes for one parameter: its operands.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fusedoptim {
+
+// States with the parameter's shape: the rule's own, then the moving average of the parameter that any rule can have.
+inline constexpr int kMaxSlots = 3, kAverage = kMaxSlots, kStates = kMaxSlots + 1;
+
+enum OperandIndex { kParam, kGrad, kFirstState };
+inline constexpr int kOperands = kFirstState + kStates;
+
+// Where an operand's numbers are, and how they are stored.
+struct Operand {
+  void* data;
+  void* extra;  // what the storage keeps beside the elements, as scales of blocks; a dtype keeps nothing
+  DType storage;
+};
+
+// The code that a row of hyper-parameters needs of its rule, and whether the moving average is kept.
+struct Variant {
+  uint8_t code = 0;
+  bool average = false;
+
+  bool operator==(const Variant& other) const { return code == other.code && average == other.average; }
+  bool operator!=(const Variant& other) const { return !(*this == other); }
+};
+
+}  // namespace fusedoptim

@@ -1,0 +1,38 @@
+// The sums of squares of tiles of a gradient, as core/sum_of_squares.h defines them.
+#pragma once
+
+#include "../core/step_element.h"
+#include "../core/strided.h"
+#include "../core/sum_of_squares.h"
+#include "../core/tensor_table.h"
+#include "codec.h"
+
+namespace fusedoptim {
+
+template <class M>
+double tile_sum(const Entry& e, int64_t tile, const GroupTransforms& t) {
+  using T = typename M::T;
+  const int64_t start = tile * kTile, left = e.numel - start, n = left < kTile ? left : kTile;
+  const auto transform = GradTransform<T>::of(t);
+  const bool as_it_is = transform.unscale == 1 && transform.coefficient == 1 && transform.limit == T(INFINITY);
+  if (!e.sum_layout && e.grad().storage == kCompute<T> && n == kTile && as_it_is)
+    return tile_sum_of_squares(static_cast<const T*>(e.grad().data) + start);
+  alignas(64) T x[kTile] = {};
+  if (e.sum_layout) {
+    gather<M>(x, e.grad(), e.sum_layout->sizes, e.sum_layout->strides[kGrad], start, n);
+  } else {
+    int64_t i = 0;
+    for (; i + M::width <= n; i += M::width) M::store(x + i, load<M, kAnyDType, true>(e.grad(), start + i, M::width));
+    for (; i < n; ++i) x[i] = load_element<T>(e.grad().data, e.grad().storage, start + i);
+  }
+  if (!as_it_is)
+    for (int64_t i = 0; i < kTile; i += M::width) M::store(x + i, transform_grad<M>(M::load(x + i), transform));
+  return tile_sum_of_squares(x);
+}
+
+template <class F32, class F64>
+TileSumFn find_tile_sum(const Entry& e) {
+  return e.compute_dtype() == DType::f64 ? tile_sum<F64> : tile_sum<F32>;
+}
+
+}  // namespace fusedoptim

@@ -1,0 +1,42 @@
+// One block's piece of a step.
+#pragma once
+
+#include "../core/step_element.h"
+#include "../core/tensor_table.h"
+#include "codec.cuh"
+#include "lanes.cuh"
+#include "tuning.h"
+
+namespace fusedoptim::cuda {
+
+// As the block's first warp found it, in shared memory.
+struct BlockWork {
+  DeviceEntry entry;
+  int64_t begin, end;   // elements
+  int64_t item, items;  // of the segment
+  int32_t index;        // of the entry
+  Work work;
+  bool first;  // its states count as absent
+  Transforms<float> transforms32;
+  Transforms<double> transforms64;
+
+  __device__ void set_transforms(const GroupTransforms& t) {
+    transforms32 = Transforms<float>::of(t);
+    transforms64 = Transforms<double>::of(t);
+  }
+  template <class T>
+  __device__ const Transforms<T>& transforms() const {
+    if constexpr (sizeof(T) == 8)
+      return transforms64;
+    else
+      return transforms32;
+  }
+  __device__ bool zero_grad() const { return transforms32.zero_grad; }
+  __device__ bool average() const { return (entry.uses >> kAverage & 1) != 0; }
+  __device__ const Operand& param() const { return entry.operand[kParam]; }
+  __device__ const Operand& grad() const { return entry.operand[kGrad]; }
+  __device__ const Operand& state(int k) const { return entry.operand[kFirstState + k]; }
+  __device__ bool computes_in_f64() const { return param().storage == DType::f64; }
+};
+
+}  // namespace fusedoptim::cuda

@@ -1,0 +1,27 @@
+// How a step is cut into pieces for a GPU. Variables wait for a measurement there: benchmarks/ab.py steps with each
+// value in turn, in one process.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fusedoptim::gpu {
+
+// Elements of an item of an elementwise update: the larger, the fewer searches and powers; but every multiprocessor
+// should get many.
+inline constexpr int64_t kSmallestChunk = 2048, kLargestChunk = 16384, kChunksPerMultiprocessor = 40;
+
+struct Tuning {
+  int64_t norm_windows = 4;  // a window of gradients that are summed before their updates is such a part of the L2
+  int64_t overlap = 0;       // the launch that updates begins while the one that sums for the norm ends
+
+  int64_t* find(const char* name) {
+    if (std::strcmp(name, "norm_windows") == 0) return &norm_windows;
+    if (std::strcmp(name, "overlap") == 0) return &overlap;
+    return nullptr;
+  }
+};
+
+inline Tuning tuning;
+
+}  // namespace fusedoptim::gpu

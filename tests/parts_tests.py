@@ -1,0 +1,113 @@
+"""A step in its parts: what measures, reduces and updates can be called one by one, on every backend. A test module
+that imports this one's names defines the fixture ``kernels`` (see device_tests.py)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import ALL, BY_NAME, FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
+
+import fusedoptim
+from fusedoptim._runners import Runner
+from fusedoptim._states import Changes
+
+SHAPES = [(5,), (), (0,), (7, 11), (2000,)]
+
+
+def make(kernels: Any, case: Case, dtype: torch.dtype, **options: Any) -> tuple[list, Any]:
+    params = parameters(SHAPES, dtype)
+    return params, case.make(params, backend=kernels.backend, **options)
+
+
+def ready(optimizer: fusedoptim.FusedOptimizer) -> Runner:
+    """With this step's gradients looked up."""
+    assert optimizer._runners is not None
+    (runner,) = optimizer._runners
+    if not runner.refresh(optimizer.param_groups, optimizer.state):  # the reference's are good for one step
+        (runner,) = optimizer._prepare(Changes(optimizer.state))
+    return runner
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all options"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_the_parts_make_a_step(kernels: Any, case: Case, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    mine, a = make(kernels, case, dtype, **options)
+    theirs, b = make(kernels, case, dtype, **options)
+    for step in range(2 if kernels.slow else 4):
+        set_gradients(mine, step)
+        set_gradients(theirs, step)
+        for params in (mine, theirs):
+            params[3].grad = None if step == 1 else params[3].grad
+        b.step()
+        if step == 0:  # which makes the states, and the runner
+            a.step()
+            continue
+        scale = None
+        runner = ready(a)
+        if options:
+            runner.measure(False, scale)
+            runner.reduce()
+        if a.rule.uses_norm:
+            runner.measure(True, scale)
+        runner.update(scale, None)
+    assert_same_optimizers(a, b)
+    for p, q in zip(mine, theirs, strict=True):
+        if p.grad is not None:
+            assert_same_bits(p.grad, q.grad)
+    if options:
+        assert_same_bits(a.last_grad_norm, b.last_grad_norm)
+
+
+def test_what_is_measured(kernels: Any) -> None:
+    """Sums of squares by the one definition, unscaled or as the rule gets the gradient; 0 where there is none."""
+    case = BY_NAME["sgd_momentum"]
+    params, optimizer = make(kernels, case, torch.float32, clip_grad_value=0.25, max_grad_norm=math.inf)
+    set_gradients(params, 0)
+    optimizer.step()
+    set_gradients(params, 1)
+    params[0].grad = None
+    scale = torch.tensor(4.0)
+    runner = ready(optimizer)
+    runner.measure(False, scale)
+    unscaled = [torch.zeros(()) if p.grad is None else p.grad / 4 for p in params]
+    assert runner.sums.tolist() == [fusedoptim.reference.sum_of_squares(g).item() for g in unscaled]
+    runner.measure(True, scale)
+    assert runner.sums.tolist() == [fusedoptim.reference.sum_of_squares(g.clamp(-0.25, 0.25)).item() for g in unscaled]
+
+
+def test_sums_may_change_between_the_parts(kernels: Any) -> None:
+    """As where those of other processes are added to them."""
+    params, optimizer = make(kernels, BY_NAME["norm_adaptive"], torch.float32, max_grad_norm=1e6, beta=0.0)
+    set_gradients(params, 0)
+    optimizer.step()
+    norm = float(optimizer.last_grad_norm)
+    averages = [optimizer.state[p]["avg_grad_norm"].item() for p in params]
+    runner = ready(optimizer)
+    runner.measure()
+    runner.sums.mul_(4)
+    runner.reduce()
+    assert float(optimizer.last_grad_norm) == 2 * norm
+    runner.measure(True)
+    runner.sums.mul_(4)
+    runner.update()
+    if kernels.backend != "reference":  # whose rule looks at the gradient
+        assert [optimizer.state[p]["avg_grad_norm"].item() for p in params] == [2 * x for x in averages]
+
+
+def test_a_norm_that_is_not_finite_skips_the_update(kernels: Any) -> None:
+    params, optimizer = make(kernels, BY_NAME["adamw"], torch.float32, skip_nonfinite=True)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    runner = ready(optimizer)
+    runner.measure()
+    runner.sums[0] = math.inf
+    runner.reduce()
+    runner.update()
+    assert optimizer.skipped_steps == 1
+    for p, q in zip(params, before, strict=True):
+        assert_same_bits(p.detach(), q)
