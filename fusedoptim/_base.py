@@ -17,7 +17,6 @@ from torch.optim.optimizer import ParamsT
 from . import (
     _backends,
     _checkpoint,
-    _checks,
     _compiled,
     _distributed,
     _ema,
@@ -28,6 +27,8 @@ from . import (
     _members,
     _modes,
 )
+from ._check_tensors import can_have_states, check_early
+from ._check_values import check_common
 from ._members import Member, Members
 from ._modes import PRE_DISPATCH, count_modes
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options, scales_in_step
@@ -252,7 +253,7 @@ class FusedOptimizer(Optimizer):
         maker = StateMaker(self.rule, self.defaults, self._options["state_dtype"])
         for group in self.param_groups:
             names = self.rule.state_names(group)
-            for p in filter(_members.can_have_states, group["params"]):
+            for p in filter(can_have_states, group["params"]):
                 with _fakes.alike(p):
                     self.state[p].update(maker.missing(names, p, self.state[p]))
 
@@ -352,7 +353,7 @@ class FusedOptimizer(Optimizer):
     # ---- groups, checkpoints, copies ----
 
     def _check_group(self, group: Group) -> None:
-        _checks.check_common(group, self.rule, type(self).__name__)
+        check_common(group, self.rule, type(self).__name__)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does. Its values and parameters are checked first."""
@@ -365,7 +366,7 @@ class FusedOptimizer(Optimizer):
         _compiled.note_params(self)
         try:
             for i, p in enumerate(group["params"]):
-                _members.check_early(p, group, index, i, type(self).__name__)
+                check_early(p, group, index, i, type(self).__name__)
         except ValueError:
             del self.param_groups[-1]
             _compiled.note_params(self)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _checks
-from ._members import is_materialised
+from ._check_tensors import check_states, describe, is_materialised
+from ._dtypes import DTYPES, compute_dtype
 from ._rule import EMA, Group, Rule
 from ._states import scalars
 from ._warnings import warn
@@ -134,9 +134,9 @@ class Loader:
             lent = {name for name in values if alone and _is_large(values[name]) and held_alone(values, name)}
             known = {**values, **scalars(values, self.rule)}
             if _is_stepped(p, known, self.rule):
-                who = _checks.describe(group, index, i)
+                who = describe(group, index, i)
                 self._check(known, who)
-                _checks.check_states(p, known, self.rule, who, devices=False)
+                check_states(p, known, self.rule, who, devices=False)
             kept[k] = {name: Kept(value, values if name in lent else None) for name, value in known.items()}
         if not any(kept.values()):
             self._check_groups(saved_groups)
@@ -207,7 +207,7 @@ class Loader:
         for name in self.slots & found.keys():
             before, now = kept[name].value, found[name]
             if isinstance(now, Tensor) and before.dtype.itemsize < now.dtype.itemsize:
-                who = _checks.describe(group, index, i)
+                who = describe(group, index, i)
                 self.widened.append(f"{name!r} of {who}, from {before.dtype} to {now.dtype}")
 
     def _dtype(self, name: str, value: Tensor, p: Tensor) -> torch.dtype:
@@ -216,7 +216,7 @@ class Loader:
         if not _can_be_stepped(p) or value.shape != p.shape or not saved.is_floating_point:
             return saved
         if name == EMA:  # which torch.optim keeps in the parameter's dtype
-            return _checks.compute_dtype(p)
+            return compute_dtype(p)
         if name not in self.slots:
             return saved
         return self.dtype or (saved if saved.itemsize >= p.dtype.itemsize else p.dtype)
@@ -233,7 +233,7 @@ class Loader:
 def _can_be_stepped(p: Tensor) -> bool:
     if not is_materialised(p) or p.layout != torch.strided or is_traceable_wrapper_subclass(p):
         return False
-    return p.dtype in _checks.DTYPES
+    return p.dtype in DTYPES
 
 
 def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from . import _checks, _native
+from . import _check_tensors, _native
+from ._check_values import check_lists, check_step_values
 from ._fakes import is_fake
 from ._memory import sharing
 from ._rule import EMA, Group, Rule
@@ -75,12 +75,12 @@ def find(
     Raises:
         ValueError: if one that is stepped, its gradient or its states cannot be. ``changes`` has what was changed.
     """
-    _checks.check_lists(groups)
+    check_lists(groups)
     ready: list[Member] = []
     members = Members()
     look = _make_look(rule, changes, zero_grad)
     for index, group in enumerate(groups):
-        _checks.check_step_values(group, rule, index)
+        check_step_values(group, rule, index)
         params = group["params"]
         usual = [False] * len(params) if look is None else look.at(params)
         for i, (p, states) in enumerate(zip(params, usual, strict=True)):
@@ -134,22 +134,22 @@ def _validate(
     p: Tensor, group: Group, index: int, i: int, rule: Rule, optimizer: str, changes: Changes, zero_grad: bool
 ) -> dict[str, Any]:
     """Raises ValueError, or makes what belongs to a parameter such that it can be stepped. Returns its states."""
-    who = _checks.describe(group, index, i)
-    _checks.check_param(p, who, optimizer)
+    who = _check_tensors.describe(group, index, i)
+    _check_tensors.check_param(p, who, optimizer)
     if is_fake(p):
         raise ValueError(f"{who} is a fake tensor, which has no memory")
     if p.grad is not None:
-        _checks.check_grad(p, who, optimizer)
+        _check_tensors.check_grad(p, who, optimizer)
         if p.grad.is_neg():  # the kernels read memory, which does not show a negation still owed
             p.grad = p.grad.resolve_neg()
         if zero_grad:
-            _checks.check_written_grad(p.grad, who)
+            _check_tensors.check_written_grad(p.grad, who)
     values = changes.state.get(p, {})
     if not isinstance(values, dict):
         raise ValueError(f"the state of {who} must be a dict, but is {values!r}")
     convert(p, values, rule, changes)
-    _checks.check_states(p, values, rule, who)
-    _checks.check_complete(values, rule, who)
+    _check_tensors.check_states(p, values, rule, who)
+    _check_tensors.check_complete(values, rule, who)
     return values
 
 
@@ -181,7 +181,7 @@ def _apart(
     if len(stepped) < len(ready):
         dormant += [m.param for m in ready if not steps(m.param)]
         return _apart(stepped, groups, rule, zero_grad, steps, dormant)
-    texts = [what + _checks.describe(groups[m.group], m.group, m.index) for what, m in found]
+    texts = [what + _check_tensors.describe(groups[m.group], m.group, m.index) for what, m in found]
     raise ValueError(
         f"{texts[1]} shares memory with {texts[0]}, and all are updated side by side: pass one parameter for both, or "
         "give it memory of its own with .clone()"
@@ -224,29 +224,3 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def is_materialised(p: Tensor) -> bool:
-    return not is_lazy(p) and p.device.type != "meta"
-
-
-def check_early(p: Tensor, group: Group, index: int, i: int, optimizer: str) -> None:
-    """What can be said of a new parameter before it has a gradient: that it never can be stepped. Frozen ones are left
-    alone, and so are those that are yet to be materialised.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    if p.requires_grad and is_materialised(p):
-        _checks.check_param(p, _checks.describe(group, index, i), optimizer)
-
-
-def can_have_states(p: Tensor) -> bool:
-    """Whether states can be made for it before it has a gradient."""
-    if not is_materialised(p) or (not p.requires_grad and type(p) not in (Tensor, torch.nn.Parameter)):
-        return False
-    try:
-        _checks.check_param(p, "", "")
-    except ValueError:
-        return False
-    return True

@@ -18,7 +18,7 @@ from torch._functorch import pyfunctorch
 
 from . import _compiled, _stateless
 from ._backends import BACKENDS
-from ._checks import compute_dtype
+from ._dtypes import compute_dtype
 from ._fakes import alike, is_fake
 from ._states import StateMaker
 

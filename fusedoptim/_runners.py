@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import _native, _versions, reference
-from ._checks import compute_dtype
 from ._device_memory import DeviceMemory
+from ._dtypes import compute_dtype
 from ._members import Member
 from ._rule import EMA, Rule
 from ._values import numbers

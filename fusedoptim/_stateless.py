@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _compiled
-from ._checks import describe
+from ._check_tensors import describe
 from ._fakes import is_fake
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import compute_dtype
+from ._dtypes import compute_dtype
 from ._rule import EMA, Rule, Slot
 from ._values import number
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from . import _checks, _compiled
+from . import _compiled
 from ._base import FusedOptimizer
+from ._check_tensors import describe, is_materialised
 from ._fakes import is_fake
-from ._members import is_materialised
 from ._rule import Group
 from ._stateless import twin
 from ._states import Changes
@@ -133,7 +133,7 @@ class StepInBackward:
         for p, index, i in members:
             if p not in self._parts and _is_hooked(p):
                 raise ValueError(
-                    f"{_checks.describe(groups[index], index, i)} is stepped in the backward pass already, which leaves"
+                    f"{describe(groups[index], index, i)} is stepped in the backward pass already, which leaves"
                     " no gradient for a second time: call remove() on the handle of the first, or use that one"
                 )
         for p, index, i in members:
@@ -210,7 +210,7 @@ class _Part:
                 del mine[key]
 
     def as_the_owner_says(self, message: str) -> str:
-        mine, theirs = _checks.describe(self.group, 0, 0), _checks.describe(self.theirs, self.index, self.i)
+        mine, theirs = describe(self.group, 0, 0), describe(self.theirs, self.index, self.i)
         return message.replace(mine, theirs).replace("parameter group 0", f"parameter group {self.index}")
 
 
@@ -247,7 +247,7 @@ def _check_all(optimizer: FusedOptimizer) -> None:
         for i, p in enumerate(group["params"]):
             if p.requires_grad and not is_materialised(p):
                 raise ValueError(
-                    f"{_checks.describe(group, index, i)} has no memory yet, hence cannot be hooked: run the model "
+                    f"{describe(group, index, i)} has no memory yet, hence cannot be hooked: run the model "
                     "once before, or materialise it with to_empty()"
                 )
     changes = Changes(optimizer.state)
