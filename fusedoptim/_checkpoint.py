@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
 
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtypes import DTYPES, compute_dtype
+from ._group_keys import ABSENT, completed
+from ._lending import Lent, can_be_lent, held_alone, is_large
 from ._rule import EMA, Group, Rule
-from ._states import scalars
+from ._states import HasStates, scalars
 from ._warnings import warn
 
-#: What torch.optim makes of a group without these keys, which its older versions did not have.
-ABSENT = {
-    "amsgrad": False,
-    "capturable": False,
-    "centered": False,
-    "decoupled_weight_decay": False,
-    "differentiable": False,
-    "foreach": None,
-    "fused": None,
-    "maximize": False,
-    "momentum": 0,
-    "nesterov": False,
-}
 #: The states by which one knows whose a checkpoint is: those that every parameter has, of torch.optim's optimizers and
 #: of this package's.
 SIGNATURES = {
@@ -47,10 +35,6 @@ SIGNATURES = {
 }
 
 
-#: Bytes; see _is_large.
-WORTH_LENDING = 1 << 14
-
-
 class Kept:
     """A value that torch's load_state_dict does not recognise, hence leaves as it is."""
 
@@ -58,35 +42,6 @@ class Kept:
         self.value = value
         #: Where the state_dict has it, if nothing else holds it.
         self.entry = entry
-
-
-class Lent(NamedTuple):
-    """States of a parameter that are a state_dict's tensors."""
-
-    #: In a list, so that one can count who holds it.
-    entry: list[dict[str, Any]]
-    names: set[str]
-
-
-def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:
-    """Without the options of this package that are off a group has torch's keys, and so has a checkpoint of it: one of
-    torch's loads key by key, as torch.distributed.checkpoint does it, and the other way round."""
-    for key, value in rule.extensions.items():
-        if key in group and group[key] is value:
-            del group[key]
-
-
-def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
-    """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
-    makes of it; all else, among it an option that is off, stays as in the optimizer's group."""
-    result = dict(saved)
-    leave_out_what_is_off(result, rule)
-    for key in defaults.keys() - result.keys():
-        if key in ABSENT:
-            result[key] = ABSENT[key]
-        elif key in group or key not in rule.extensions:
-            result[key] = group.get(key, defaults[key])
-    return result
 
 
 class Loader:
@@ -131,7 +86,7 @@ class Loader:
                 raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
             group, index, i = owners[k]
             p = group["params"][i]
-            lent = {name for name in values if alone and _is_large(values[name]) and held_alone(values, name)}
+            lent = {name for name in values if alone and is_large(values[name]) and held_alone(values, name)}
             known = {**values, **scalars(values, self.rule)}
             if _is_stepped(p, known, self.rule):
                 who = describe(group, index, i)
@@ -172,21 +127,19 @@ class Loader:
                 )
                 return
 
-    def restore(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any]
-    ) -> Iterator[tuple[Tensor, dict[str, Any], Lent | None]]:
-        """For each parameter its states, unwrapped, and which of them are the state_dict's own tensors."""
+    def restore(self, groups: list[dict[str, Any]], state: dict[Any, Any], lent: dict[Tensor, Lent]) -> None:
+        """Unwraps the states that torch loaded, and notes which of them are the state_dict's own tensors."""
+        lent.clear()
         for index, group in enumerate(groups):
             for i, p in enumerate(group["params"]):
                 if p in state:
                     kept = {name: value for name, value in state[p].items() if isinstance(value, Kept)}
-                    found, lent = self._restore_one(kept, p)
+                    found = self._restore_one(kept, p, lent)
                     self._note_wider(found, kept, group, index, i)
-                    yield p, {**state[p], **found}, lent
+                    state[p] = {**state[p], **found}
 
-    def _restore_one(self, values: dict[str, Kept], p: Tensor) -> tuple[dict[str, Any], Lent | None]:
+    def _restore_one(self, values: dict[str, Kept], p: Tensor, lent: dict[Tensor, Lent]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        lent: Lent | None = None
         for name, kept in values.items():
             value = kept.value
             if not isinstance(value, Tensor):
@@ -195,13 +148,12 @@ class Loader:
             dtype = self._dtype(name, value, p)
             if name == "step" and self.rule.has_step:
                 found[name] = value.detach().to("cpu", copy=True)
-            elif kept.entry is not None and dtype == value.dtype and _can_be_lent(value, p):
+            elif kept.entry is not None and dtype == value.dtype and can_be_lent(value, p):
                 found[name] = value
-                lent = lent or Lent([kept.entry], set())
-                lent.names.add(name)
+                lent.setdefault(p, Lent([kept.entry], set())).names.add(name)
             else:
                 found[name] = _copy(value.detach(), dtype, p)
-        return found, lent
+        return found
 
     def _note_wider(self, found: dict[str, Any], kept: dict[str, Kept], group: Group, index: int, i: int) -> None:
         for name in self.slots & found.keys():
@@ -228,6 +180,41 @@ class Loader:
                 f"states of this checkpoint were narrower than new ones would be, and have been widened: "
                 f"{self.widened[0]}{more}. What their numbers had lost is not back; state_dtype= chooses a dtype"
             )
+
+
+class Loading(HasStates, Protocol):
+    """What an optimizer has that loads a state_dict."""
+
+    #: While it loads one: its __setstate__, which torch calls then, has the states restored.
+    _loader: Loader | None
+
+    def register_load_state_dict_pre_hook(
+        self, hook: Callable[[Optimizer, dict[str, Any]], dict[str, Any] | None]
+    ) -> RemovableHandle: ...
+
+
+def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
+    """Loads a state_dict: see FusedOptimizer.load_state_dict.
+
+    Args:
+        by_torch: torch's own load_state_dict of the optimizer.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
+    dtype, name = optimizer._options["state_dtype"], type(optimizer).__name__
+    optimizer._loader = loader = Loader(optimizer.param_groups, optimizer.defaults, optimizer.rule, dtype, name)
+    # Registered last, so that it sees what the user's own hooks made of the state_dict.
+    handle = optimizer.register_load_state_dict_pre_hook(lambda _, final: loader.prepare(final))
+    before = (optimizer.state, optimizer.param_groups)
+    try:
+        by_torch(state_dict)
+    except BaseException:
+        optimizer.state, optimizer.param_groups = before
+        raise
+    finally:
+        handle.remove()
+        optimizer._loader = None
+    loader.warn_of_wider_states()
 
 
 def _can_be_stepped(p: Tensor) -> bool:
@@ -264,81 +251,3 @@ def _carried(value: Any, p: Tensor) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_carried(item, p) for item in value)
     return value
-
-
-# ---- states that a state_dict lends ----
-
-
-def held_alone(items: Any, key: Any) -> bool:
-    """Whether nothing but this container holds an item: no variable, no other container; and, for a tensor, no autograd
-    graph, no view of its memory and nobody its storage."""
-    if sys.getrefcount(items[key]) > _ALONE:
-        return False
-    value = items[key]
-    if not isinstance(value, Tensor):
-        return True
-    return type(value) is Tensor and value.layout == torch.strided and _uses_of(value) == _uses_of_one()
-
-
-_ITEM = {0: object()}
-#: What CPython counts for such a value, asked for as above: versions differ.
-_ALONE = sys.getrefcount(_ITEM[0])
-
-
-def _uses_of(t: Tensor) -> tuple[int, int]:
-    """How many tensors use a tensor's memory, and how many variables hold its storage, with torch's own references."""
-    storage = t.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
-
-
-@functools.cache
-def _uses_of_one() -> tuple[int, int]:
-    return _uses_of(torch.empty(1, device="cpu"))
-
-
-def _is_large(value: Any) -> bool:
-    """From 16 KiB on it costs less to ask who holds a tensor, 1.5 us, than to copy it."""
-    return type(value) is Tensor and value.layout == torch.strided and value.nbytes >= WORTH_LENDING
-
-
-def _can_be_lent(saved: Tensor, p: Tensor) -> bool:
-    """Whether a state_dict's tensor is as a copy of it would be, so that it can be the state itself. A state_dict that
-    is still there at the first step gets a copy then (see :func:`take_over`); one that was let go of is loaded without
-    a second copy of the states."""
-    return bool(
-        type(saved) is Tensor
-        and not saved.requires_grad
-        and not saved.is_inference()
-        and saved.device == p.device
-        and saved.shape == p.shape
-        and saved.stride() == p.stride()
-        and saved.storage_offset() == 0
-        and saved.untyped_storage().nbytes() == saved.numel() * saved.element_size()
-        and _is_torchs(saved.untyped_storage())
-    )
-
-
-def _is_torchs(storage: torch.UntypedStorage) -> bool:
-    """Whether its memory is of torch's allocators, and not NumPy's, a file's or anybody's who may still use it.
-
-    ``torch.load`` makes storages that cannot be resized, as ``torch.from_numpy`` does. Within the storage, beside the
-    memory's address, is what is to be freed: that very address for memory of the CPU's allocator, another object
-    otherwise. If torch's storages look different one day, the address is found once, and states are copied.
-    """
-    if storage.resizable():
-        return True
-    words = (ctypes.c_size_t * 8).from_address(storage._cdata)
-    return storage.device.type == "cpu" and list(words).count(storage.data_ptr()) == 2
-
-
-def take_over(lent: dict[Tensor, Lent], state: dict[Any, Any]) -> None:
-    """Before a step writes: where somebody still has the state_dict, its tensors become copies. The states stay the
-    objects that they are. ``state`` may have some of the parameters."""
-    for p in [p for p in lent if p in state]:
-        entry, names = lent.pop(p)
-        values = state[p]
-        if held_alone(entry, 0) or not isinstance(values, dict):
-            continue
-        for name in names & values.keys():
-            if entry[0].get(name) is values[name]:
-                entry[0][name] = values[name].clone(memory_format=torch.preserve_format)

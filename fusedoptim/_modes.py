@@ -20,7 +20,7 @@ from . import _compiled, _stateless
 from ._backends import BACKENDS
 from ._dtypes import compute_dtype
 from ._fakes import alike, is_fake
-from ._states import StateMaker
+from ._states import HasStates, StateMaker
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -56,7 +56,9 @@ def step(optimizer: FusedOptimizer) -> None:
     if tracer is not None:
         if active:
             _trace(optimizer, params, active, tracer)
-    elif not step_of_fakes(optimizer) and active:
+    elif takes_fakes(optimizer):
+        make_fake_states(optimizer)
+    elif active:
         params, active = _noted(optimizer)
         watched = _compiled.Traced(optimizer, active)  # for the duration of this call
         _compiled.call(optimizer, watched.number, [params[i] for i in active])
@@ -89,16 +91,16 @@ def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, .
 # ---- fake tensors ----
 
 
-def step_of_fakes(optimizer: FusedOptimizer) -> bool:
-    """Whether the parameters that have gradients are fake, or taken for fake: then they have their states now, and
-    there is nothing else to do.
+def takes_fakes(optimizer: HasStates) -> bool:
+    """Whether the parameters that have gradients are fake, or taken for fake: then all that a step does is to make
+    their states.
 
     Raises:
         ValueError: if some are fake and some not.
         RuntimeError: if none is, in a mode for fakes: what was made there would be of no use to a real step.
     """
-    stepped = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    fakes = sum(is_fake(p) for _, p in stepped)
+    stepped = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    fakes = sum(map(is_fake, stepped))
     if fakes == 0:
         mode = _get_dispatch_mode(_TorchDispatchModeKey.FAKE)
         if mode is None or not stepped:
@@ -114,19 +116,25 @@ def step_of_fakes(optimizer: FusedOptimizer) -> bool:
             f"{fakes} of the {len(stepped)} parameters that have gradients are fake tensors, without memory, and the "
             "others are not: step them with optimizers of their own"
         )
-    maker = StateMaker(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
+    return True
+
+
+@torch.no_grad()
+def make_fake_states(optimizer: HasStates) -> None:
+    """The states that a step would leave, of the fake parameters that have gradients."""
+    maker, rule, backend = StateMaker.of(optimizer), optimizer.rule, optimizer._options["backend"]
+    stepped = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None and is_fake(p)]
     for group, p in stepped:
         states = dict(optimizer.state.get(p, {}))
-        with torch.no_grad(), alike(p) as mode:
-            states.update(maker.missing(optimizer.rule.state_names(group), p, states))
+        with alike(p) as mode:
+            states.update(maker.missing(rule.state_names(group), p, states))
             for name, value in states.items():
                 if isinstance(value, Tensor) and not is_fake(value):  # made with the optimizer, say
                     states[name] = mode.from_tensor(value)
-            if optimizer.rule.has_step and _steps_on(optimizer._options["backend"], p.device):
+            if rule.has_step and _steps_on(backend, p.device):
                 states["step"] = states["step"].to(p.device)
         if states:
             optimizer.state[p].update(states)
-    return True
 
 
 def _steps_on(backend: str | None, device: torch.device) -> bool:

@@ -128,9 +128,8 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor], states: list[T
     for (p, name), value in zip(places, states, strict=True):
         state[p][name] = value
     other = twin(optimizer, groups, state)
-    other._norm_stats = optimizer._norm_stats
+    other._norms = optimizer._norms
     other._step(in_operator=True)
-    optimizer._norm_stats = other._norm_stats
     for (p, name), value in zip(places, states, strict=True):
         if other.state[p][name] is not value:  # moved to the device, or converted
             value.copy_(other.state[p][name])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import _checkpoint, reference
+from . import _lending, reference
 from ._base import FusedOptimizer
 from ._rule import AT_LEAST_0, FP32, Hyper, Rule, Slot, at_least_0
 
@@ -88,7 +88,7 @@ class Adagrad(FusedOptimizer):
 
     def share_memory(self) -> None:
         """Moves the sums to shared memory, for training by several processes."""
-        _checkpoint.take_over(self._lent, self.state)
+        _lending.take_over(self._lent, self.state)
         for state in self.state.values():
             if "sum" in state:  # a parameter that is not materialised has none so far
                 state["sum"].share_memory_()

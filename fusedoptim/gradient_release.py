@@ -21,6 +21,7 @@ from . import _compiled
 from ._base import FusedOptimizer
 from ._check_tensors import describe, is_materialised
 from ._fakes import is_fake
+from ._members import convert, find, keep_apart
 from ._rule import Group
 from ._stateless import twin
 from ._states import Changes
@@ -250,9 +251,14 @@ def _check_all(optimizer: FusedOptimizer) -> None:
                     f"{describe(group, index, i)} has no memory yet, hence cannot be hooked: run the model "
                     "once before, or materialise it with to_empty()"
                 )
-    changes = Changes(optimizer.state)
+
+    def steps(p: Tensor) -> bool:
+        return p.requires_grad and is_materialised(p) and not is_fake(p)
+
+    found, changes = find(optimizer, steps), Changes(optimizer.state)
     try:
-        optimizer._find_members(changes, steps=lambda p: p.requires_grad and is_materialised(p) and not is_fake(p))
+        convert(found, changes)
+        keep_apart(found, optimizer, steps)
     finally:
         changes.undo()
 

@@ -313,7 +313,7 @@ def test_torchs_own_keys_keep_torchs_meaning(name: str) -> None:
 @pytest.fixture
 def lending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of small tensors."""
-    monkeypatch.setattr(fusedoptim._checkpoint, "WORTH_LENDING", 0)
+    monkeypatch.setattr(fusedoptim._lending, "WORTH_LENDING", 0)
 
 
 def content_of(optimizer: Any) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""What the keys of groups become: of new ones, of copies, and of saved ones of any version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ._rule import FLAGS, Group, Rule
+
+#: What torch.optim makes of a group without these keys, which its older versions did not have.
+ABSENT = {
+    "amsgrad": False,
+    "capturable": False,
+    "centered": False,
+    "decoupled_weight_decay": False,
+    "differentiable": False,
+    "foreach": None,
+    "fused": None,
+    "maximize": False,
+    "momentum": 0,
+    "nesterov": False,
+}
+
+
+def switch_off(group: dict[str, Any]) -> None:
+    """Values that are on or off and were given as None are off."""
+    for key in FLAGS:
+        if key in group and group[key] is None:
+            group[key] = False
+
+
+def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:
+    """Without the options of this package that are off a group has torch's keys, and so has a checkpoint of it: one of
+    torch's loads key by key, as torch.distributed.checkpoint does it, and the other way round."""
+    for key, value in rule.extensions.items():
+        if key in group and group[key] is value:
+            del group[key]
+
+
+def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
+    makes of it; all else, among it an option that is off, stays as in the optimizer's group."""
+    result = dict(saved)
+    leave_out_what_is_off(result, rule)
+    for key in defaults.keys() - result.keys():
+        if key in ABSENT:
+            result[key] = ABSENT[key]
+        elif key in group or key not in rule.extensions:
+            result[key] = group.get(key, defaults[key])
+    return result
