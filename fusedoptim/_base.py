@@ -17,7 +17,6 @@ from . import (
     _checkpoint,
     _compiled,
     _ema,
-    _fakes,
     _footprint,
     _group_keys,
     _help,
@@ -26,14 +25,13 @@ from . import (
     _modes,
     _prepare,
 )
-from ._check_tensors import can_have_states, check_early
+from ._check_tensors import check_early
 from ._check_values import check_common
 from ._modes import PRE_DISPATCH, count_modes
 from ._norms import NormResults, norm_is_measured
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options, scales_in_step
 from ._rule import Group, Rule
 from ._runners import Runner
-from ._states import StateMaker
 
 __all__ = ["FusedOptimizer"]
 
@@ -58,8 +56,11 @@ class FusedOptimizer(Optimizer):
     #: GradScaler looks for it. True with ``amp_in_step`` or ``zero_grad_in_step``.
     _step_supports_amp_scaling: bool = False
     found_inf: Tensor | None
-    #: Its steps in compiled code, one for each set of parameters with gradients, however often it is compiled.
+    # See _compiled.Traceable.
     _traced_steps: dict[Hashable, _compiled.Traced]
+    _name: str
+    _all_params: list[Tensor]
+    _unseen: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -76,6 +77,8 @@ class FusedOptimizer(Optimizer):
         self._options: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
         self._begin()
         super().__init__(params, defaults)
+        if self.rule.states_at_construction:
+            _prepare.make_early_states(self)
 
     def _begin(self) -> None:
         """Sets what no pickle and no copy takes along."""
@@ -89,10 +92,7 @@ class FusedOptimizer(Optimizer):
             self._step_supports_amp_scaling = True
         self._runners: list[Runner] | None = None
         self._captured: list[Runner] = []
-        #: The parameters for compiled steps, which must not look at the groups: see _compiled.traceable.
-        self._all_params: list[Tensor] = []
-        self._unseen = 0  # how many others there are
-        self._name = _compiled.register(self)
+        _compiled.register(self)
 
     # ---- the step ----
 
@@ -135,12 +135,12 @@ class FusedOptimizer(Optimizer):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self, in_operator: bool = False) -> None:
-        if (count_modes() or PRE_DISPATCH[0]) and not in_operator:
-            _modes.step(self)
-            return
         if self._averaging:  # asked here, because a call takes a thirtieth of a small step
             self._check_not_averaging()
         self._opt_called = True
+        if (count_modes() or PRE_DISPATCH[0]) and not in_operator:
+            _modes.step(self)
+            return
         runners = self._runners
         if self._has_no_norm and norm_is_measured(self._options, self.param_groups):
             runners = None  # to be refused
@@ -188,16 +188,6 @@ class FusedOptimizer(Optimizer):
                 runner.retire()
                 self._captured.append(runner)
         self._runners = None
-
-    @torch.no_grad()
-    def _create_states(self) -> None:
-        """Makes all states before the first step, for those parameters that can have any by now."""
-        maker = StateMaker.of(self)
-        for group in self.param_groups:
-            names = self.rule.state_names(group)
-            for p in filter(can_have_states, group["params"]):
-                with _fakes.alike(p):
-                    self.state[p].update(maker.missing(names, p, self.state[p]))
 
     # ---- what it is, and what it measured ----
 

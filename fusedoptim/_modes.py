@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ from torch._functorch import pyfunctorch
 
 from . import _compiled, _stateless
 from ._backends import BACKENDS
+from ._compiled import Traceable
 from ._dtypes import compute_dtype
 from ._fakes import alike, is_fake
 from ._states import HasStates, StateMaker
-
-if TYPE_CHECKING:
-    from ._base import FusedOptimizer
 
 #: How many modes are active, but for those of PRE_DISPATCH.
 count_modes = _len_torch_dispatch_stack
@@ -42,16 +40,14 @@ def is_transformed() -> bool:
 untransformed = pyfunctorch.temporarily_clear_interpreter_stack
 
 
-def step(optimizer: FusedOptimizer) -> None:
+def step(optimizer: Traceable) -> None:
     """Makes a step where a mode is active."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if is_transformed() and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, params)):
         with untransformed():  # functionalize refuses operators that write, and nothing of its own is written here
             step(optimizer)
         return
-    optimizer._check_not_averaging()
-    optimizer._opt_called = True
-    active = tuple(i for i, p in enumerate(params) if p.grad is not None)
+    active = _with_gradients(params)
     tracer = PRE_DISPATCH[0] or _get_dispatch_mode(_TorchDispatchModeKey.PROXY)
     if tracer is not None:
         if active:
@@ -59,19 +55,18 @@ def step(optimizer: FusedOptimizer) -> None:
     elif takes_fakes(optimizer):
         make_fake_states(optimizer)
     elif active:
-        params, active = _noted(optimizer)
+        _compiled.note_params(optimizer)
+        params = optimizer._all_params
+        active = _with_gradients(params)
         watched = _compiled.Traced(optimizer, active)  # for the duration of this call
         _compiled.call(optimizer, watched.number, [params[i] for i in active])
 
 
-def _noted(optimizer: FusedOptimizer) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The parameters as a compiled step has them, and which of them have gradients."""
-    _compiled.note_params(optimizer)
-    params = optimizer._all_params
-    return params, tuple(i for i, p in enumerate(params) if p.grad is not None)
+def _with_gradients(params: list[Tensor]) -> tuple[int, ...]:
+    return tuple(i for i, p in enumerate(params) if p.grad is not None)
 
 
-def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, ...], tracer: Any) -> None:
+def _trace(optimizer: Traceable, params: list[Tensor], active: tuple[int, ...], tracer: Any) -> None:
     if hasattr(optimizer, "found_inf"):
         raise RuntimeError(
             "a GradScaler leaves unscaling and skipping to this step, and what is being traced would do neither: build "
@@ -81,10 +76,12 @@ def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, .
         _stateless.trace(optimizer, params, active)
         return
     own = optimizer._all_params
-    traced, active = _noted(optimizer)
+    _compiled.note_params(optimizer)
+    traced = optimizer._all_params
+    active = _with_gradients(traced)
     if any(map(is_fake, params)):
         optimizer._all_params = own
-    number = _compiled.kept(optimizer, active, _compiled.Traced(optimizer, active)).number
+    number = _compiled.keep_first(optimizer, active, _compiled.Traced(optimizer, active)).number
     _compiled.call(optimizer, number, [traced[i] for i in active])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,15 @@ from torch import Tensor
 from ._distributed import refuse_norm_of_shards
 from ._members import Member, has_gradient
 from ._rule import Group, Rule
+from ._states import HasStates
+
+
+class HasNorms(HasStates, Protocol):
+    """What an optimizer has whose steps measure norms."""
+
+    _norms: NormResults
+    #: Whether no step can: parameters are parts of tensors, or on several devices.
+    _has_no_norm: bool
 
 
 def norm_is_measured(options: Mapping[str, Any], groups: Iterable[Group]) -> bool:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import _backends, _members
+from ._check_tensors import can_have_states
 from ._distributed import sharded_by_fsdp1
-from ._norms import NormResults, check_one_device, check_whole_tensors, norm_is_measured
+from ._fakes import alike
+from ._norms import HasNorms, check_one_device, check_whole_tensors, norm_is_measured
 from ._runners import Around, Runner, make_runner
-from ._states import Changes, HasStates, move_steps
-
-
-class Stepped(HasStates, Protocol):
-    """What an optimizer has that its steps follow from."""
-
-    _norms: NormResults
-    #: Whether no step can measure a norm: parameters are parts of tensors, or on several devices.
-    _has_no_norm: bool
+from ._states import Changes, HasStates, StateMaker, move_steps
 
 
 class Scaling(NamedTuple):
@@ -39,7 +34,7 @@ def scaling_of(optimizer: object) -> Scaling | None:
     return Scaling(getattr(optimizer, "grad_scale", None), optimizer.found_inf)
 
 
-def first_step(optimizer: Stepped) -> list[Runner] | None:
+def first_step(optimizer: HasNorms) -> list[Runner] | None:
     """Validates everything, makes missing states and runners, and steps; or raises, having changed nothing.
 
     Returns:
@@ -67,14 +62,14 @@ def first_step(optimizer: Stepped) -> list[Runner] | None:
     return runners
 
 
-def _was_skipped(optimizer: Stepped, scaling: Scaling | None) -> bool:
+def _was_skipped(optimizer: HasNorms, scaling: Scaling | None) -> bool:
     """The one place that waits for the device: no state may stay that a skipped step made."""
     if scaling is not None and scaling.found_inf is not None and scaling.found_inf.item() != 0:
         return True
     return bool(optimizer._options["skip_nonfinite"]) and not optimizer._norms.are_finite()
 
 
-def make_runners(optimizer: Stepped, changes: Changes) -> list[Runner]:
+def make_runners(optimizer: HasNorms, changes: Changes) -> list[Runner]:
     """Runners that are ready to run, with all that they need. What is changed in the states is noted."""
     groups, rule, options = optimizer.param_groups, optimizer.rule, optimizer._options
     measured = norm_is_measured(options, groups)
@@ -105,6 +100,17 @@ def make_runners(optimizer: Stepped, changes: Changes) -> list[Runner]:
             raise RuntimeError(f"a plan does not fit what it was made from ({runner.reason}): please report this")
         runners.append(runner)
     return runners
+
+
+@torch.no_grad()
+def make_early_states(optimizer: HasStates) -> None:
+    """Makes all states before the first step, for those parameters that can have any by now."""
+    maker = StateMaker.of(optimizer)
+    for group in optimizer.param_groups:
+        names = optimizer.rule.state_names(group)
+        for p in filter(can_have_states, group["params"]):
+            with alike(p):
+                optimizer.state[p].update(maker.missing(names, p, optimizer.state[p]))
 
 
 @contextmanager

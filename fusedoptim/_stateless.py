@@ -9,17 +9,17 @@ inputs. Its tables are made anew at every call.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _compiled
 from ._check_tensors import describe
+from ._compiled import Traceable
 from ._fakes import is_fake
 
-if TYPE_CHECKING:
-    from ._base import FusedOptimizer
+AnyTraceable = TypeVar("AnyTraceable", bound=Traceable)
 
 
 def _check_number(value: Any, key: str, index: int) -> None:
@@ -34,7 +34,7 @@ def _check_number(value: Any, key: str, index: int) -> None:
 class Given(_compiled.Traced):
     """A traced step, and where in the optimizer the tensors belong that the operator is given."""
 
-    def __init__(self, optimizer: FusedOptimizer, active: tuple[int, ...]) -> None:
+    def __init__(self, optimizer: Traceable, active: tuple[int, ...]) -> None:
         super().__init__(optimizer, active)
         #: Per parameter the names of its states.
         self.names: list[tuple[str, ...]] = []
@@ -64,7 +64,7 @@ class Given(_compiled.Traced):
         return (self.active, tuple(self.names), tuple(self.sizes), tuple(self.keys), repr(self.groups))
 
 
-def states_are_traced(optimizer: FusedOptimizer, tracer: Any) -> bool:
+def states_are_traced(optimizer: Traceable, tracer: Any) -> bool:
     """Whether states are inputs, or results, of what is being traced."""
     from torch.fx.experimental.proxy_tensor import has_proxy_slot
 
@@ -76,7 +76,7 @@ def states_are_traced(optimizer: FusedOptimizer, tracer: Any) -> bool:
     )
 
 
-def _check_complete(optimizer: FusedOptimizer) -> None:
+def _check_complete(optimizer: Traceable) -> None:
     """What a step would have to make is no result of the trace, and would be lost."""
     for index, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
@@ -89,19 +89,19 @@ def _check_complete(optimizer: FusedOptimizer) -> None:
                 )
 
 
-def trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, ...]) -> None:
+def trace(optimizer: Traceable, params: list[Tensor], active: tuple[int, ...]) -> None:
     """Puts the operator into the graph that is being traced."""
     _check_complete(optimizer)
     given = Given(optimizer, active)
     states, values = given.states, given.values
     del given.states, given.values  # of the trace, and not to be kept
-    number = _compiled.kept(optimizer, given.key(), given).number
+    number = _compiled.keep_first(optimizer, given.key(), given).number
     grads = [params[i].grad for i in active]
     with torch.no_grad():
         torch.ops.fusedoptim.stateless_step_(number, params, grads, states, values)
 
 
-def twin(optimizer: FusedOptimizer, groups: list[dict[str, Any]], state: dict[Any, Any]) -> FusedOptimizer:
+def twin(optimizer: AnyTraceable, groups: list[dict[str, Any]], state: dict[Any, Any]) -> AnyTraceable:
     """As a copy of the optimizer would be, with other groups and states. A copy proper would walk over all its own."""
     other = type(optimizer).__new__(type(optimizer))
     other.__setstate__({**optimizer.__getstate__(), "state": state, "param_groups": groups})

@@ -84,7 +84,6 @@ class Adagrad(FusedOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, options)
-        self._create_states()
 
     def share_memory(self) -> None:
         """Moves the sums to shared memory, for training by several processes."""
