@@ -53,6 +53,8 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    #: Arguments beside params with which ``python -m fusedoptim`` steps it: such that all of its rule is in use.
+    _self_check: ClassVar[dict[str, Any]] = {}
     #: GradScaler looks for it. True with ``amp_in_step`` or ``zero_grad_in_step``.
     _step_supports_amp_scaling: bool = False
     found_inf: Tensor | None
@@ -68,11 +70,13 @@ class FusedOptimizer(Optimizer):
         if own is not None and not hasattr(own, "hooked"):
             cls.step = _hooks.with_hooks(own)  # type: ignore[method-assign]
         _help.complete(cls)
+        if "rule" in cls.__dict__:
+            _checkpoint.note_signature(cls.__name__, cls.rule)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
         check_options(options, type(self))
         defaults |= {name: options.get(name) for name in GROUP_OPTIONS}
-        _group_keys.switch_off(defaults)
+        _group_keys.switch_off(defaults, self.rule)
         self._check_group(defaults)
         self._options: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
         self._begin()
@@ -247,7 +251,7 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does. Its values and parameters are checked first."""
         if isinstance(param_group, dict):
-            _group_keys.switch_off(param_group)
+            _group_keys.switch_off(param_group, self.rule)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
@@ -294,6 +298,6 @@ class FusedOptimizer(Optimizer):
             for key in self.defaults.keys() - self.rule.extensions.keys():
                 group.setdefault(key, self.defaults[key])
             _group_keys.leave_out_what_is_off(group, self.rule)
-            _group_keys.switch_off(group)
+            _group_keys.switch_off(group, self.rule)
         if self._loader is not None:
             self._loader.restore(self.param_groups, self.state, self._lent)

@@ -68,16 +68,14 @@ def has_memory(t: Tensor) -> bool:
         return False
 
 
-def check_grad(p: Tensor, who: str, optimizer: str) -> None:
+def check_grad(p: Tensor, who: str, rule: Rule) -> None:
     """A gradient that fits its parameter."""
     g = p.grad
     assert g is not None
     if g.layout != torch.strided:
-        instead = {"Adam": "SparseAdam", "AdamW": "SparseAdam", "RMSprop": "Adagrad", "NormAdaptive": "SGD"}.get(
-            optimizer, optimizer
-        )
         raise ValueError(
-            f"{who} has a sparse gradient ({g.layout}): use torch.optim.{instead} for it, or Embedding(sparse=False)"
+            f"{who} has a sparse gradient ({g.layout}): use torch.optim.{rule.sparse_alternative} for it, or "
+            "Embedding(sparse=False)"
         )
     if is_traceable_wrapper_subclass(g) or g._is_zerotensor() or is_fake(g):
         raise ValueError(f"{who} has a gradient without memory of its own ({type(g).__name__}): give it a plain tensor")

@@ -13,26 +13,26 @@ from torch.utils.hooks import RemovableHandle
 
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtypes import DTYPES, compute_dtype
-from ._group_keys import ABSENT, completed
+from ._group_keys import completed
 from ._lending import Lent, can_be_lent, held_alone, is_large
 from ._rule import EMA, Group, Rule
 from ._states import HasStates, scalars
 from ._warnings import warn
 
-#: The states by which one knows whose a checkpoint is: those that every parameter has, of torch.optim's optimizers and
-#: of this package's.
+#: The states by which one knows whose a checkpoint is. Those of torch.optim's optimizers that this package does not
+#: have stand here; every rule of its own says which are its (Rule.signature).
 SIGNATURES = {
     "Adadelta": {"step", "square_avg", "acc_delta"},
-    "Adagrad": {"step", "sum"},
-    "Adam": {"step", "exp_avg", "exp_avg_sq"},
     "Adamax": {"step", "exp_avg", "exp_inf"},
     "ASGD": {"step", "eta", "mu", "ax"},
     "NAdam": {"step", "mu_product", "exp_avg", "exp_avg_sq"},
-    "NormAdaptive": {"step", "avg_grad_norm"},
-    "RMSprop": {"step", "square_avg"},
     "Rprop": {"step", "prev", "step_size"},
-    "SGD with momentum": {"momentum_buffer"},
 }
+
+
+def note_signature(optimizer: str, rule: Rule) -> None:
+    if rule.signature():
+        SIGNATURES[optimizer] = rule.signature()
 
 
 class Kept:
@@ -106,7 +106,8 @@ class Loader:
         those of a wrapper, which keeps its own beside the optimizer's."""
         names = {name for name, value in values.items() if value is not None}
         known, required = set(self.rule.state_names()), self.rule.required_states()
-        another = next((o for o, states in SIGNATURES.items() if states <= names and not states <= known), None)
+        others = {o: states for o, states in SIGNATURES.items() if states <= names and not states <= known}
+        another = max(others, key=lambda o: len(others[o]), default=None)
         if another is not None or ((known - {EMA}) & names and not required <= names):
             whose = f"it looks like one of {another}" if another else f"{sorted(required - names)} are missing"
             raise ValueError(
@@ -117,7 +118,9 @@ class Loader:
     def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         """Groups without any states may be those of an optimizer that has none, as SGD without momentum."""
         for saved in saved_groups:
-            lacks = {h.key for h in self.rule.hyper} - saved.keys() - ABSENT.keys() - self.rule.extensions.keys()
+            lacks = (
+                {h.key for h in self.rule.hyper} - saved.keys() - self.rule.absent.keys() - self.rule.extensions.keys()
+            )
             strange = saved.keys() - self.defaults.keys() - {"params", "param_names", "initial_lr"}
             if lacks and strange:
                 warn(

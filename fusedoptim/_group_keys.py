@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ._rule import FLAGS, Group, Rule
-
-#: What torch.optim makes of a group without these keys, which its older versions did not have.
-ABSENT = {
-    "amsgrad": False,
-    "capturable": False,
-    "centered": False,
-    "decoupled_weight_decay": False,
-    "differentiable": False,
-    "foreach": None,
-    "fused": None,
-    "maximize": False,
-    "momentum": 0,
-    "nesterov": False,
-}
+from ._rule import Group, Rule
 
 
-def switch_off(group: dict[str, Any]) -> None:
+def switch_off(group: dict[str, Any], rule: Rule) -> None:
     """Values that are on or off and were given as None are off."""
-    for key in FLAGS:
+    for key in rule.flags:
         if key in group and group[key] is None:
             group[key] = False
 
@@ -43,8 +29,8 @@ def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rul
     result = dict(saved)
     leave_out_what_is_off(result, rule)
     for key in defaults.keys() - result.keys():
-        if key in ABSENT:
-            result[key] = ABSENT[key]
+        if key in rule.absent:
+            result[key] = rule.absent[key]
         elif key in group or key not in rule.extensions:
             result[key] = group.get(key, defaults[key])
     return result

@@ -175,7 +175,7 @@ def _check(optimizer: HasStates, index: int, i: int) -> Conversion:
         raise ValueError(f"{who} is a fake tensor, which has no memory")
     resolved = None
     if p.grad is not None:
-        _check_tensors.check_grad(p, who, name)
+        _check_tensors.check_grad(p, who, rule)
         if p.grad.is_neg():
             resolved = p.grad.resolve_neg()  # a copy with memory of its own
         elif optimizer._options["zero_grad_in_step"]:
