@@ -9,7 +9,7 @@ inputs. Its tables are made anew at every call.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ def _check_number(value: Any, key: str, index: int) -> None:
             )
 
 
+class Place(NamedTuple):
+    """Of a value in the groups."""
+
+    group: int
+    key: str
+
+
 class Given(_compiled.Traced):
     """A traced step, and where in the optimizer the tensors belong that the operator is given."""
 
@@ -42,15 +49,15 @@ class Given(_compiled.Traced):
         self.groups: list[dict[str, Any]] = []
         #: The number of parameters per group.
         self.sizes: list[int] = []
-        #: (group, key) of those of the groups' values that are tensors.
-        self.keys: list[tuple[int, str]] = []
+        #: Of those of the groups' values that are tensors.
+        self.places: list[Place] = []
         self.values: list[Tensor] = []
         for index, group in enumerate(optimizer.param_groups):
             self.sizes.append(len(group["params"]))
             self.groups.append({})
             for key, value in group.items():
                 if isinstance(value, Tensor):
-                    self.keys.append((index, key))
+                    self.places.append(Place(index, key))
                     self.values.append(value)
                 elif key not in ("params", "param_names"):
                     _check_number(value, key, index)
@@ -61,7 +68,7 @@ class Given(_compiled.Traced):
                 self.states += states.values()
 
     def key(self) -> tuple[Any, ...]:
-        return (self.active, tuple(self.names), tuple(self.sizes), tuple(self.keys), repr(self.groups))
+        return (self.active, tuple(self.names), tuple(self.sizes), tuple(self.places), repr(self.groups))
 
 
 def states_are_traced(optimizer: Traceable, tracer: Any) -> bool:
@@ -121,8 +128,8 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor], states: list[T
         {**group, "params": [next(rest) for _ in range(size)]}
         for group, size in zip(given.groups, given.sizes, strict=True)
     ]
-    for (index, key), value in zip(given.keys, values, strict=True):
-        groups[index][key] = value
+    for place, value in zip(given.places, values, strict=True):
+        groups[place.group][place.key] = value
     state: dict[Any, Any] = defaultdict(dict)
     places = [(p, name) for p, names in zip(own, given.names, strict=True) for name in names]
     for (p, name), value in zip(places, states, strict=True):
