@@ -121,7 +121,7 @@ class CompiledRunner:
                     bindings.append(len(tensors))
                     tensors.append(value)
             bindings.append(m.first)
-        self.plan.build(groups, state, bindings, list(dormant), None if _versions.found() else tensors)
+        self.plan.build(groups, state, bindings, list(dormant), None if _versions.find_counters() else tensors)
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
 
