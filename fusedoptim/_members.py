@@ -20,7 +20,7 @@ from ._states import Changes, HasStates, StateMaker, converted
 
 
 @dataclass
-class Member:
+class BoundParam:
     """A parameter, its place in the groups, its states, and whether they count as absent in the coming step."""
 
     __slots__ = ("first", "group", "index", "param", "states")
@@ -66,7 +66,7 @@ class Found:
     """
 
     #: Those that can be stepped, whether or not they have a gradient now.
-    ready: list[Member] = field(default_factory=list)
+    ready: list[BoundParam] = field(default_factory=list)
     #: Those that are left alone for as long as they have no gradient.
     dormant: list[Tensor] = field(default_factory=list)
     #: Of those that are ready.
@@ -81,8 +81,8 @@ class Found:
         self.dormant += [m.param for m in self.ready if m.param.device not in kept]
         self.ready = [m for m in self.ready if m.param.device in kept]
 
-    def by_device(self) -> dict[torch.device, list[Member]]:
-        found: dict[torch.device, list[Member]] = {}
+    def by_device(self) -> dict[torch.device, list[BoundParam]]:
+        found: dict[torch.device, list[BoundParam]] = {}
         for m in self.ready:
             found.setdefault(m.param.device, []).append(m)
         return found
@@ -122,7 +122,7 @@ def find(optimizer: HasStates, steps: Callable[[Tensor], bool] = has_gradient) -
                 continue
             if known is not states and conversion.is_needed:
                 found.conversions.append(conversion)
-            found.ready.append(Member(index, i, p, states or {}, False))
+            found.ready.append(BoundParam(index, i, p, states or {}, False))
     found.apart = look is not None and look.all_apart()
     return found
 
@@ -213,7 +213,7 @@ def keep_apart(found: Found, optimizer: HasStates, steps: Callable[[Tensor], boo
     )
 
 
-def _common_memory(ready: list[Member], optimizer: HasStates) -> list[str] | None:
+def _common_memory(ready: list[BoundParam], optimizer: HasStates) -> list[str] | None:
     """Two tensors with memory in common, in words."""
     found = sharing(t for _, _, t in _written(ready, optimizer))
     if found is None:
@@ -224,7 +224,7 @@ def _common_memory(ready: list[Member], optimizer: HasStates) -> list[str] | Non
     return [what + _check_tensors.describe(groups[m.group], m.group, m.index) for what, m in both]
 
 
-def _written(ready: list[Member], optimizer: HasStates) -> Iterator[tuple[str, Member, Tensor]]:
+def _written(ready: list[BoundParam], optimizer: HasStates) -> Iterator[tuple[str, BoundParam, Tensor]]:
     """What a step writes to: what it is of a parameter, in words, that, and the tensor."""
     names = [(name, f"state {name!r} of ") for name in optimizer.rule.state_names()]
     zero_grad = optimizer._options["zero_grad_in_step"]

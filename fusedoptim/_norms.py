@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._distributed import refuse_norm_of_shards
-from ._members import Member, has_gradient
+from ._members import BoundParam, has_gradient
 from ._rule import Group, Rule
 from ._states import HasStates
 
@@ -59,7 +59,7 @@ class NormResults:
     def __init__(self) -> None:
         self.by_device: dict[torch.device, Tensor] = {}
 
-    def make_for(self, members: Mapping[torch.device, Sequence[Member]], measured: bool) -> None:
+    def make_for(self, members: Mapping[torch.device, Sequence[BoundParam]], measured: bool) -> None:
         """Makes those of these devices, and drops all others. The count goes along where parameters were moved.
 
         Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _native, _versions, reference
 from ._device_memory import DeviceMemory
 from ._dtypes import compute_dtype
-from ._members import Member
+from ._members import BoundParam
 from ._rule import EMA, Rule
 from ._values import numbers
 
@@ -46,7 +46,7 @@ class Runner(Protocol):
     def retire(self) -> None:
         """Lets go of everything else. It is not used again."""
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def build(self, groups: Groups, state: State, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
         """Prepares to step the members, once, for as long as the dormant parameters have no gradient."""
 
     def refresh(self, groups: Groups, state: State) -> bool:
@@ -103,7 +103,7 @@ class CompiledRunner:
         ]
         self.plan.run(self.stream(), *(0 if t is None else t.data_ptr() for t in scalars))
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def build(self, groups: Groups, state: State, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
         tensors: list[Tensor] = []
         # What lacks a state has no gradient yet.
         names = [*(slot.name for slot in self.rule.slots), EMA, "step" if self.rule.has_step else None]
@@ -197,7 +197,7 @@ class ReferenceRunner:
     def retire(self) -> None:
         pass
 
-    def build(self, groups: Groups, state: State, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def build(self, groups: Groups, state: State, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
         self.groups = [numbers(group, self.rule) for group in groups]
         self.state, self.members = state, members
         self.fresh = True
@@ -238,15 +238,17 @@ class ReferenceRunner:
                 assert m.param.grad is not None
                 m.param.grad.detach().zero_()
 
-    def _active(self) -> list[Member]:
+    def _active(self) -> list[BoundParam]:
         return [m for m in self.members if m.param.grad is not None]
 
-    def _gradient(self, m: Member, unscale: float) -> Tensor:
+    def _gradient(self, m: BoundParam, unscale: float) -> Tensor:
         """A copy in the compute dtype, in logical order."""
         assert m.param.grad is not None
         return _copy(m.param.grad, m.param).mul_(unscale)
 
-    def _update(self, m: Member, gradient: Tensor, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    def _update(
+        self, m: BoundParam, gradient: Tensor, part: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The new values of the parameter and the states, or of a part of them."""
         state, group = self.state.get(m.param, {}), self.groups[m.group]
         work: dict[str, Any] = {
