@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._dtypes import DTYPES, NAMES, compute_dtype
 from ._fakes import is_fake
-from ._memory import overlaps_itself
+from ._overlap import overlaps_itself
 from ._rule import EMA, Group, Rule
 
 

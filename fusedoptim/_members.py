@@ -14,7 +14,7 @@ from . import _check_tensors, _native
 from ._check_values import check_lists, check_step_values
 from ._ema import is_early, new_average
 from ._fakes import is_fake
-from ._memory import sharing
+from ._overlap import sharing
 from ._rule import EMA
 from ._states import Changes, HasStates, StateMaker, converted
 
