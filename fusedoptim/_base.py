@@ -15,7 +15,6 @@ from torch.optim.optimizer import ParamsT
 
 from . import (
     _checkpoint,
-    _compiled,
     _ema,
     _footprint,
     _group_keys,
@@ -24,6 +23,7 @@ from . import (
     _lending,
     _modes,
     _prepare,
+    _torch_compile,
 )
 from ._check_tensors import check_early
 from ._check_values import check_common
@@ -58,8 +58,8 @@ class FusedOptimizer(Optimizer):
     #: GradScaler looks for it. True with ``amp_in_step`` or ``zero_grad_in_step``.
     _step_supports_amp_scaling: bool = False
     found_inf: Tensor | None
-    # See _compiled.Traceable.
-    _traced_steps: dict[Hashable, _compiled.Traced]
+    # See _torch_compile.Traceable.
+    _traced_steps: dict[Hashable, _torch_compile.Traced]
     _name: str
     _all_params: list[Tensor]
     _unseen: int
@@ -96,7 +96,7 @@ class FusedOptimizer(Optimizer):
             self._step_supports_amp_scaling = True
         self._runners: list[Runner] | None = None
         self._captured: list[Runner] = []
-        _compiled.register(self)
+        _torch_compile.register(self)
 
     # ---- the step ----
 
@@ -125,7 +125,7 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if is_compiling():
-            _compiled.trace(self)
+            _torch_compile.trace(self)
         elif _hooks.profiling():
             n = sum(p.grad is not None for group in self.param_groups for p in group["params"])
             with profiler.record_function(f"fusedoptim.{type(self).__name__}.step({n} tensors)"):
@@ -181,7 +181,7 @@ class FusedOptimizer(Optimizer):
             _modes.make_fake_states(self)
             return
         self._drop_runners()
-        _compiled.note_params(self)
+        _torch_compile.note_params(self)
         _lending.take_over(self._lent, self.state)
         self._runners = _prepare.first_step(self)
 
@@ -256,13 +256,13 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         _group_keys.leave_out_what_is_off(group, self.rule)
-        _compiled.note_params(self)
+        _torch_compile.note_params(self)
         try:
             for i, p in enumerate(group["params"]):
                 check_early(p, group, index, i, type(self).__name__)
         except ValueError:
             del self.param_groups[-1]
-            _compiled.note_params(self)
+            _torch_compile.note_params(self)
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -293,7 +293,7 @@ class FusedOptimizer(Optimizer):
         if "_name" not in self.__dict__:  # a copy; else a state_dict is loaded
             self._begin()
         self._drop_runners()
-        _compiled.note_params(self)
+        _torch_compile.note_params(self)
         for group in self.param_groups:
             for key in self.defaults.keys() - self.rule.extensions.keys():
                 group.setdefault(key, self.defaults[key])

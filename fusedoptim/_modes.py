@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._C import _get_dispatch_mode, _len_torch_dispatch_stack, _TorchDispatchModeKey
 from torch._functorch import pyfunctorch
 
-from . import _compiled, _stateless
+from . import _stateless, _torch_compile
 from ._backends import BACKENDS
-from ._compiled import Traceable
 from ._dtypes import compute_dtype
 from ._fakes import alike, is_fake
 from ._states import HasStates, StateMaker
+from ._torch_compile import Traceable
 
 #: How many modes are active, but for those of PRE_DISPATCH.
 count_modes = _len_torch_dispatch_stack
@@ -55,11 +55,11 @@ def step(optimizer: Traceable) -> None:
     elif takes_fakes(optimizer):
         make_fake_states(optimizer)
     elif active:
-        _compiled.note_params(optimizer)
+        _torch_compile.note_params(optimizer)
         params = optimizer._all_params
         active = _with_gradients(params)
-        watched = _compiled.Traced(optimizer, active)  # for the duration of this call
-        _compiled.call(optimizer, watched.number, [params[i] for i in active])
+        watched = _torch_compile.Traced(optimizer, active)  # for the duration of this call
+        _torch_compile.call(optimizer, watched.number, [params[i] for i in active])
 
 
 def _with_gradients(params: list[Tensor]) -> tuple[int, ...]:
@@ -76,13 +76,13 @@ def _trace(optimizer: Traceable, params: list[Tensor], active: tuple[int, ...], 
         _stateless.trace(optimizer, params, active)
         return
     own = optimizer._all_params
-    _compiled.note_params(optimizer)
+    _torch_compile.note_params(optimizer)
     traced = optimizer._all_params
     active = _with_gradients(traced)
     if any(map(is_fake, params)):
         optimizer._all_params = own
-    number = _compiled.keep_first(optimizer, active, _compiled.Traced(optimizer, active)).number
-    _compiled.call(optimizer, number, [traced[i] for i in active])
+    number = _torch_compile.keep_first(optimizer, active, _torch_compile.Traced(optimizer, active)).number
+    _torch_compile.call(optimizer, number, [traced[i] for i in active])
 
 
 # ---- fake tensors ----

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _compiled
+from . import _torch_compile
 from ._check_tensors import describe
-from ._compiled import Traceable
 from ._fakes import is_fake
+from ._torch_compile import Traceable
 
 AnyTraceable = TypeVar("AnyTraceable", bound=Traceable)
 
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     key: str
 
 
-class Given(_compiled.Traced):
+class Given(_torch_compile.Traced):
     """A traced step, and where in the optimizer the tensors belong that the operator is given."""
 
     def __init__(self, optimizer: Traceable, active: tuple[int, ...]) -> None:
@@ -102,7 +102,7 @@ def trace(optimizer: Traceable, params: list[Tensor], active: tuple[int, ...]) -
     given = Given(optimizer, active)
     states, values = given.states, given.values
     del given.states, given.values  # of the trace, and not to be kept
-    number = _compiled.keep_first(optimizer, given.key(), given).number
+    number = _torch_compile.keep_first(optimizer, given.key(), given).number
     grads = [params[i].grad for i in active]
     with torch.no_grad():
         torch.ops.fusedoptim.stateless_step_(number, params, grads, states, values)
@@ -116,7 +116,7 @@ def twin(optimizer: AnyTraceable, groups: list[dict[str, Any]], state: dict[Any,
 
 
 def _step(number: int, params: list[Tensor], grads: list[Tensor], states: list[Tensor], values: list[Tensor]) -> None:
-    given = _compiled.find(number)
+    given = _torch_compile.find(number)
     if not isinstance(given, Given):
         raise RuntimeError(f"number {number} stands for a step with the optimizer's own states: use fusedoptim::step_")
     optimizer = given.optimizer
@@ -142,7 +142,7 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor], states: list[T
             value.copy_(other.state[p][name])
 
 
-_compiled.define(
+_torch_compile.define(
     "stateless_step_",
     "(int traced, Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor[] values) -> ()",
     _step,

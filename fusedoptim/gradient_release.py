@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from . import _compiled
+from . import _torch_compile
 from ._base import FusedOptimizer
 from ._check_tensors import describe, is_materialised
 from ._fakes import is_fake
@@ -113,7 +113,7 @@ class StepInBackward:
             self._attach()
         except ValueError:
             del owner.param_groups[-1]
-            _compiled.note_params(owner)
+            _torch_compile.note_params(owner)
             raise
 
     def _attach(self) -> None:
