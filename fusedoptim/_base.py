@@ -295,9 +295,6 @@ class FusedOptimizer(Optimizer):
         self._drop_runners()
         _torch_compile.note_params(self)
         for group in self.param_groups:
-            for key in self.defaults.keys() - self.rule.extensions.keys():
-                group.setdefault(key, self.defaults[key])
-            _group_keys.leave_out_what_is_off(group, self.rule)
-            _group_keys.switch_off(group, self.rule)
+            _group_keys.fill(group, self.defaults, self.rule)
         if self._loader is not None:
             self._loader.restore(self.param_groups, self.state, self._lent)

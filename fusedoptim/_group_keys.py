@@ -23,6 +23,14 @@ def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:
             del group[key]
 
 
+def fill(group: dict[str, Any], defaults: Mapping[str, Any], rule: Rule) -> None:
+    """Gives a group what it lacks, as one has it that was saved by another version or came from torch.optim."""
+    for key in defaults.keys() - rule.extensions.keys():
+        group.setdefault(key, defaults[key])
+    leave_out_what_is_off(group, rule)
+    switch_off(group, rule)
+
+
 def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
     makes of it; all else, among it an option that is off, stays as in the optimizer's group."""
