@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
 
-from . import _checks
-from ._members import is_materialised
+from ._check_tensors import check_states, describe, is_materialised
+from ._dtypes import DTYPES, compute_dtype
+from ._group_keys import completed
+from ._lending import Lent, can_be_lent, held_alone, is_large
 from ._rule import EMA, Group, Rule
-from ._states import scalars
+from ._states import HasStates, scalars
 from ._warnings import warn
 
-#: What torch.optim makes of a group without these keys, which its older versions did not have.
-ABSENT = {
-    "amsgrad": False,
-    "capturable": False,
-    "centered": False,
-    "decoupled_weight_decay": False,
-    "differentiable": False,
-    "foreach": None,
-    "fused": None,
-    "maximize": False,
-    "momentum": 0,
-    "nesterov": False,
-}
-#: The states by which one knows whose a checkpoint is: those that every parameter has, of torch.optim's optimizers and
-#: of this package's.
+#: The states by which one knows whose a checkpoint is. Those of torch.optim's optimizers that this package does not
+#: have stand here; every rule of its own says which are its (Rule.signature).
 SIGNATURES = {
     "Adadelta": {"step", "square_avg", "acc_delta"},
-    "Adagrad": {"step", "sum"},
-    "Adam": {"step", "exp_avg", "exp_avg_sq"},
     "Adamax": {"step", "exp_avg", "exp_inf"},
     "ASGD": {"step", "eta", "mu", "ax"},
     "NAdam": {"step", "mu_product", "exp_avg", "exp_avg_sq"},
-    "NormAdaptive": {"step", "avg_grad_norm"},
-    "RMSprop": {"step", "square_avg"},
     "Rprop": {"step", "prev", "step_size"},
-    "SGD with momentum": {"momentum_buffer"},
 }
 
 
-#: Bytes; see _is_large.
-WORTH_LENDING = 1 << 14
+def note_signature(optimizer: str, rule: Rule) -> None:
+    if rule.signature():
+        SIGNATURES[optimizer] = rule.signature()
 
 
 class Kept:
@@ -58,35 +42,6 @@ class Kept:
         self.value = value
         #: Where the state_dict has it, if nothing else holds it.
         self.entry = entry
-
-
-class Lent(NamedTuple):
-    """States of a parameter that are a state_dict's tensors."""
-
-    #: In a list, so that one can count who holds it.
-    entry: list[dict[str, Any]]
-    names: set[str]
-
-
-def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:
-    """Without the options of this package that are off a group has torch's keys, and so has a checkpoint of it: one of
-    torch's loads key by key, as torch.distributed.checkpoint does it, and the other way round."""
-    for key, value in rule.extensions.items():
-        if key in group and group[key] is value:
-            del group[key]
-
-
-def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
-    """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
-    makes of it; all else, among it an option that is off, stays as in the optimizer's group."""
-    result = dict(saved)
-    leave_out_what_is_off(result, rule)
-    for key in defaults.keys() - result.keys():
-        if key in ABSENT:
-            result[key] = ABSENT[key]
-        elif key in group or key not in rule.extensions:
-            result[key] = group.get(key, defaults[key])
-    return result
 
 
 class Loader:
@@ -131,12 +86,12 @@ class Loader:
                 raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
             group, index, i = owners[k]
             p = group["params"][i]
-            lent = {name for name in values if alone and _is_large(values[name]) and held_alone(values, name)}
+            lent = {name for name in values if alone and is_large(values[name]) and held_alone(values, name)}
             known = {**values, **scalars(values, self.rule)}
             if _is_stepped(p, known, self.rule):
-                who = _checks.describe(group, index, i)
+                who = describe(group, index, i)
                 self._check(known, who)
-                _checks.check_states(p, known, self.rule, who, devices=False)
+                check_states(p, known, self.rule, who, devices=False)
             kept[k] = {name: Kept(value, values if name in lent else None) for name, value in known.items()}
         if not any(kept.values()):
             self._check_groups(saved_groups)
@@ -151,7 +106,8 @@ class Loader:
         those of a wrapper, which keeps its own beside the optimizer's."""
         names = {name for name, value in values.items() if value is not None}
         known, required = set(self.rule.state_names()), self.rule.required_states()
-        another = next((o for o, states in SIGNATURES.items() if states <= names and not states <= known), None)
+        others = {o: states for o, states in SIGNATURES.items() if states <= names and not states <= known}
+        another = max(others, key=lambda o: len(others[o]), default=None)
         if another is not None or ((known - {EMA}) & names and not required <= names):
             whose = f"it looks like one of {another}" if another else f"{sorted(required - names)} are missing"
             raise ValueError(
@@ -162,7 +118,9 @@ class Loader:
     def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         """Groups without any states may be those of an optimizer that has none, as SGD without momentum."""
         for saved in saved_groups:
-            lacks = {h.key for h in self.rule.hyper} - saved.keys() - ABSENT.keys() - self.rule.extensions.keys()
+            lacks = (
+                {h.key for h in self.rule.hyper} - saved.keys() - self.rule.absent.keys() - self.rule.extensions.keys()
+            )
             strange = saved.keys() - self.defaults.keys() - {"params", "param_names", "initial_lr"}
             if lacks and strange:
                 warn(
@@ -172,21 +130,19 @@ class Loader:
                 )
                 return
 
-    def restore(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any]
-    ) -> Iterator[tuple[Tensor, dict[str, Any], Lent | None]]:
-        """For each parameter its states, unwrapped, and which of them are the state_dict's own tensors."""
+    def restore(self, groups: list[dict[str, Any]], state: dict[Any, Any], lent: dict[Tensor, Lent]) -> None:
+        """Unwraps the states that torch loaded, and notes which of them are the state_dict's own tensors."""
+        lent.clear()
         for index, group in enumerate(groups):
             for i, p in enumerate(group["params"]):
                 if p in state:
                     kept = {name: value for name, value in state[p].items() if isinstance(value, Kept)}
-                    found, lent = self._restore_one(kept, p)
+                    found = self._restore_one(kept, p, lent)
                     self._note_wider(found, kept, group, index, i)
-                    yield p, {**state[p], **found}, lent
+                    state[p] = {**state[p], **found}
 
-    def _restore_one(self, values: dict[str, Kept], p: Tensor) -> tuple[dict[str, Any], Lent | None]:
+    def _restore_one(self, values: dict[str, Kept], p: Tensor, lent: dict[Tensor, Lent]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        lent: Lent | None = None
         for name, kept in values.items():
             value = kept.value
             if not isinstance(value, Tensor):
@@ -195,19 +151,18 @@ class Loader:
             dtype = self._dtype(name, value, p)
             if name == "step" and self.rule.has_step:
                 found[name] = value.detach().to("cpu", copy=True)
-            elif kept.entry is not None and dtype == value.dtype and _can_be_lent(value, p):
+            elif kept.entry is not None and dtype == value.dtype and can_be_lent(value, p):
                 found[name] = value
-                lent = lent or Lent([kept.entry], set())
-                lent.names.add(name)
+                lent.setdefault(p, Lent([kept.entry], set())).names.add(name)
             else:
                 found[name] = _copy(value.detach(), dtype, p)
-        return found, lent
+        return found
 
     def _note_wider(self, found: dict[str, Any], kept: dict[str, Kept], group: Group, index: int, i: int) -> None:
         for name in self.slots & found.keys():
             before, now = kept[name].value, found[name]
             if isinstance(now, Tensor) and before.dtype.itemsize < now.dtype.itemsize:
-                who = _checks.describe(group, index, i)
+                who = describe(group, index, i)
                 self.widened.append(f"{name!r} of {who}, from {before.dtype} to {now.dtype}")
 
     def _dtype(self, name: str, value: Tensor, p: Tensor) -> torch.dtype:
@@ -216,7 +171,7 @@ class Loader:
         if not _can_be_stepped(p) or value.shape != p.shape or not saved.is_floating_point:
             return saved
         if name == EMA:  # which torch.optim keeps in the parameter's dtype
-            return _checks.compute_dtype(p)
+            return compute_dtype(p)
         if name not in self.slots:
             return saved
         return self.dtype or (saved if saved.itemsize >= p.dtype.itemsize else p.dtype)
@@ -230,10 +185,45 @@ class Loader:
             )
 
 
+class Loading(HasStates, Protocol):
+    """What an optimizer has that loads a state_dict."""
+
+    #: While it loads one: its __setstate__, which torch calls then, has the states restored.
+    _loader: Loader | None
+
+    def register_load_state_dict_pre_hook(
+        self, hook: Callable[[Optimizer, dict[str, Any]], dict[str, Any] | None]
+    ) -> RemovableHandle: ...
+
+
+def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
+    """Loads a state_dict: see FusedOptimizer.load_state_dict.
+
+    Args:
+        by_torch: torch's own load_state_dict of the optimizer.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
+    dtype, name = optimizer._options["state_dtype"], type(optimizer).__name__
+    optimizer._loader = loader = Loader(optimizer.param_groups, optimizer.defaults, optimizer.rule, dtype, name)
+    # Registered last, so that it sees what the user's own hooks made of the state_dict.
+    handle = optimizer.register_load_state_dict_pre_hook(lambda _, final: loader.prepare(final))
+    before = (optimizer.state, optimizer.param_groups)
+    try:
+        by_torch(state_dict)
+    except BaseException:
+        optimizer.state, optimizer.param_groups = before
+        raise
+    finally:
+        handle.remove()
+        optimizer._loader = None
+    loader.warn_of_wider_states()
+
+
 def _can_be_stepped(p: Tensor) -> bool:
     if not is_materialised(p) or p.layout != torch.strided or is_traceable_wrapper_subclass(p):
         return False
-    return p.dtype in _checks.DTYPES
+    return p.dtype in DTYPES
 
 
 def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
@@ -264,81 +254,3 @@ def _carried(value: Any, p: Tensor) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_carried(item, p) for item in value)
     return value
-
-
-# ---- states that a state_dict lends ----
-
-
-def held_alone(items: Any, key: Any) -> bool:
-    """Whether nothing but this container holds an item: no variable, no other container; and, for a tensor, no autograd
-    graph, no view of its memory and nobody its storage."""
-    if sys.getrefcount(items[key]) > _ALONE:
-        return False
-    value = items[key]
-    if not isinstance(value, Tensor):
-        return True
-    return type(value) is Tensor and value.layout == torch.strided and _uses_of(value) == _uses_of_one()
-
-
-_ITEM = {0: object()}
-#: What CPython counts for such a value, asked for as above: versions differ.
-_ALONE = sys.getrefcount(_ITEM[0])
-
-
-def _uses_of(t: Tensor) -> tuple[int, int]:
-    """How many tensors use a tensor's memory, and how many variables hold its storage, with torch's own references."""
-    storage = t.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
-
-
-@functools.cache
-def _uses_of_one() -> tuple[int, int]:
-    return _uses_of(torch.empty(1, device="cpu"))
-
-
-def _is_large(value: Any) -> bool:
-    """From 16 KiB on it costs less to ask who holds a tensor, 1.5 us, than to copy it."""
-    return type(value) is Tensor and value.layout == torch.strided and value.nbytes >= WORTH_LENDING
-
-
-def _can_be_lent(saved: Tensor, p: Tensor) -> bool:
-    """Whether a state_dict's tensor is as a copy of it would be, so that it can be the state itself. A state_dict that
-    is still there at the first step gets a copy then (see :func:`take_over`); one that was let go of is loaded without
-    a second copy of the states."""
-    return bool(
-        type(saved) is Tensor
-        and not saved.requires_grad
-        and not saved.is_inference()
-        and saved.device == p.device
-        and saved.shape == p.shape
-        and saved.stride() == p.stride()
-        and saved.storage_offset() == 0
-        and saved.untyped_storage().nbytes() == saved.numel() * saved.element_size()
-        and _is_torchs(saved.untyped_storage())
-    )
-
-
-def _is_torchs(storage: torch.UntypedStorage) -> bool:
-    """Whether its memory is of torch's allocators, and not NumPy's, a file's or anybody's who may still use it.
-
-    ``torch.load`` makes storages that cannot be resized, as ``torch.from_numpy`` does. Within the storage, beside the
-    memory's address, is what is to be freed: that very address for memory of the CPU's allocator, another object
-    otherwise. If torch's storages look different one day, the address is found once, and states are copied.
-    """
-    if storage.resizable():
-        return True
-    words = (ctypes.c_size_t * 8).from_address(storage._cdata)
-    return storage.device.type == "cpu" and list(words).count(storage.data_ptr()) == 2
-
-
-def take_over(lent: dict[Tensor, Lent], state: dict[Any, Any]) -> None:
-    """Before a step writes: where somebody still has the state_dict, its tensors become copies. The states stay the
-    objects that they are. ``state`` may have some of the parameters."""
-    for p in [p for p in lent if p in state]:
-        entry, names = lent.pop(p)
-        values = state[p]
-        if held_alone(entry, 0) or not isinstance(values, dict):
-            continue
-        for name in names & values.keys():
-            if entry[0].get(name) is values[name]:
-                entry[0][name] = values[name].clone(memory_format=torch.preserve_format)

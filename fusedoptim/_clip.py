@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import utils
 
 from . import _backends, _native, _versions, reference
-from ._checks import DTYPES, compute_dtype
 from ._distributed import refuse_norm_of_shards, sharded_by_fsdp1
-from ._memory import overlaps_itself, sharing
+from ._dtypes import DTYPES, compute_dtype
 from ._modes import PRE_DISPATCH, count_modes, is_transformed
+from ._overlap import overlaps_itself, sharing
 from ._runners import device_guard, make_launcher, stream_of
 from ._values import number
 

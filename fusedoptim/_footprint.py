@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._states import StateMaker
-
-if TYPE_CHECKING:
-    from ._base import FusedOptimizer
+from ._states import HasStates, StateMaker
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Footprint:
         return "\n".join(f"{name:<{width}} {_readable(size):>12}" for name, size in rows.items())
 
 
-def measure(optimizer: FusedOptimizer) -> Footprint:
+def measure(optimizer: HasStates) -> Footprint:
     """See :meth:`FusedOptimizer.memory`."""
     counted: set[int] = set()
 
@@ -96,9 +92,9 @@ def _parts(t: Tensor) -> Iterator[Tensor]:
         yield from (t.ccol_indices(), t.row_indices(), t.values())
 
 
-def _to_come(optimizer: FusedOptimizer) -> dict[str, int]:
+def _to_come(optimizer: HasStates) -> dict[str, int]:
     """The sizes of states made for tensors like the parameters, but without memory."""
-    maker = StateMaker(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
+    maker = StateMaker.of(optimizer)
     sizes: defaultdict[str, int] = defaultdict(int)
     with torch.no_grad():
         for group in optimizer.param_groups:

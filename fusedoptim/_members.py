@@ -1,28 +1,26 @@
-"""Finds the parameters that a step takes, and validates them: before anything is written, and at no other time."""
+"""Finds the parameters that a step takes, and makes them ready. Looking, which validates, comes first and changes
+nothing; then what was found is changed."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from . import _checks, _native
+from . import _check_tensors, _native
+from ._check_values import check_lists, check_step_values
+from ._ema import is_early, new_average
 from ._fakes import is_fake
-from ._memory import sharing
-from ._rule import EMA, Group, Rule
-from ._states import Changes, StateMaker, convert, new_average
-
-Groups = list[dict[str, Any]]
+from ._overlap import sharing
+from ._rule import EMA
+from ._states import Changes, HasStates, StateMaker, converted
 
 
 @dataclass
-class Member:
+class BoundParam:
     """A parameter, its place in the groups, its states, and whether they count as absent in the coming step."""
 
     __slots__ = ("first", "group", "index", "param", "states")
@@ -37,171 +35,199 @@ def has_gradient(p: Tensor) -> bool:
     return p.grad is not None
 
 
+class Conversion(NamedTuple):
+    """What has to be changed of a parameter before it can be stepped."""
+
+    param: Tensor
+    #: Its states as they are.
+    states: dict[str, Any]
+    #: By name, those that take the place of others.
+    new: dict[str, Tensor]
+    #: What takes the place of its gradient, if that is negated lazily, which memory does not show.
+    grad: Tensor | None
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self.new) or self.grad is not None
+
+    def apply(self, changes: Changes) -> None:
+        if self.grad is not None:
+            self.param.grad = self.grad
+        for name, value in self.new.items():
+            changes.put(self.states, name, value)
+
+
 @dataclass
-class Members:
-    #: Those that can be stepped as they are, by device, whether or not they have a gradient now.
-    by_device: dict[torch.device, list[Member]] = field(default_factory=dict)
+class Found:
+    """All parameters of the groups.
+
+    A parameter without a gradient is nobody's business: whatever it is, and whatever its states are, raises nothing. If
+    it could be stepped as it is, it is ready all the same, so that a gradient which comes and goes makes no plan anew.
+    """
+
+    #: Those that can be stepped, whether or not they have a gradient now.
+    ready: list[BoundParam] = field(default_factory=list)
     #: Those that are left alone for as long as they have no gradient.
     dormant: list[Tensor] = field(default_factory=list)
+    #: Of those that are ready.
+    conversions: list[Conversion] = field(default_factory=list)
+    #: Whether it is known that no two tensors that are written to share memory.
+    apart: bool = False
 
     def leave_alone_devices_without_gradients(self) -> None:
         """One device is kept in any case."""
-        without = [d for d, members in self.by_device.items() if not any(has_gradient(m.param) for m in members)]
-        for device in without[int(len(without) == len(self.by_device)) :]:
-            self.dormant += [m.param for m in self.by_device.pop(device)]
+        devices = {m.param.device: None for m in self.ready if has_gradient(m.param)}
+        kept = devices or {m.param.device: None for m in self.ready[:1]}
+        self.dormant += [m.param for m in self.ready if m.param.device not in kept]
+        self.ready = [m for m in self.ready if m.param.device in kept]
+
+    def by_device(self) -> dict[torch.device, list[BoundParam]]:
+        found: dict[torch.device, list[BoundParam]] = {}
+        for m in self.ready:
+            found.setdefault(m.param.device, []).append(m)
+        return found
 
 
-def find(
-    groups: Groups,
-    rule: Rule,
-    optimizer: str,
-    maker: StateMaker,
-    changes: Changes,
-    *,
-    zero_grad: bool,
-    steps: Callable[[Tensor], bool] = has_gradient,
-) -> Members:
-    """All parameters, with the states that those which are stepped lacked.
-
-    A parameter without a gradient is nobody's business: whatever it is, and whatever its states are, raises nothing. If
-    it could be stepped as it is, it is a member all the same, so that a gradient which comes and goes makes no plan
-    anew.
+def find(optimizer: HasStates, steps: Callable[[Tensor], bool] = has_gradient) -> Found:
+    """Looks at all parameters, and changes nothing.
 
     Args:
-        optimizer: its class's name.
-        zero_grad: whether the step writes to gradients.
         steps: says of a parameter whether it is stepped.
 
     Raises:
-        ValueError: if one that is stepped, its gradient or its states cannot be. ``changes`` has what was changed.
+        ValueError: if one that is stepped, its gradient or its states cannot be.
     """
-    _checks.check_lists(groups)
-    ready: list[Member] = []
-    members = Members()
-    look = _make_look(rule, changes, zero_grad)
+    groups, rule = optimizer.param_groups, optimizer.rule
+    check_lists(groups)
+    found = Found()
+    look = _make_look(optimizer)
     for index, group in enumerate(groups):
-        _checks.check_step_values(group, rule, index)
+        check_step_values(group, rule, index)
         params = group["params"]
         usual = [False] * len(params) if look is None else look.at(params)
         for i, (p, states) in enumerate(zip(params, usual, strict=True)):
+            known = states
             if states is False:
                 try:
-                    states = _validate(p, group, index, i, rule, optimizer, changes, zero_grad)
+                    conversion = _check(optimizer, index, i)
                 except Exception:
                     if steps(p):
                         raise
-                    members.dormant.append(p)
+                    found.dormant.append(p)
                     continue
-            if early_average(rule, states) and not steps(p):  # to be renewed when it is stepped: see below
-                members.dormant.append(p)
+                states = conversion.states
+                known = {**states, **conversion.new}
+            if is_early(rule, known) and not steps(p):  # to be renewed when it is stepped: see make_states
+                found.dormant.append(p)
                 continue
-            ready.append(Member(index, i, p, states or {}, False))
-    if look is None or not look.all_apart():
-        ready = _apart(ready, groups, rule, zero_grad, steps, members.dormant)
-    names = [rule.state_names(group) for group in groups]
-    with torch.no_grad():
-        for m in ready:
-            if steps(m.param):
-                if early_average(rule, m.states):
-                    changes.put(m.states, EMA, new_average(m.param))  # which may have been given other weights since
-                _complete(m, names[m.group], maker, changes)
-            members.by_device.setdefault(m.param.device, []).append(m)
-    return members
+            if known is not states and conversion.is_needed:
+                found.conversions.append(conversion)
+            found.ready.append(BoundParam(index, i, p, states or {}, False))
+    found.apart = look is not None and look.all_apart()
+    return found
 
 
-def _complete(m: Member, names: list[str], maker: StateMaker, changes: Changes) -> None:
-    """Makes the states that a parameter lacks."""
-    for name, value in maker.missing(names, m.param, m.states):
-        if not m.states:
-            m.states = changes.entry(m.param)
-        changes.put(m.states, name, value)
-        m.first = m.first or (name in maker.slots and maker.slots[name].starts_absent)
+def convert(found: Found, changes: Changes) -> None:
+    """Makes what belongs to the parameters such that they can be stepped."""
+    for conversion in found.conversions:
+        conversion.apply(changes)
 
 
-def _make_look(rule: Rule, changes: Changes, zero_grad: bool) -> Any:
-    """What looks at parameters first: :func:`_validate` takes 15 us, twice as much as torch's whole step, and has
-    nothing to say or to do about almost all; this takes less than one. None without the compiled library."""
+@torch.no_grad()
+def make_states(
+    found: Found, optimizer: HasStates, changes: Changes, steps: Callable[[Tensor], bool] = has_gradient
+) -> None:
+    """Makes the states that those parameters lack which are stepped."""
+    maker, rule = StateMaker.of(optimizer), optimizer.rule
+    names = [rule.state_names(group) for group in optimizer.param_groups]
+    for m in found.ready:
+        if not steps(m.param):
+            continue
+        if is_early(rule, m.states):
+            changes.put(m.states, EMA, new_average(m.param))  # which may have been given other weights since
+        for name, value in maker.missing(names[m.group], m.param, m.states):
+            if not m.states:
+                m.states = changes.make_entry(m.param)
+            changes.put(m.states, name, value)
+            m.first = m.first or (name in maker.slots and maker.slots[name].starts_absent)
+
+
+def _make_look(optimizer: HasStates) -> Any:
+    """What looks at parameters first: :func:`_check` takes 15 us, twice as much as torch's whole step, and has nothing
+    to say about almost all; this takes less than one. None without the compiled library."""
     if _native._C is None:
         return None
+    rule = optimizer.rule
     slots: list[list[str]] = [[], []]
     for slot in rule.states:
         slots[slot.needed is not None].append(slot.name)
     step = "step" if rule.has_step else None
-    return _native._C.Look(changes.state, *slots, step, rule.scalar_state, EMA, zero_grad)
+    zero_grad = optimizer._options["zero_grad_in_step"]
+    return _native._C.Look(optimizer.state, *slots, step, rule.scalar_state, EMA, zero_grad)
 
 
-def _validate(
-    p: Tensor, group: Group, index: int, i: int, rule: Rule, optimizer: str, changes: Changes, zero_grad: bool
-) -> dict[str, Any]:
-    """Raises ValueError, or makes what belongs to a parameter such that it can be stepped. Returns its states."""
-    who = _checks.describe(group, index, i)
-    _checks.check_param(p, who, optimizer)
+def _check(optimizer: HasStates, index: int, i: int) -> Conversion:
+    """Raises ValueError for a parameter that cannot be stepped. Returns what has to be changed before."""
+    rule, name, group = optimizer.rule, type(optimizer).__name__, optimizer.param_groups[index]
+    p, who = group["params"][i], _check_tensors.describe(group, index, i)
+    _check_tensors.check_param(p, who, name)
     if is_fake(p):
         raise ValueError(f"{who} is a fake tensor, which has no memory")
+    resolved = None
     if p.grad is not None:
-        _checks.check_grad(p, who, optimizer)
-        if p.grad.is_neg():  # the kernels read memory, which does not show a negation still owed
-            p.grad = p.grad.resolve_neg()
-        if zero_grad:
-            _checks.check_written_grad(p.grad, who)
-    values = changes.state.get(p, {})
+        _check_tensors.check_grad(p, who, rule)
+        if p.grad.is_neg():
+            resolved = p.grad.resolve_neg()  # a copy with memory of its own
+        elif optimizer._options["zero_grad_in_step"]:
+            _check_tensors.check_written_grad(p.grad, who)
+    values = optimizer.state.get(p, {})
     if not isinstance(values, dict):
         raise ValueError(f"the state of {who} must be a dict, but is {values!r}")
-    convert(p, values, rule, changes)
-    _checks.check_states(p, values, rule, who)
-    _checks.check_complete(values, rule, who)
-    return values
-
-
-def early_average(rule: Rule, states: dict[str, Any] | None) -> bool:
-    """Whether there is an average that was made with the optimizer, of a parameter that was not stepped since."""
-    if not rule.states_at_construction or not states or states.get(EMA) is None:
-        return False
-    step = states.get("step")
-    # One that was moved to a device has counted a step there; nothing waits to hear how many.
-    return isinstance(step, Tensor) and step.device.type == "cpu" and bool(step.item() == 0)
+    new = converted(p, values, rule)
+    there = {**values, **new}
+    _check_tensors.check_states(p, there, rule, who)
+    _check_tensors.check_complete(there, rule, who)
+    return Conversion(p, values, new, resolved)
 
 
 # ---- memory ----
 
 
-def _apart(
-    ready: list[Member],
-    groups: Groups,
-    rule: Rule,
-    zero_grad: bool,
-    steps: Callable[[Tensor], bool],
-    dormant: list[Tensor],
-) -> list[Member]:
-    """No two tensors that are written to may share memory. Parameters that are not stepped give way."""
-    found = _common_memory(ready, rule, zero_grad)
-    if found is None:
-        return ready
-    stepped = [m for m in ready if steps(m.param)]
-    if len(stepped) < len(ready):
-        dormant += [m.param for m in ready if not steps(m.param)]
-        return _apart(stepped, groups, rule, zero_grad, steps, dormant)
-    texts = [what + _checks.describe(groups[m.group], m.group, m.index) for what, m in found]
+def keep_apart(found: Found, optimizer: HasStates, steps: Callable[[Tensor], bool] = has_gradient) -> None:
+    """Sees to it that no two tensors share memory which are written to: parameters that are not stepped give way.
+
+    Raises:
+        ValueError: if two of those share memory that are stepped.
+    """
+    if found.apart or (both := _common_memory(found.ready, optimizer)) is None:
+        return
+    stepped = [m for m in found.ready if steps(m.param)]
+    if len(stepped) < len(found.ready):
+        found.dormant += [m.param for m in found.ready if not steps(m.param)]
+        found.ready = stepped
+        keep_apart(found, optimizer, steps)
+        return
     raise ValueError(
-        f"{texts[1]} shares memory with {texts[0]}, and all are updated side by side: pass one parameter for both, or "
+        f"{both[1]} shares memory with {both[0]}, and all are updated side by side: pass one parameter for both, or "
         "give it memory of its own with .clone()"
     )
 
 
-def _common_memory(
-    ready: list[Member], rule: Rule, zero_grad: bool
-) -> tuple[tuple[str, Member], tuple[str, Member]] | None:
-    """Two tensors with memory in common: each as (what it is of the parameter, that)."""
-    found = sharing(t for _, _, t in _written(ready, rule, zero_grad))
+def _common_memory(ready: list[BoundParam], optimizer: HasStates) -> list[str] | None:
+    """Two tensors with memory in common, in words."""
+    found = sharing(t for _, _, t in _written(ready, optimizer))
     if found is None:
         return None
-    owners = [(what, m) for what, m, _ in _written(ready, rule, zero_grad)]
-    first, second = sorted(found)
-    return owners[first], owners[second]
+    groups = optimizer.param_groups
+    owners = [(what, m) for what, m, _ in _written(ready, optimizer)]
+    both = (owners[i] for i in sorted(found))
+    return [what + _check_tensors.describe(groups[m.group], m.group, m.index) for what, m in both]
 
 
-def _written(ready: list[Member], rule: Rule, zero_grad: bool) -> Iterator[tuple[str, Member, Tensor]]:
-    names = [(name, f"state {name!r} of ") for name in rule.state_names()]
+def _written(ready: list[BoundParam], optimizer: HasStates) -> Iterator[tuple[str, BoundParam, Tensor]]:
+    """What a step writes to: what it is of a parameter, in words, that, and the tensor."""
+    names = [(name, f"state {name!r} of ") for name in optimizer.rule.state_names()]
+    zero_grad = optimizer._options["zero_grad_in_step"]
     for m in ready:
         p = m.param
         if zero_grad and p.grad is not None:
@@ -211,42 +237,3 @@ def _written(ready: list[Member], rule: Rule, zero_grad: bool) -> Iterator[tuple
             for name, what in names:
                 if (value := values.get(name)) is not None:
                     yield what, m, value
-
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Thousands of new objects would make Python's collector look at every object that there is, several times over,
-    which takes longer than all of the rest (0.15 s of 0.25 s for 10,000 parameters)."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def is_materialised(p: Tensor) -> bool:
-    return not is_lazy(p) and p.device.type != "meta"
-
-
-def check_early(p: Tensor, group: Group, index: int, i: int, optimizer: str) -> None:
-    """What can be said of a new parameter before it has a gradient: that it never can be stepped. Frozen ones are left
-    alone, and so are those that are yet to be materialised.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    if p.requires_grad and is_materialised(p):
-        _checks.check_param(p, _checks.describe(group, index, i), optimizer)
-
-
-def can_have_states(p: Tensor) -> bool:
-    """Whether states can be made for it before it has a gradient."""
-    if not is_materialised(p) or (not p.requires_grad and type(p) not in (Tensor, torch.nn.Parameter)):
-        return False
-    try:
-        _checks.check_param(p, "", "")
-    except ValueError:
-        return False
-    return True

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _get_dispatch_mode, _len_torch_dispatch_stack, _TorchDispatchModeKey
 from torch._functorch import pyfunctorch
 
-from . import _compiled, _stateless
+from . import _stateless, _torch_compile
 from ._backends import BACKENDS
-from ._checks import compute_dtype
+from ._dtypes import compute_dtype
 from ._fakes import alike, is_fake
-from ._states import StateMaker
-
-if TYPE_CHECKING:
-    from ._base import FusedOptimizer
+from ._states import HasStates, StateMaker
+from ._torch_compile import Traceable
 
 #: How many modes are active, but for those of PRE_DISPATCH.
 count_modes = _len_torch_dispatch_stack
@@ -42,34 +40,33 @@ def is_transformed() -> bool:
 untransformed = pyfunctorch.temporarily_clear_interpreter_stack
 
 
-def step(optimizer: FusedOptimizer) -> None:
+def step(optimizer: Traceable) -> None:
     """Makes a step where a mode is active."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if is_transformed() and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, params)):
         with untransformed():  # functionalize refuses operators that write, and nothing of its own is written here
             step(optimizer)
         return
-    optimizer._check_not_averaging()
-    optimizer._opt_called = True
-    active = tuple(i for i, p in enumerate(params) if p.grad is not None)
+    active = _with_gradients(params)
     tracer = PRE_DISPATCH[0] or _get_dispatch_mode(_TorchDispatchModeKey.PROXY)
     if tracer is not None:
         if active:
             _trace(optimizer, params, active, tracer)
-    elif not step_of_fakes(optimizer) and active:
-        params, active = _noted(optimizer)
-        watched = _compiled.Traced(optimizer, active)  # for the duration of this call
-        _compiled.call(optimizer, watched.number, [params[i] for i in active])
+    elif takes_fakes(optimizer):
+        make_fake_states(optimizer)
+    elif active:
+        _torch_compile.note_params(optimizer)
+        params = optimizer._all_params
+        active = _with_gradients(params)
+        watched = _torch_compile.Traced(optimizer, active)  # for the duration of this call
+        _torch_compile.call(optimizer, watched.number, [params[i] for i in active])
 
 
-def _noted(optimizer: FusedOptimizer) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The parameters as a compiled step has them, and which of them have gradients."""
-    _compiled.note_params(optimizer)
-    params = optimizer._all_params
-    return params, tuple(i for i, p in enumerate(params) if p.grad is not None)
+def _with_gradients(params: list[Tensor]) -> tuple[int, ...]:
+    return tuple(i for i, p in enumerate(params) if p.grad is not None)
 
 
-def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, ...], tracer: Any) -> None:
+def _trace(optimizer: Traceable, params: list[Tensor], active: tuple[int, ...], tracer: Any) -> None:
     if hasattr(optimizer, "found_inf"):
         raise RuntimeError(
             "a GradScaler leaves unscaling and skipping to this step, and what is being traced would do neither: build "
@@ -79,26 +76,28 @@ def _trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, .
         _stateless.trace(optimizer, params, active)
         return
     own = optimizer._all_params
-    traced, active = _noted(optimizer)
+    _torch_compile.note_params(optimizer)
+    traced = optimizer._all_params
+    active = _with_gradients(traced)
     if any(map(is_fake, params)):
         optimizer._all_params = own
-    number = _compiled.kept(optimizer, active, _compiled.Traced(optimizer, active)).number
-    _compiled.call(optimizer, number, [traced[i] for i in active])
+    number = _torch_compile.keep_first(optimizer, active, _torch_compile.Traced(optimizer, active)).number
+    _torch_compile.call(optimizer, number, [traced[i] for i in active])
 
 
 # ---- fake tensors ----
 
 
-def step_of_fakes(optimizer: FusedOptimizer) -> bool:
-    """Whether the parameters that have gradients are fake, or taken for fake: then they have their states now, and
-    there is nothing else to do.
+def takes_fakes(optimizer: HasStates) -> bool:
+    """Whether the parameters that have gradients are fake, or taken for fake: then all that a step does is to make
+    their states.
 
     Raises:
         ValueError: if some are fake and some not.
         RuntimeError: if none is, in a mode for fakes: what was made there would be of no use to a real step.
     """
-    stepped = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    fakes = sum(is_fake(p) for _, p in stepped)
+    stepped = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    fakes = sum(map(is_fake, stepped))
     if fakes == 0:
         mode = _get_dispatch_mode(_TorchDispatchModeKey.FAKE)
         if mode is None or not stepped:
@@ -114,19 +113,25 @@ def step_of_fakes(optimizer: FusedOptimizer) -> bool:
             f"{fakes} of the {len(stepped)} parameters that have gradients are fake tensors, without memory, and the "
             "others are not: step them with optimizers of their own"
         )
-    maker = StateMaker(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
+    return True
+
+
+@torch.no_grad()
+def make_fake_states(optimizer: HasStates) -> None:
+    """The states that a step would leave, of the fake parameters that have gradients."""
+    maker, rule, backend = StateMaker.of(optimizer), optimizer.rule, optimizer._options["backend"]
+    stepped = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None and is_fake(p)]
     for group, p in stepped:
         states = dict(optimizer.state.get(p, {}))
-        with torch.no_grad(), alike(p) as mode:
-            states.update(maker.missing(optimizer.rule.state_names(group), p, states))
+        with alike(p) as mode:
+            states.update(maker.missing(rule.state_names(group), p, states))
             for name, value in states.items():
                 if isinstance(value, Tensor) and not is_fake(value):  # made with the optimizer, say
                     states[name] = mode.from_tensor(value)
-            if optimizer.rule.has_step and _steps_on(optimizer._options["backend"], p.device):
+            if rule.has_step and _steps_on(backend, p.device):
                 states["step"] = states["step"].to(p.device)
         if states:
             optimizer.state[p].update(states)
-    return True
 
 
 def _steps_on(backend: str | None, device: torch.device) -> bool:

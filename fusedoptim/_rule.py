@@ -10,8 +10,6 @@ from typing import Any
 from torch import Tensor
 
 Group = Mapping[str, Any]
-#: Group keys whose values are on or off. torch.optim takes None for off.
-FLAGS = ("amsgrad", "maximize", "nesterov", "centered", "decoupled_weight_decay", "bias_correction")
 #: ``reference(param, grad, states, step, group)`` updates ``param`` and the tensors in ``states`` in place. All are
 #: contiguous and of the compute dtype; ``step`` counts from 1. A state that is ``None`` is absent so far.
 Reference = Callable[[Tensor, Tensor, dict[str, Any], float, Group], None]
@@ -71,6 +69,8 @@ class Hyper:
     optional: bool = False
     #: For what torch.optim's groups do not have: its value where it is off, which is what a group without it has.
     off: Any = REQUIRED
+    #: What torch.optim makes of a group without it, for what its older versions did not have.
+    absent: Any = REQUIRED
 
     @property
     def off_number(self) -> float | None:
@@ -78,9 +78,16 @@ class Hyper:
         return None if self.off is REQUIRED else -1.0 if self.off is None else float(self.off)
 
 
-def at_least_0(key: str, label: str = "", accepts: Range = NUMBER) -> Hyper:
+def at_least_0(key: str, label: str = "", accepts: Range = NUMBER, absent: Any = REQUIRED) -> Hyper:
     """One that torch.optim's constructor wants to be at least 0, and its step takes as it is."""
-    return Hyper(key, accepts=accepts, label=label or f"{key} value", constructor=TORCH_AT_LEAST_0)
+    return Hyper(key, accepts=accepts, label=label or f"{key} value", constructor=TORCH_AT_LEAST_0, absent=absent)
+
+
+@dataclass(frozen=True)
+class Flag(Hyper):
+    """One that is on or off, where torch.optim takes None for off."""
+
+    absent: Any = False
 
 
 #: Of every rule.
@@ -130,6 +137,8 @@ class Rule:
     uses_norm: bool = False
     #: Whether an optimizer has its states before its first step.
     states_at_construction: bool = False
+    #: The optimizer of torch.optim that takes the sparse gradients which this one does not.
+    sparse_alternative: str = "SGD"
 
     @property
     def row(self) -> tuple[Hyper, ...]:
@@ -140,6 +149,16 @@ class Rule:
     def extensions(self) -> dict[str, Any]:
         """The keys that torch.optim's groups do not have, with their values where they are off."""
         return {hyper.key: hyper.off for hyper in self.row if hyper.off is not REQUIRED}
+
+    @property
+    def flags(self) -> list[str]:
+        return [hyper.key for hyper in self.hyper if isinstance(hyper, Flag)]
+
+    @property
+    def absent(self) -> dict[str, Any]:
+        """What torch.optim makes of a group of one of its older versions, by the keys that these did not have."""
+        own = {h.key: h.absent for h in self.hyper if h.absent is not REQUIRED and h.off is REQUIRED}
+        return {"capturable": False, "differentiable": False, "foreach": None, "fused": None, **own}
 
     def state_names(self, group: Group | None = None) -> list[str]:
         """The names of the states, in the order in which they are created; with a group, those that it needs."""
@@ -154,3 +173,7 @@ class Rule:
         names = {s.name for s in self.states if s.needed is None}
         names |= {"step"} if self.has_step else set()
         return names | ({self.scalar_state} if self.scalar_state else set())
+
+    def signature(self) -> set[str]:
+        """The states by which one knows whose a checkpoint is: those that all groups need, or else all that one may."""
+        return self.required_states() or {s.name for s in self.states}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import _native, _versions, reference
-from ._checks import compute_dtype
 from ._device_memory import DeviceMemory
-from ._members import Member
+from ._dtypes import compute_dtype
+from ._members import BoundParam
 from ._rule import EMA, Rule
 from ._values import numbers
 
@@ -46,7 +46,7 @@ class Runner(Protocol):
     def retire(self) -> None:
         """Lets go of everything else. It is not used again."""
 
-    def build(self, groups: Groups, state: States, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def build(self, groups: Groups, state: States, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
         """Prepares to step the members, once, for as long as the dormant parameters have no gradient."""
 
     def refresh(self, groups: Groups, state: States) -> bool:
@@ -140,7 +140,7 @@ class NativeRunner:
         """A number as a kernel reads it, without waiting. To be kept until the kernel is launched."""
         return None if t is None else t.to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
 
-    def build(self, groups: Groups, state: States, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def build(self, groups: Groups, state: States, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
         tensors: list[Tensor] = []
         # What lacks a state has no gradient yet.
         names = [*(s.name for s in self.rule.states), EMA, "step" if self.rule.has_step else None]
@@ -158,7 +158,7 @@ class NativeRunner:
                     bindings.append(len(tensors))
                     tensors.append(value)
             bindings.append(m.first)
-        counted = None if _versions.found() else tensors
+        counted = None if _versions.find_counters() else tensors
         self.sums = torch.zeros(starts[-1], dtype=torch.float64, device=self.device)
         self.plan.build(groups, state, bindings, list(dormant), counted, self.sums.data_ptr())
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
@@ -252,7 +252,7 @@ class ReferenceRunner:
     def retire(self) -> None:
         pass
 
-    def build(self, groups: Groups, state: States, members: Sequence[Member], dormant: Sequence[Tensor]) -> None:
+    def build(self, groups: Groups, state: States, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
         self.groups = [numbers(group, self.rule) for group in groups]
         self.state, self.members = state, members
         self.places = [0, *accumulate(len(group["params"]) for group in groups)]
@@ -312,10 +312,10 @@ class ReferenceRunner:
                 assert m.param.grad is not None
                 m.param.grad.detach().zero_()
 
-    def _active(self) -> list[Member]:
+    def _active(self) -> list[BoundParam]:
         return [m for m in self.members if m.param.grad is not None]
 
-    def _place(self, m: Member) -> int:
+    def _place(self, m: BoundParam) -> int:
         """In the sums."""
         return self.places[m.group] + m.index
 
@@ -326,13 +326,15 @@ class ReferenceRunner:
         """Of all gradients, as reduce() left it."""
         return self.settings.norm_stats[0].to(torch.float64 if self._wide() else torch.float32)
 
-    def _gradient(self, m: Member, grad_scale: Tensor | None) -> Tensor:
+    def _gradient(self, m: BoundParam, grad_scale: Tensor | None) -> Tensor:
         """A copy in the compute dtype, in logical order."""
         assert m.param.grad is not None
         unscale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
         return _copy(m.param.grad, m.param).mul_(unscale)
 
-    def _update(self, m: Member, gradient: Tensor, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    def _update(
+        self, m: BoundParam, gradient: Tensor, part: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The new values of the parameter and the states, or of a part of them."""
         state, group = self.state.get(m.param, {}), self.groups[m.group]
         work: dict[str, Any] = {

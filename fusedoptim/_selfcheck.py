@@ -4,20 +4,14 @@ busy."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from . import SGD, Adagrad, Adam, AdamW, FusedOptimizer, NormAdaptive, RMSprop, StepOptions
+import fusedoptim
 
-OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
-    "Adam": lambda p, **k: Adam(p, amsgrad=True, weight_decay=0.1, **k),
-    "AdamW": AdamW,
-    "SGD": lambda p, **k: SGD(p, momentum=0.9, dampening=0.1, **k),
-    "RMSprop": lambda p, **k: RMSprop(p, momentum=0.9, centered=True, **k),
-    "Adagrad": lambda p, **k: Adagrad(p, lr_decay=0.1, **k),
-    "NormAdaptive": NormAdaptive,
-    "AdamW with all options": lambda p, **k: AdamW(p, **OPTIONS, **k),
-}
+from . import AdamW, FusedOptimizer, StepOptions
+
 #: All that a step can do around its rule.
 OPTIONS: StepOptions = {
     "max_grad_norm": 1.0,
@@ -26,6 +20,13 @@ OPTIONS: StepOptions = {
     "skip_nonfinite": True,
     "zero_grad_in_step": True,
 }
+_exported = [getattr(fusedoptim, name) for name in fusedoptim.__all__]
+OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
+    cls.__name__: partial(cls, **cls._self_check)
+    for cls in _exported
+    if isinstance(cls, type) and issubclass(cls, FusedOptimizer) and cls is not FusedOptimizer
+}
+OPTIMIZERS["AdamW with all options"] = partial(AdamW, **OPTIONS)
 SIZES = (0, 1, 17, 1025, 40_000)
 
 

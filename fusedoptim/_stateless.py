@@ -9,17 +9,17 @@ inputs. Its tables are made anew at every call.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _compiled
-from ._checks import describe
+from . import _torch_compile
+from ._check_tensors import describe
 from ._fakes import is_fake
+from ._torch_compile import Traceable
 
-if TYPE_CHECKING:
-    from ._base import FusedOptimizer
+AnyTraceable = TypeVar("AnyTraceable", bound=Traceable)
 
 
 def _check_number(value: Any, key: str, index: int) -> None:
@@ -31,10 +31,17 @@ def _check_number(value: Any, key: str, index: int) -> None:
             )
 
 
-class Given(_compiled.Traced):
+class Place(NamedTuple):
+    """Of a value in the groups."""
+
+    group: int
+    key: str
+
+
+class Given(_torch_compile.Traced):
     """A traced step, and where in the optimizer the tensors belong that the operator is given."""
 
-    def __init__(self, optimizer: FusedOptimizer, active: tuple[int, ...]) -> None:
+    def __init__(self, optimizer: Traceable, active: tuple[int, ...]) -> None:
         super().__init__(optimizer, active)
         #: Per parameter the names of its states.
         self.names: list[tuple[str, ...]] = []
@@ -42,15 +49,15 @@ class Given(_compiled.Traced):
         self.groups: list[dict[str, Any]] = []
         #: The number of parameters per group.
         self.sizes: list[int] = []
-        #: (group, key) of those of the groups' values that are tensors.
-        self.keys: list[tuple[int, str]] = []
+        #: Of those of the groups' values that are tensors.
+        self.places: list[Place] = []
         self.values: list[Tensor] = []
         for index, group in enumerate(optimizer.param_groups):
             self.sizes.append(len(group["params"]))
             self.groups.append({})
             for key, value in group.items():
                 if isinstance(value, Tensor):
-                    self.keys.append((index, key))
+                    self.places.append(Place(index, key))
                     self.values.append(value)
                 elif key not in ("params", "param_names"):
                     _check_number(value, key, index)
@@ -61,10 +68,10 @@ class Given(_compiled.Traced):
                 self.states += states.values()
 
     def key(self) -> tuple[Any, ...]:
-        return (self.active, tuple(self.names), tuple(self.sizes), tuple(self.keys), repr(self.groups))
+        return (self.active, tuple(self.names), tuple(self.sizes), tuple(self.places), repr(self.groups))
 
 
-def states_are_traced(optimizer: FusedOptimizer, tracer: Any) -> bool:
+def states_are_traced(optimizer: Traceable, tracer: Any) -> bool:
     """Whether states are inputs, or results, of what is being traced."""
     from torch.fx.experimental.proxy_tensor import has_proxy_slot
 
@@ -76,7 +83,7 @@ def states_are_traced(optimizer: FusedOptimizer, tracer: Any) -> bool:
     )
 
 
-def _check_complete(optimizer: FusedOptimizer) -> None:
+def _check_complete(optimizer: Traceable) -> None:
     """What a step would have to make is no result of the trace, and would be lost."""
     for index, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
@@ -89,19 +96,19 @@ def _check_complete(optimizer: FusedOptimizer) -> None:
                 )
 
 
-def trace(optimizer: FusedOptimizer, params: list[Tensor], active: tuple[int, ...]) -> None:
+def trace(optimizer: Traceable, params: list[Tensor], active: tuple[int, ...]) -> None:
     """Puts the operator into the graph that is being traced."""
     _check_complete(optimizer)
     given = Given(optimizer, active)
     states, values = given.states, given.values
     del given.states, given.values  # of the trace, and not to be kept
-    number = _compiled.kept(optimizer, given.key(), given).number
+    number = _torch_compile.keep_first(optimizer, given.key(), given).number
     grads = [params[i].grad for i in active]
     with torch.no_grad():
         torch.ops.fusedoptim.stateless_step_(number, params, grads, states, values)
 
 
-def twin(optimizer: FusedOptimizer, groups: list[dict[str, Any]], state: dict[Any, Any]) -> FusedOptimizer:
+def twin(optimizer: AnyTraceable, groups: list[dict[str, Any]], state: dict[Any, Any]) -> AnyTraceable:
     """As a copy of the optimizer would be, with other groups and states. A copy proper would walk over all its own."""
     other = type(optimizer).__new__(type(optimizer))
     other.__setstate__({**optimizer.__getstate__(), "state": state, "param_groups": groups})
@@ -109,7 +116,7 @@ def twin(optimizer: FusedOptimizer, groups: list[dict[str, Any]], state: dict[An
 
 
 def _step(number: int, params: list[Tensor], grads: list[Tensor], states: list[Tensor], values: list[Tensor]) -> None:
-    given = _compiled.find(number)
+    given = _torch_compile.find(number)
     if not isinstance(given, Given):
         raise RuntimeError(f"number {number} stands for a step with the optimizer's own states: use fusedoptim::step_")
     optimizer = given.optimizer
@@ -121,22 +128,21 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor], states: list[T
         {**group, "params": [next(rest) for _ in range(size)]}
         for group, size in zip(given.groups, given.sizes, strict=True)
     ]
-    for (index, key), value in zip(given.keys, values, strict=True):
-        groups[index][key] = value
+    for place, value in zip(given.places, values, strict=True):
+        groups[place.group][place.key] = value
     state: dict[Any, Any] = defaultdict(dict)
     places = [(p, name) for p, names in zip(own, given.names, strict=True) for name in names]
     for (p, name), value in zip(places, states, strict=True):
         state[p][name] = value
     other = twin(optimizer, groups, state)
-    other._norm_stats = optimizer._norm_stats
+    other._norms = optimizer._norms
     other._step(in_operator=True)
-    optimizer._norm_stats = other._norm_stats
     for (p, name), value in zip(places, states, strict=True):
         if other.state[p][name] is not value:  # moved to the device, or converted
             value.copy_(other.state[p][name])
 
 
-_compiled.define(
+_torch_compile.define(
     "stateless_step_",
     "(int traced, Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor[] values) -> ()",
     _step,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ._checks import compute_dtype
+from ._dtypes import compute_dtype
+from ._ema import new_average
 from ._rule import EMA, Rule, State
 from ._values import number
 
@@ -21,7 +23,7 @@ class Changes:
         self._made: list[Tensor] = []  # parameters that had no entry
         self._log: list[Any] = []  # entry, name, value before, ...: the garbage collector looks at every tuple
 
-    def entry(self, p: Tensor) -> dict[str, Any]:
+    def make_entry(self, p: Tensor) -> dict[str, Any]:
         """A parameter's entry in the state, new if it had none."""
         if p not in self.state:
             self._made.append(p)
@@ -71,15 +73,24 @@ def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     return found
 
 
-def convert(p: Tensor, values: dict[str, Any], rule: Rule, changes: Changes) -> None:
-    """Gives states that somebody else made the dtypes that a step needs. An average's is the compute dtype, which is
-    another than before after ``model.double()``."""
-    for name, value in scalars(values, rule).items():
-        if value is not values[name]:
-            changes.put(values, name, value)
+def converted(p: Tensor, values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
+    """Those of a parameter's states that somebody else made in other dtypes than a step needs, in these. An average's
+    is the compute dtype, which is another than before after ``model.double()``."""
+    found = {name: value for name, value in scalars(values, rule).items() if value is not values[name]}
     average, dtype = values.get(EMA), compute_dtype(p)
     if isinstance(average, Tensor) and average.is_floating_point() and average.dtype != dtype:
-        changes.put(values, EMA, average.to(dtype))
+        found[EMA] = average.to(dtype)
+    return found
+
+
+class HasStates(Protocol):
+    """What an optimizer has that its states follow from."""
+
+    rule: ClassVar[Rule]
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    _options: dict[str, Any]
 
 
 class StateMaker:
@@ -93,6 +104,10 @@ class StateMaker:
     def __init__(self, rule: Rule, defaults: Mapping[str, Any], dtype: torch.dtype | None) -> None:
         self.rule, self.defaults, self.dtype = rule, defaults, dtype
         self.slots = {s.name: s for s in rule.states}
+
+    @classmethod
+    def of(cls, optimizer: HasStates) -> StateMaker:
+        return cls(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
 
     def missing(self, names: Iterable[str], p: Tensor, there: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """The states of these names that a parameter lacks, new, beside those that are there. To be called without
@@ -114,11 +129,6 @@ class StateMaker:
         if name == EMA:
             return new_average(p)
         return torch.zeros((), dtype=torch.float32, device=p.device)
-
-
-def new_average(p: Tensor) -> Tensor:
-    """A moving average starts as its parameter."""
-    return p.detach().to(compute_dtype(p), copy=True, memory_format=torch.preserve_format)
 
 
 def move_steps(entries: Iterable[dict[str, Any]], device: torch.device, changes: Changes) -> None:

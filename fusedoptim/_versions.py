@@ -15,7 +15,7 @@ by_torch = getattr(torch._C, "_increment_version", torch.autograd.graph.incremen
 
 
 @functools.cache
-def found() -> bool:
+def find_counters() -> bool:
     """Looks for the counters, on the first call. False if they have to be left to torch's own function."""
     answer: list[bool] = []
     # In a thread of its own, because whatever may surround the first step (inference mode, an operator, whose kernels

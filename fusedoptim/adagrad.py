@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import _checkpoint, reference
+from . import _lending, reference
 from ._base import FusedOptimizer
-from ._rule import AT_LEAST_0, FP32, Hyper, Rule, State, at_least_0
+from ._rule import AT_LEAST_0, FP32, Flag, Rule, State, at_least_0
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,12 +49,15 @@ class Adagrad(FusedOptimizer):
             at_least_0("lr_decay", accepts=AT_LEAST_0),  # below it 1 + (t-1)*lr_decay could be 0
             at_least_0("weight_decay"),
             at_least_0("eps", "epsilon value", FP32),
-            Hyper("maximize"),
+            Flag("maximize"),
         ),
         states=(State("sum", initial="initial_accumulator_value"),),
         states_at_construction=True,
         initial=(at_least_0("initial_accumulator_value"),),
+        sparse_alternative="Adagrad",
     )
+
+    _self_check: ClassVar[dict[str, Any]] = {"lr_decay": 0.1}
 
     def __init__(
         self,
@@ -84,11 +87,10 @@ class Adagrad(FusedOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, options)
-        self._create_states()
 
     def share_memory(self) -> None:
         """Moves the sums to shared memory, for training by several processes."""
-        _checkpoint.take_over(self._lent, self.state)
+        _lending.take_over(self._lent, self.state)
         for state in self.state.values():
             if "sum" in state:  # a parameter that is not materialised has none so far
                 state["sum"].share_memory_()

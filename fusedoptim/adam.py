@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from . import reference
 from ._base import FusedOptimizer
 from ._options import check_options
-from ._rule import BELOW_1, FP32, Hyper, Rule, State, at_least_0
+from ._rule import BELOW_1, FP32, Flag, Hyper, Rule, State, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -60,17 +60,20 @@ class Adam(FusedOptimizer):
             _beta(1),
             at_least_0("eps", "epsilon value", FP32),
             at_least_0("weight_decay"),
-            Hyper("amsgrad"),
-            Hyper("maximize"),
-            Hyper("decoupled_weight_decay"),
-            Hyper("bias_correction", off=True),
+            Flag("amsgrad"),
+            Flag("maximize"),
+            Flag("decoupled_weight_decay"),
+            Flag("bias_correction", off=True),
         ),
         states=(
             State("exp_avg"),
             State("exp_avg_sq"),
             State("max_exp_avg_sq", needed=lambda group: number(group["amsgrad"]) != 0),
         ),
+        sparse_alternative="SparseAdam",
     )
+
+    _self_check: ClassVar[dict[str, Any]] = {"amsgrad": True, "weight_decay": 0.1}
 
     def __init__(
         self,
@@ -119,6 +122,8 @@ class AdamW(Adam):
     Raises:
         ValueError: for values out of range, with torch.optim's messages.
     """
+
+    _self_check: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from . import _checks, _compiled
+from . import _torch_compile
 from ._base import FusedOptimizer
+from ._check_tensors import describe, is_materialised
 from ._fakes import is_fake
-from ._members import is_materialised
+from ._members import convert, find, keep_apart
 from ._rule import Group
 from ._stateless import twin
 from ._states import Changes
@@ -112,7 +113,7 @@ class StepInBackward:
             self._attach()
         except ValueError:
             del owner.param_groups[-1]
-            _compiled.note_params(owner)
+            _torch_compile.note_params(owner)
             raise
 
     def _attach(self) -> None:
@@ -133,7 +134,7 @@ class StepInBackward:
         for p, index, i in members:
             if p not in self._parts and _is_hooked(p):
                 raise ValueError(
-                    f"{_checks.describe(groups[index], index, i)} is stepped in the backward pass already, which leaves"
+                    f"{describe(groups[index], index, i)} is stepped in the backward pass already, which leaves"
                     " no gradient for a second time: call remove() on the handle of the first, or use that one"
                 )
         for p, index, i in members:
@@ -210,7 +211,7 @@ class _Part:
                 del mine[key]
 
     def as_the_owner_says(self, message: str) -> str:
-        mine, theirs = _checks.describe(self.group, 0, 0), _checks.describe(self.theirs, self.index, self.i)
+        mine, theirs = describe(self.group, 0, 0), describe(self.theirs, self.index, self.i)
         return message.replace(mine, theirs).replace("parameter group 0", f"parameter group {self.index}")
 
 
@@ -247,12 +248,17 @@ def _check_all(optimizer: FusedOptimizer) -> None:
         for i, p in enumerate(group["params"]):
             if p.requires_grad and not is_materialised(p):
                 raise ValueError(
-                    f"{_checks.describe(group, index, i)} has no memory yet, hence cannot be hooked: run the model "
+                    f"{describe(group, index, i)} has no memory yet, hence cannot be hooked: run the model "
                     "once before, or materialise it with to_empty()"
                 )
-    changes = Changes(optimizer.state)
+
+    def steps(p: Tensor) -> bool:
+        return p.requires_grad and is_materialised(p) and not is_fake(p)
+
+    found, changes = find(optimizer, steps), Changes(optimizer.state)
     try:
-        optimizer._find_members(changes, steps=lambda p: p.requires_grad and is_materialised(p) and not is_fake(p))
+        convert(found, changes)
+        keep_apart(found, optimizer, steps)
     finally:
         changes.undo()
 

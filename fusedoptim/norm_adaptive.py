@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import BELOW_1, FP32, Hyper, Rule, at_least_0
+from ._rule import BELOW_1, FP32, Flag, Hyper, Rule, at_least_0
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,7 +53,7 @@ class NormAdaptive(FusedOptimizer):
             Hyper("beta", accepts=BELOW_1, label="beta parameter"),
             at_least_0("eps", "epsilon value", FP32),
             at_least_0("weight_decay"),
-            Hyper("maximize"),
+            Flag("maximize"),
         ),
         states=(),
         scalar_state="avg_grad_norm",

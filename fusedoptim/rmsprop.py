@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import FP32, Hyper, Rule, State, at_least_0
+from ._rule import FP32, Flag, Rule, State, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -52,16 +52,19 @@ class RMSprop(FusedOptimizer):
             at_least_0("alpha"),
             at_least_0("eps", "epsilon value", FP32),
             at_least_0("weight_decay"),
-            at_least_0("momentum"),
-            Hyper("centered"),
-            Hyper("maximize"),
+            at_least_0("momentum", absent=0),
+            Flag("centered"),
+            Flag("maximize"),
         ),
         states=(
             State("square_avg"),
             State("momentum_buffer", needed=lambda group: number(group["momentum"]) > 0),
             State("grad_avg", needed=lambda group: number(group["centered"]) != 0),
         ),
+        sparse_alternative="Adagrad",
     )
+
+    _self_check: ClassVar[dict[str, Any]] = {"momentum": 0.9, "centered": True}
 
     def __init__(
         self,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import Group, Hyper, Rule, State, at_least_0
+from ._rule import Flag, Group, Hyper, Rule, State, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -54,16 +54,18 @@ class SGD(FusedOptimizer):
         name="sgd",
         reference=reference.sgd,
         hyper=(
-            at_least_0("momentum"),
+            at_least_0("momentum", absent=0),
             Hyper("dampening"),
             at_least_0("weight_decay"),
-            Hyper("nesterov"),
-            Hyper("maximize"),
+            Flag("nesterov"),
+            Flag("maximize"),
         ),
         states=(State("momentum_buffer", needed=lambda group: number(group["momentum"]) != 0, starts_absent=True),),
         has_step=False,
         check=_check,
     )
+
+    _self_check: ClassVar[dict[str, Any]] = {"momentum": 0.9, "dampening": 0.1}
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import torch
 from cases import ALL, BY_NAME, FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
 
 import fusedoptim
+from fusedoptim import _prepare
 from fusedoptim._runners import Runner
 from fusedoptim._states import Changes
 
@@ -27,7 +28,7 @@ def ready(optimizer: fusedoptim.FusedOptimizer) -> Runner:
     assert optimizer._runners is not None
     (runner,) = optimizer._runners
     if not runner.refresh(optimizer.param_groups, optimizer.state):  # the reference's are good for one step
-        (runner,) = optimizer._prepare(Changes(optimizer.state))
+        (runner,) = _prepare.make_runners(optimizer, Changes(optimizer.state))
     return runner
 
 

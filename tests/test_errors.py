@@ -58,11 +58,13 @@ def test_other_values_that_are_no_numbers() -> None:
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_sparse_gradient(case: Case) -> None:
+    """Of torch's optimizer that the message names it is one that can be stepped."""
     o, ps = stepped(case)
     ps[1].grad = torch.ones(6).to_sparse()
-    fails_without_a_trace(
-        o, ps, r"parameter 1 of group 0 \(shape \(6,\), torch.float32, cpu\) has a sparse gradient.*torch.optim"
-    )
+    who, instead = r"parameter 1 of group 0 \(shape \(6,\), torch.float32, cpu\)", o.rule.sparse_alternative
+    fails_without_a_trace(o, ps, rf"{who} has a sparse gradient.*use torch\.optim\.{instead} for it")
+    with torch.sparse.check_sparse_tensor_invariants():  # asked for, so that torch does not warn that it does not check
+        getattr(torch.optim, instead)([ps[1]]).step()
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
@@ -327,3 +329,17 @@ def test_many_parameters_of_a_subclass() -> None:
             p.grad = torch.ones(2)
         optimizer.step()
     assert all((p.detach() == -0.5).all() for p in params)
+
+
+@pytest.mark.parametrize("case", [c for c in FULL if c.optimizer != "SGD"], ids=str)
+def test_looking_at_parameters_changes_nothing(case: Case) -> None:
+    """What was to be converted of one parameter stays as it is, where another cannot be stepped."""
+    o, ps = stepped(case)
+    grad = ps[0].grad = torch.ones(5, dtype=torch.complex64).conj().imag
+    o.state[ps[0]]["step"] = 1
+    ps[1].grad = torch.ones(6).to_sparse()
+    fails_without_a_trace(o, ps, "parameter 1 of group 0 .* has a sparse gradient")
+    assert ps[0].grad is grad and grad.is_neg() and o.state[ps[0]]["step"] == 1
+    ps[1].grad = torch.ones(6)
+    o.step()
+    assert not ps[0].grad.is_neg() and o.state[ps[0]]["step"].item() == 2

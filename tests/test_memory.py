@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusedoptim
-from fusedoptim._memory import overlaps_itself, sharing
+from fusedoptim._overlap import overlaps_itself, sharing
 
 REGISTERED = [torch.float32, torch.bfloat16, torch.float64]
 

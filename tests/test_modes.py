@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedoptim
-from fusedoptim import _compiled
+from fusedoptim import _torch_compile
 
 SHAPES = [(5,), (3, 4), (1,)]
 pytestmark = pytest.mark.filterwarnings("ignore:.*non-leaf Tensor")
@@ -315,21 +315,21 @@ def test_steps_that_compiled_code_holds_do_not_pile_up() -> None:
     params = parameters(SHAPES)
     optimizer = fusedoptim.AdamW(params)
     set_gradients(params, 0)
-    before = len(_compiled._traced)
+    before = len(_torch_compile._traced)
     for _ in range(5):
         graph = traced(optimizer)
         with Log():
             optimizer.step()
         torch.compiler.reset()
         torch.compile(optimizer.step, backend="eager")()
-    assert len(_compiled._traced) == before + 1
+    assert len(_torch_compile._traced) == before + 1
     params[0].grad = None
     graph = traced(optimizer)
-    assert len(_compiled._traced) == before + 2
+    assert len(_torch_compile._traced) == before + 2
     torch.compiler.reset()
     del optimizer
     gc.collect()
-    assert len(_compiled._traced) == before
+    assert len(_torch_compile._traced) == before
     with pytest.raises(RuntimeError, match="is gone"):
         graph(torch.ones(1))
     other = fusedoptim.AdamW(params)

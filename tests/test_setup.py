@@ -15,6 +15,7 @@ import pytest
 import setuptools
 import torch
 
+import fusedoptim
 from fusedoptim import _digest, _native
 
 ROOT = Path(__file__).parent.parent
@@ -132,3 +133,13 @@ def test_an_archive_of_the_sources_holds_all_files(tmp_path: Path) -> None:
         held = {m.name.partition("/")[2] for m in tar if m.isfile()}
     assert files - held == set()
     assert {name for name in held - files if ".egg-info/" not in name} == {"PKG-INFO", "setup.cfg"}
+
+
+def test_the_version_is_the_packages_also_where_it_cannot_be_imported() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from setuptools.config.pyprojecttoml import read_configuration\n"
+        "print(read_configuration('pyproject.toml')['project']['version'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.stdout.strip() == fusedoptim.__version__, done.stderr

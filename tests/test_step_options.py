@@ -257,7 +257,7 @@ def test_parameters_that_were_moved_take_the_count_along() -> None:
     """As if they had been on another device before."""
     params = parameters([(3,)])
     optimizer = fusedoptim.Adam(params, skip_nonfinite=True)
-    optimizer._norm_stats = {torch.device("meta"): torch.tensor([math.nan, 3.0], dtype=torch.float64)}
+    optimizer._norms.by_device = {torch.device("meta"): torch.tensor([math.nan, 3.0], dtype=torch.float64)}
     set_gradients(params, 0)
     for _ in range(2):
         optimizer.step()

@@ -32,7 +32,7 @@ def test_raised_by_torch_where_they_are_not_found(
     case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[torch.Tensor] = []
-    monkeypatch.setattr(_versions, "found", lambda: False)
+    monkeypatch.setattr(_versions, "find_counters", lambda: False)
     monkeypatch.setattr(_versions, "by_torch", lambda all_: (told.extend(all_), torch._C._increment_version(all_)))
     check_versions(case, "cpu", options)
     assert told
@@ -40,8 +40,8 @@ def test_raised_by_torch_where_they_are_not_found(
 
 @needs_library
 def test_are_found_in_this_torch_whatever_surrounds_the_search() -> None:
-    look = _versions.found.__wrapped__
-    assert look() and _versions.found()
+    look = _versions.find_counters.__wrapped__
+    assert look() and _versions.find_counters()
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,7 +69,7 @@ def test_a_search_that_fails_leaves_them_to_torch(monkeypatch: pytest.MonkeyPatc
 
     for probe in (Blind, Careless):
         monkeypatch.setattr(_native, "_C", SimpleNamespace(VersionProbe=probe))
-        assert not _versions.found.__wrapped__()
+        assert not _versions.find_counters.__wrapped__()
 
 
 @needs_library

@@ -12,13 +12,32 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ._base import FusedOptimizer
+from ._norms import HasNorms
+
+
+class Traceable(HasNorms, Protocol):
+    """What an optimizer has whose steps are operators."""
+
+    #: What the operators' numbers stand for, one for each set of parameters with gradients, however often it is
+    #: compiled.
+    _traced_steps: dict[Hashable, Traced]
+    #: By which traced code finds it: a text, because a compiler might take a number for one that varies.
+    _name: str
+    #: The parameters that a compiler may look at, as of the last look at the groups, which traced code must not touch.
+    _all_params: list[Tensor]
+    #: How many others there are.
+    _unseen: int
+
+    def _step(self, in_operator: bool = False) -> None: ...
+
+    def __getstate__(self) -> dict[str, Any]: ...
+
+    def __setstate__(self, state: dict[str, Any]) -> None: ...
 
 
 class Traced:
@@ -28,14 +47,14 @@ class Traced:
     finds nothing, rather than another's step.
     """
 
-    def __init__(self, optimizer: FusedOptimizer, active: tuple[int, ...]) -> None:
+    def __init__(self, optimizer: Traceable, active: tuple[int, ...]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.active = active
         self.number = next(_numbers)
         _traced[self.number] = self
 
     @property
-    def optimizer(self) -> FusedOptimizer:
+    def optimizer(self) -> Traceable:
         found = self._optimizer()
         assert found is not None  # see find()
         return found
@@ -43,19 +62,19 @@ class Traced:
 
 _numbers = itertools.count()
 _traced: weakref.WeakValueDictionary[int, Traced] = weakref.WeakValueDictionary()
-_optimizers: weakref.WeakValueDictionary[str, FusedOptimizer] = weakref.WeakValueDictionary()
+_optimizers: weakref.WeakValueDictionary[str, Traceable] = weakref.WeakValueDictionary()
 
 
-def register(optimizer: FusedOptimizer) -> str:
-    """Returns the optimizer's name here. A text, because a compiler might take a number for one that varies."""
-    name = f"{type(optimizer).__name__}-{next(_numbers)}"
-    _optimizers[name] = optimizer
+def register(optimizer: Traceable) -> None:
+    """Makes a new optimizer known to traced code."""
+    optimizer._name = f"{type(optimizer).__name__}-{next(_numbers)}"
+    _optimizers[optimizer._name] = optimizer
     optimizer._traced_steps = {}
-    return name
+    optimizer._all_params, optimizer._unseen = [], 0
 
 
-def kept(optimizer: FusedOptimizer, key: Hashable, new: Traced) -> Traced:
-    """The first that was given for a key. It lives as long as its optimizer."""
+def keep_first(optimizer: Traceable, key: Hashable, new: Traced) -> Traced:
+    """Of those given for a key it returns the first, which lives as long as its optimizer."""
     return optimizer._traced_steps.setdefault(key, new)
 
 
@@ -86,13 +105,13 @@ def _is_plain(p: Tensor) -> bool:
     return type(p) in (Tensor, torch.nn.Parameter) and p.layout == torch.strided and not p.is_quantized
 
 
-def note_params(optimizer: FusedOptimizer) -> None:
+def note_params(optimizer: Traceable) -> None:
     """For steps that will be traced."""
     optimizer._all_params = traceable(optimizer.param_groups)
     optimizer._unseen = sum(len(group["params"]) for group in optimizer.param_groups) - len(optimizer._all_params)
 
 
-def trace(optimizer: FusedOptimizer) -> None:
+def trace(optimizer: Traceable) -> None:
     """Puts the operator into the graph that is being traced."""
     params, active = [], []
     for i, p in enumerate(optimizer._all_params):
@@ -108,7 +127,7 @@ def trace(optimizer: FusedOptimizer) -> None:
         )
 
 
-def call(optimizer: FusedOptimizer, number: int, params: list[Tensor]) -> None:
+def call(optimizer: Traceable, number: int, params: list[Tensor]) -> None:
     """Calls the operator with parameters that have gradients: others may be of any kind, which no compiler takes."""
     grads = [p.grad for p in params]
     with torch.no_grad():
@@ -120,7 +139,7 @@ def call(optimizer: FusedOptimizer, number: int, params: list[Tensor]) -> None:
 
 def _remember(name: str, active: tuple[int, ...]) -> int:
     optimizer = _optimizers[name]
-    return kept(optimizer, active, Traced(optimizer, active)).number
+    return keep_first(optimizer, active, Traced(optimizer, active)).number
 
 
 # As torch.compiler.assume_constant_result does, without importing the compiler, which takes a second: it is called

@@ -1,0 +1,44 @@
+"""What the keys of groups become: of new ones, of copies, and of saved ones of any version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ._rule import Group, Rule
+
+
+def switch_off(group: dict[str, Any], rule: Rule) -> None:
+    """Values that are on or off and were given as None are off."""
+    for key in rule.flags:
+        if key in group and group[key] is None:
+            group[key] = False
+
+
+def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:
+    """Without the options of this package that are off a group has torch's keys, and so has a checkpoint of it: one of
+    torch's loads key by key, as torch.distributed.checkpoint does it, and the other way round."""
+    for key, value in rule.extensions.items():
+        if key in group and group[key] is value:
+            del group[key]
+
+
+def fill(group: dict[str, Any], defaults: Mapping[str, Any], rule: Rule) -> None:
+    """Gives a group what it lacks, as one has it that was saved by another version or came from torch.optim."""
+    for key in defaults.keys() - rule.extensions.keys():
+        group.setdefault(key, defaults[key])
+    leave_out_what_is_off(group, rule)
+    switch_off(group, rule)
+
+
+def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
+    makes of it; all else, among it an option that is off, stays as in the optimizer's group."""
+    result = dict(saved)
+    leave_out_what_is_off(result, rule)
+    for key in defaults.keys() - result.keys():
+        if key in rule.absent:
+            result[key] = rule.absent[key]
+        elif key in group or key not in rule.extensions:
+            result[key] = group.get(key, defaults[key])
+    return result

@@ -1,0 +1,94 @@
+"""The norm of all gradients, as steps measure it, and how many steps were skipped for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._distributed import refuse_norm_of_shards
+from ._members import BoundParam, has_gradient
+from ._rule import Group, Rule
+from ._states import HasStates
+
+
+class HasNorms(HasStates, Protocol):
+    """What an optimizer has whose steps measure norms."""
+
+    _norms: NormResults
+    #: Whether no step can: parameters are parts of tensors, or on several devices.
+    _has_no_norm: bool
+
+
+def norm_is_measured(options: Mapping[str, Any], groups: Iterable[Group]) -> bool:
+    return bool(options["skip_nonfinite"]) or any(g.get("max_grad_norm") is not None and g["params"] for g in groups)
+
+
+def check_whole_tensors(rule: Rule, optimizer: str, measured: bool) -> None:
+    """Of parameters that are parts of tensors, nobody has a norm.
+
+    Raises:
+        ValueError: if a step needs one.
+    """
+    if measured or rule.uses_norm:
+        what = optimizer if rule.uses_norm else "max_grad_norm, as skip_nonfinite,"
+        refuse_norm_of_shards(what, for_clipping=not rule.uses_norm)
+
+
+def check_one_device(devices: Iterable[torch.device]) -> None:
+    """A norm is measured on one device, or there would be one for each."""
+    names = sorted(map(str, devices))
+    if len(names) > 1:
+        raise ValueError(
+            f"max_grad_norm and skip_nonfinite need all parameters on one device, but they are on {', '.join(names)}: "
+            "use torch.nn.utils.clip_grad_norm_ before the step"
+        )
+
+
+class NormResults:
+    """What steps write on the devices of their parameters, so that nothing waits for it.
+
+    Attributes:
+        by_device: two fp64 numbers: the norm of all gradients in the last step, NaN so far, and how many steps were
+            skipped because it was not finite.
+    """
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, Tensor] = {}
+
+    def make_for(self, members: Mapping[torch.device, Sequence[BoundParam]], measured: bool) -> None:
+        """Makes those of these devices, and drops all others. The count goes along where parameters were moved.
+
+        Args:
+            measured: whether steps measure a norm. It is 0 already where no gradient is, because no kernel runs there.
+        """
+        before = next(iter(self.by_device.values()), None)
+        found = {}
+        for device, of_device in members.items():
+            stats = self.by_device.get(device)
+            if stats is None:
+                stats = torch.tensor([math.nan, 0.0], dtype=torch.float64, device=device)
+                if before is not None:
+                    stats[1].copy_(before[1])
+            if measured and not any(has_gradient(m.param) for m in of_device):
+                stats[0] = 0.0
+            found[device] = stats
+        self.by_device = found
+
+    def last(self, params: Iterable[Tensor]) -> Tensor:
+        """The norm, fp32, or fp64 if a parameter has it. There must be one."""
+        stats = next(iter(self.by_device.values()))  # one, or of several devices, on which none was measured
+        wide = any(p.dtype == torch.float64 for p in params)
+        return stats[0].to(torch.float64 if wide else torch.float32, copy=True)
+
+    def skipped(self) -> Tensor:
+        for stats in self.by_device.values():
+            return stats[1].to(torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def are_finite(self) -> bool:
+        """Waits for the devices."""
+        return all(math.isfinite(stats[0].item()) for stats in self.by_device.values())
