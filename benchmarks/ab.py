@@ -14,15 +14,16 @@ import torch
 
 from fusedoptim import _native
 
-from . import arguments, plan
-from .commit import commit
-from .data import Data
-from .devices import DEVICES, Device
-from .files import write_atomically
-from .measure import Budget, Contender, explain, interleaved, quantiles, ratios
-from .peers import ours
-from .results import Result
-from .rows import Entrant
+from .common import arguments
+from .common.commit import commit
+from .common.files import write_atomically
+from .measure import plan
+from .measure.data import Data
+from .measure.devices import DEVICES, Device
+from .measure.peers import ours
+from .measure.results import Result
+from .measure.rows import Entrant
+from .measure.timing import Budget, Contender, explain, interleaved, quantiles, ratios
 from .run import device_named
 
 BUDGET = Budget(2.0, at_least=9, at_most=41)

@@ -11,10 +11,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import arguments
-from .results import OURS, Result, Results, load
+from .common import arguments
+from .common.units import number
+from .measure.results import OURS, Result, Results, load
 from .tables import header, line
-from .units import number
 
 Key = tuple[str, ...]
 

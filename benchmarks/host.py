@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from . import arguments
-from .cases import CASES, Case
-from .devices import DEVICES
-from .environment import environment, source
-from .errors import UsageError
-from .files import write_atomically
-from .measure import quantiles
-from .no_launch import no_launch
-from .optimizers import SETTINGS
+from .common import arguments
+from .common.errors import UsageError
+from .common.files import write_atomically
+from .measure.cases import CASES, Case
+from .measure.devices import DEVICES
+from .measure.environment import environment, source
+from .measure.no_launch import no_launch
+from .measure.optimizers import SETTINGS
+from .measure.timing import quantiles
 
 NO_LAUNCH = "host, no launch"
 HOST_CASES = {c.name: c for c in (Case("1x8", ((8,),)), *(CASES[n] for n in ("300x1024", "2000x64", "465-groups")))}

@@ -6,9 +6,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from . import arguments
-from .errors import UsageError
-from .tools import tool
+from .common import arguments
+from .common.errors import UsageError
+from .gpu.toolkit import tool
 
 
 def main(argv: list[str] | None = None) -> int:

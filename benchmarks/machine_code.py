@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import arguments
-from .columns import columns
+from .common import arguments
+from .common.columns import columns
 
 #: Threads of a block, and registers of a multiprocessor, which are given to warps in units of so many.
 THREADS, REGISTERS, UNIT = 128, 65536, 256

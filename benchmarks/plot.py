@@ -13,14 +13,14 @@ from typing import Any
 
 import matplotlib
 
-from . import arguments
-from .errors import UsageError
-from .files import make_folder, write_atomically
-from .optimizers import DTYPES, SETTINGS
-from .results import COPY, OURS, STREAM, Result, Results, load, ratio_of
-from .scaling import points, slopes
+from .common import arguments
+from .common.errors import UsageError
+from .common.files import make_folder, write_atomically
+from .common.units import duration
+from .measure.optimizers import DTYPES, SETTINGS
+from .measure.results import COPY, OURS, STREAM, Result, Results, load, ratio_of
+from .measure.scaling import points, slopes
 from .tables import peers_of
-from .units import duration
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -19,11 +19,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import arguments
-from .commit import commit
-from .errors import UsageError
-from .files import make_folder
-from .gpu_check import GPU_TESTS, QUOTIENTS
+from .common import arguments
+from .common.commit import commit
+from .common.errors import UsageError
+from .common.files import make_folder
+from .gpu.check import GPU_TESTS, QUOTIENTS
 
 ROOT = Path(__file__).parent.parent
 REPORT, CUDA = "_build.json", "_C_cuda.so"

@@ -20,18 +20,19 @@ from types import FrameType
 
 from fusedoptim import _backends
 
-from . import arguments, plan, rough, scaling
-from .cases import CASES
-from .devices import DEVICES, Device
-from .environment import environment
-from .errors import UsageError
-from .goals import FOREACH, FUSED, GOALS
-from .measure import Budget
-from .optimizers import DTYPES, SETTINGS
-from .peers import PEERS, Peer
-from .progress import Progress
-from .results import OURS, Result, Results, check_target
-from .rows import CONDITIONS, Row, measure
+from .common import arguments
+from .common.errors import UsageError
+from .measure import plan, rough, scaling
+from .measure.cases import CASES
+from .measure.devices import DEVICES, Device
+from .measure.environment import environment
+from .measure.goals import FOREACH, FUSED, GOALS
+from .measure.optimizers import DTYPES, SETTINGS
+from .measure.peers import PEERS, Peer
+from .measure.progress import Progress
+from .measure.results import OURS, Result, Results, check_target
+from .measure.rows import CONDITIONS, Row, measure
+from .measure.timing import Budget
 from .tables import everything
 
 FULL, QUICK = Budget(7.0, without_slow=15), Budget(1.0, at_most=31)

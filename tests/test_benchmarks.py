@@ -18,15 +18,17 @@ import pytest
 import torch
 
 import fusedoptim
-from benchmarks import arguments, compiled, devices, limits, rough, rows, run, scaling, tables
-from benchmarks.cases import CASES, Case, evenly, shard
-from benchmarks.data import Data
-from benchmarks.devices import Cpu, Cuda, Sample, device_events
-from benchmarks.errors import UsageError
-from benchmarks.measure import Budget, Contender, Times, interleaved, quantiles, ratios
-from benchmarks.optimizers import DTYPES, SETTINGS, Work
-from benchmarks.peers import PEERS, Peer
-from benchmarks.results import COPY, OURS, STREAM, Results
+from benchmarks import compiled, run, tables
+from benchmarks.common import arguments
+from benchmarks.common.errors import UsageError
+from benchmarks.measure import devices, limits, rough, rows, scaling
+from benchmarks.measure.cases import CASES, Case, evenly, shard
+from benchmarks.measure.data import Data
+from benchmarks.measure.devices import Cpu, Cuda, Sample, device_events
+from benchmarks.measure.optimizers import DTYPES, SETTINGS, Work
+from benchmarks.measure.peers import PEERS, Peer
+from benchmarks.measure.results import COPY, OURS, STREAM, Results
+from benchmarks.measure.timing import Budget, Contender, Times, interleaved, quantiles, ratios
 
 MIB = 1 << 20
 TINY = Case("tiny", ((64,), (3, 5), (1,)))
@@ -616,7 +618,7 @@ def test_what_only_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_commit_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.commit import commit
+    from benchmarks.common.commit import commit
 
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     monkeypatch.setenv("FUSEDOPTIM_COMMIT", "0123456789abcdef")
@@ -711,7 +713,7 @@ def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_rows_of_goals_and_selections() -> None:
-    from benchmarks.goals import GOALS
+    from benchmarks.measure.goals import GOALS
 
     for device in GOALS:
         chosen = run.selected_rows(run.parse(["--device", device, "--goals"]))

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, prebuild
-from benchmarks.gpu_check import FAILED, PASSED, ROOT, Step
+from benchmarks import prebuild
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu.check import FAILED, PASSED, ROOT, Step
 
 
 def shell(name: str, text: str, limit: float = 20.0, **more: object) -> Step:
@@ -95,7 +96,7 @@ def test_the_plans(device: str, tmp_path: Path) -> None:
     assert sum(len((ROOT / "benchmarks" / n).read_text().splitlines()) for n in SCRIPTS) <= 300
 
 
-SCRIPTS = ("gpu_check.sh", "gpu_check.py", "gpu_steps.py")
+SCRIPTS = ("gpu_check.sh", "gpu/check.py", "gpu/steps.py")
 
 
 def test_the_command_and_its_tools(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_the_command_and_its_tools(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--only", "lunch"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("--only 'lunch' is unknown: choose from 'device'")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_steps", "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-m", "benchmarks.gpu.steps", "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE
     )
     assert done.returncode == 0 and done.stdout.endswith(b" 0 wrong\n")
 

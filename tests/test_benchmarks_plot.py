@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_benchmarks_results import a_row, curve, results
 
-from benchmarks.optimizers import DTYPES, SETTINGS
-from benchmarks.results import Results
+from benchmarks.measure.optimizers import DTYPES, SETTINGS
+from benchmarks.measure.results import Results
 
 pytest.importorskip("matplotlib")
 
@@ -18,7 +18,8 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from benchmarks import curves, plot
+from benchmarks import plot
+from benchmarks.train import curves
 
 
 @pytest.fixture(autouse=True)

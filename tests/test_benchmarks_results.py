@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import compare, report, tables
-from benchmarks.errors import UsageError
-from benchmarks.goals import GOALS, HOST, Goal
-from benchmarks.results import COPY, OURS, STREAM, Result, Results, load
+from benchmarks.common.errors import UsageError
+from benchmarks.measure.goals import GOALS, HOST, Goal
+from benchmarks.measure.results import COPY, OURS, STREAM, Result, Results, load
 
 ENVIRONMENT = {
     **{"device": "cpu", "cpu": "A CPU", "threads": 2, "capability": "avx2", "torch": "2.12.3", "packages": {}},
@@ -117,8 +117,8 @@ def test_a_goal_is_reached_or_missed() -> None:
 
 
 def test_every_goal_is_of_a_row_and_a_contender_that_exist() -> None:
-    from benchmarks import plan
-    from benchmarks.peers import PEERS
+    from benchmarks.measure import plan
+    from benchmarks.measure.peers import PEERS
 
     for device, of_device in GOALS.items():
         assert of_device

@@ -13,15 +13,16 @@ import pytest
 import torch
 from test_benchmarks import Options, _small, measured  # noqa: F401
 
-from benchmarks import measure as measure_module
-from benchmarks import plan, rough, run, scaling
-from benchmarks import rows as row_module
-from benchmarks.cases import CASES
-from benchmarks.devices import Cpu
-from benchmarks.optimizers import SETTINGS, Work
-from benchmarks.peers import PEERS, Peer
-from benchmarks.results import OURS, Results
-from benchmarks.rows import WARM_UP
+from benchmarks import run
+from benchmarks.measure import plan, rough, scaling
+from benchmarks.measure import rows as row_module
+from benchmarks.measure import timing as measure_module
+from benchmarks.measure.cases import CASES
+from benchmarks.measure.devices import Cpu
+from benchmarks.measure.optimizers import SETTINGS, Work
+from benchmarks.measure.peers import PEERS, Peer
+from benchmarks.measure.results import OURS, Results
+from benchmarks.measure.rows import WARM_UP
 
 QUICK = run.parse(["--quick"])
 BUDGET = rough.BUDGET  # which a fixture makes smaller

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, convergence, witness
-from benchmarks.train import main
+from benchmarks import convergence, witness
+from benchmarks.train import checkpoint
+from benchmarks.train.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--eval-every", "5"]

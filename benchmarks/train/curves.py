@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from .files import write_atomically
+from ..common.files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .measure import explain
 from .optimizers import Work
+from .timing import explain
 
 Groups = list[dict[str, Any]]
 FLOAT_ONLY = ("fp32",)

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .files import write_atomically
+from ..common.errors import UsageError
+from ..common.files import write_atomically
 
 FORMAT = 2
 Result = dict[str, Any]

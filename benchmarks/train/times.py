@@ -6,7 +6,7 @@ import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 
-from .units import duration
+from ..common.units import duration
 
 
 def says(args: argparse.Namespace, own: Sequence[float], beside: Mapping[str, Sequence[float]] | None) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 import fusedoptim
 from fusedoptim import _native
 
-from .commit import commit
+from ..common.commit import commit
 from .devices import Device
 
 #: Distributions whose versions matter where they are installed.

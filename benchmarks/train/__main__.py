@@ -25,12 +25,14 @@ from tqdm import tqdm
 
 import fusedoptim
 
-from . import checkpoint, choices, parallel, train_times, witness
+from .. import witness
+from ..common.errors import UsageError
+from ..common.files import make_folder, write_atomically
+from ..text import Text, load_text
+from . import checkpoint, choices, parallel
+from . import times as train_times
 from .checkpoint import Progress
-from .errors import UsageError
-from .files import make_folder, write_atomically
 from .gpt import GPT, GPTConfig
-from .text import Text, load_text
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,10 +18,10 @@ from .check import complaint, difference
 from .data import Data, Params, sample
 from .devices import Call, Device
 from .load import Others
-from .measure import Budget, Contender, Times, explain, interleaved, quantiles, ratios
 from .optimizers import Work
 from .peers import PEERS, Groups, Peer, ours
 from .results import COPY, OURS, STREAM, Result
+from .timing import Budget, Contender, Times, explain, interleaved, quantiles, ratios
 
 WARM_UP = 3
 #: Of the free memory; the rest is for what peers need beside their states, and for other processes.

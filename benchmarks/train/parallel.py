@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UsageError
+from ..common.errors import UsageError
 
 
 def launched() -> bool:

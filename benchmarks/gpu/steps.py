@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu_steps``: a few steps of every optimizer, compared with the CPU, for tools that watch
+"""``python -m benchmarks.gpu.steps``: a few steps of every optimizer, compared with the CPU, for tools that watch
 kernels. With --large, the main kernels at a size that only memory limits, for a profiler."""
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fusedoptim
 
-from . import arguments
-from .optimizers import DTYPES, SETTINGS, Work
-from .peers import ours
+from ..common import arguments
+from ..measure.optimizers import DTYPES, SETTINGS, Work
+from ..measure.peers import ours
 
 #: One element, a tail alone, a tile and a tail, several chunks; and more tensors than kernel arguments can name.
 SIZES, MANY = (1, 17, 1025, 70_001), (3,) * 4100
@@ -66,7 +66,7 @@ def large(backend: str, device: str) -> int:
 
 
 def main() -> int:
-    p = arguments.Parser(prog="python -m benchmarks.gpu_steps", description=__doc__)
+    p = arguments.Parser(prog="python -m benchmarks.gpu.steps", description=__doc__)
     p.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     p.add_argument("--backend", help="(default: the one of the device's name)")
     p.add_argument("--large", action="store_true")

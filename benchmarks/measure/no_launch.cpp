@@ -2,8 +2,8 @@
 // those on a GPU. Compiled by no_launch.py.
 #include <cstring>
 
-#include "../csrc/cuda/api.h"
-#include "../csrc/rules/registry.h"
+#include "../../csrc/cuda/api.h"
+#include "../../csrc/rules/registry.h"
 
 namespace {
 

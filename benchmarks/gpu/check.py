@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import arguments
-from .commit import commit
-from .files import make_folder, write_atomically
-from .tools import tool
+from ..common import arguments
+from ..common.commit import commit
+from ..common.files import make_folder, write_atomically
+from .toolkit import tool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 #: For a plan, and how many of them are for ending; for a step that is told to end; less is not worth starting one.
 SECONDS, RESERVE, GRACE, LEAST = 330.0, 6.0, 4.0, 3.0
 KEPT, SMALL = 200_000, "465-groups"  # bytes of what a step says; a case that does without a GPU
@@ -65,7 +65,7 @@ def tests(name: str, limit: float, device: str, chosen: str, processes: int, fil
 
 def watched(name: str, limit: float, device: str, says: str, command: Sequence[str], *options: str) -> Step:
     """Steps under a tool. Every tensor gets memory of its own: an access beyond its end is one beyond an allocation."""
-    command = [tool(command[0]), *command[1:], *python("benchmarks.gpu_steps", "--device", device, *options)]
+    command = [tool(command[0]), *command[1:], *python("benchmarks.gpu.steps", "--device", device, *options)]
     return Step(name, CHECKS, limit, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, says)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .errors import UsageError
-from .files import write_atomically
+from ..common.errors import UsageError
+from ..common.files import write_atomically
 
 FORMAT = "fusedoptim-train-1"
 

@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from . import plan, scaling
-from .measure import Budget
 from .optimizers import SETTINGS
 from .peers import PEERS, Peer
 from .results import Results
+from .timing import Budget
 
 #: For a row, and for a point of a curve. A slow or busy machine gets fewer peers and rounds.
 BUDGET = Budget(0.5, at_most=31, row_seconds=3.0)
