@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .common import arguments
-from .common.errors import UsageError
+from .common.arguments import UsageError
 from .common.files import write_atomically
 from .measure.cases import CASES, Case
 from .measure.devices import DEVICES

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from .common import arguments
-from .common.errors import UsageError
+from .common.arguments import UsageError
 from .gpu.toolkit import tool
 
 

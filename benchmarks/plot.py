@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 
 from .common import arguments
-from .common.errors import UsageError
+from .common.arguments import UsageError
 from .common.files import make_folder, write_atomically
 from .common.units import duration
 from .measure.optimizers import DTYPES, SETTINGS

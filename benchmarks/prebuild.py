@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .common import arguments
+from .common.arguments import UsageError
 from .common.commit import commit
-from .common.errors import UsageError
 from .common.files import make_folder
 from .gpu.check import GPU_TESTS, QUOTIENTS
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .common import arguments
-from .common.errors import UsageError
+from .common.arguments import UsageError
 from .common.files import write_atomically
 from .measure.environment import source
 from .measure.goals import GOALS

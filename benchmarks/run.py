@@ -21,7 +21,7 @@ from types import FrameType
 from fusedoptim import _backends
 
 from .common import arguments
-from .common.errors import UsageError
+from .common.arguments import UsageError
 from .measure import plan, rough, scaling
 from .measure.cases import CASES
 from .measure.devices import DEVICES, Device

@@ -20,7 +20,7 @@ import torch
 import fusedoptim
 from benchmarks import compiled, run, tables
 from benchmarks.common import arguments
-from benchmarks.common.errors import UsageError
+from benchmarks.common.arguments import UsageError
 from benchmarks.measure import devices, limits, rough, rows, scaling
 from benchmarks.measure.cases import CASES, Case, evenly, shard
 from benchmarks.measure.data import Data

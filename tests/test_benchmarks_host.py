@@ -13,7 +13,7 @@ import torch
 
 import fusedoptim
 from benchmarks import host
-from benchmarks.common.errors import UsageError
+from benchmarks.common.arguments import UsageError
 from benchmarks.measure import no_launch
 from fusedoptim import _native
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import compare, report, tables
-from benchmarks.common.errors import UsageError
+from benchmarks.common.arguments import UsageError
 from benchmarks.measure.goals import GOALS, HOST, Goal
 from benchmarks.measure.results import COPY, OURS, STREAM, Result, Results, load
 

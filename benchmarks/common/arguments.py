@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from .errors import UsageError
+
+class UsageError(Exception):
+    """One that a user can mend."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from .errors import UsageError
+from .arguments import UsageError
 
 
 def temporary(path: Path) -> Path:

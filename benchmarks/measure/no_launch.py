@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fusedoptim import _native
 
-from ..common.errors import UsageError
+from ..common.arguments import UsageError
 
 COMPILE = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"]
 VARIABLE = "FUSEDOPTIM_CUDA_LIBRARY"

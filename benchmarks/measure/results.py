@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import UsageError
+from ..common.arguments import UsageError
 from ..common.files import write_atomically
 
 FORMAT = 2

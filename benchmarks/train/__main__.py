@@ -26,7 +26,7 @@ from tqdm import tqdm
 import fusedoptim
 
 from .. import witness
-from ..common.errors import UsageError
+from ..common.arguments import UsageError
 from ..common.files import make_folder, write_atomically
 from ..text import Text, load_text
 from . import checkpoint, choices, parallel

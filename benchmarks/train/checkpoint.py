@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..common.errors import UsageError
+from ..common.arguments import UsageError
 from ..common.files import write_atomically
 
 FORMAT = "fusedoptim-train-1"

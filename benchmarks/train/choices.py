@@ -9,7 +9,7 @@ import torch
 
 import fusedoptim
 
-from ..common.errors import UsageError
+from ..common.arguments import UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.errors import UsageError
+from ..common.arguments import UsageError
 
 
 def launched() -> bool:
