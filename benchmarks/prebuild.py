@@ -23,7 +23,7 @@ from .common import arguments
 from .common.arguments import UsageError
 from .common.commit import commit
 from .common.files import make_folder
-from .gpu.check import GPU_TESTS, QUOTIENTS
+from .gpu.plans import GPU_TESTS, QUOTIENTS
 
 ROOT = Path(__file__).parent.parent
 REPORT, CUDA = "_build.json", "_C_cuda.so"
@@ -137,7 +137,7 @@ def build(python: Path, out: Path, architectures: str, dirty: bool) -> None:
         say(python, "-c", LOADS, cwd=tree)
         say(python, "-m", "fusedoptim", cwd=tree)
         # What the GPU's minutes are for should not fail for want of an import.
-        options_of_tests = ("-q", "-o", "addopts=", "--collect-only", "-m", "gpu", *GPU_TESTS, *QUOTIENTS)
+        options_of_tests = ("-q", "-o", "addopts=", "--collect-only", "-m", "gpu", *GPU_TESTS.split(), QUOTIENTS)
         say(python, "-m", "pytest", *options_of_tests, cwd=tree)
         report: Mapping[str, object] = json.loads((tree / "fusedoptim" / REPORT).read_text())
         for path in libraries(out):

@@ -38,9 +38,9 @@ def stepped(make: Any, backend: str | None, device: str, values: Sequence[Tensor
     return torch.cat([p.detach() for p in params]).cpu()
 
 
-def check(backend: str, device: str) -> int:
-    """Against the CPU kernels, which are fast; these against the reference."""
-    witness, dtypes = "reference" if backend == "cpu" else None, ("float32", "bfloat16", "float16", "float64")
+def check(device: str) -> int:
+    """Its own backend against the CPU kernels, which are fast; these against the reference."""
+    witness, dtypes = "reference" if device == "cpu" else None, ("float32", "bfloat16", "float16", "float64")
     sets: list[Any] = [(s.make, s.name, d, SIZES) for s in SETTINGS.values() for d in dtypes]
     # Without states, which would be allocations again.
     sets.append((lambda p, **k: fusedoptim.SGD(p, max_grad_norm=1.0, **k), "SGD+clip", "float32", MANY))
@@ -48,30 +48,29 @@ def check(backend: str, device: str) -> int:
     for make, name, dtype, sizes in sets:
         generator = torch.Generator().manual_seed(0)
         values = [torch.randn(sum(sizes), generator=generator).to(getattr(torch, dtype)) for _ in range(1 + STEPS)]
-        if not torch.equal(stepped(make, backend, device, values, sizes), stepped(make, witness, "cpu", values, sizes)):
+        if not torch.equal(stepped(make, device, device, values, sizes), stepped(make, witness, "cpu", values, sizes)):
             wrong += 1
             print(f"{name} {dtype}, {len(sizes)} tensors: other bits than {witness or 'the CPU'}'s")
-    print(f"{backend}: {len(sets)} sets of tensors, {STEPS} steps each, {wrong} wrong", flush=True)
+    print(f"{device}: {len(sets)} sets of tensors, {STEPS} steps each, {wrong} wrong", flush=True)
     return min(1, wrong)
 
 
-def large(backend: str, device: str) -> int:
+def large(device: str) -> int:
     for name, dtypes in (("AdamW", tuple(DTYPES)), ("SGD", ("fp32", "bf16")), ("NormAdaptive", ("fp32",))):
         for dtype in dtypes:
             p = torch.nn.Parameter(torch.zeros(LARGE, dtype=DTYPES[dtype].param, device=device))
             p.grad = torch.ones_like(p)
-            ours(Work(SETTINGS[name], DTYPES[dtype]), [{"params": [p]}], backend).step()
-            print(f"{backend}: {name} {dtype}", flush=True)
+            ours(Work(SETTINGS[name], DTYPES[dtype]), [{"params": [p]}], device).step()
+            print(f"{device}: {name} {dtype}", flush=True)
     return 0
 
 
 def main() -> int:
     p = arguments.Parser(prog="python -m benchmarks.gpu.steps", description=__doc__)
     p.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    p.add_argument("--backend", help="(default: the one of the device's name)")
     p.add_argument("--large", action="store_true")
     args = p.parse_args()
-    return (large if args.large else check)(args.backend or args.device, args.device)
+    return (large if args.large else check)(args.device)
 
 
 if __name__ == "__main__":
