@@ -264,7 +264,10 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--resume", good / "latest.pt", "--steps", 5, "--text", other_text], "was made with text_crc32="),
         (["--resume", foreign], "is not a checkpoint of python -m benchmarks.train"),
         (["--resume", good / "latest.pt", "--width", 64], "was made with width=32, this run has width=64"),
-        (["--optimizer", "lion"], "'lion' is unknown: choose one of Adam, AdamW, SGD, RMSprop, Adagrad, NormAdaptive"),
+        (
+            ["--optimizer", "lion"],
+            "'lion' is unknown: choose from 'Adam', 'AdamW', 'SGD', 'RMSprop', 'Adagrad', 'Norm",
+        ),
         (["--steps", 0], "--steps must be at least 1"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--lr", -1], "--lr must be at least 0"),

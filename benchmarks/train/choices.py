@@ -9,8 +9,6 @@ import torch
 
 import fusedoptim
 
-from ..common.arguments import UsageError
-
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -23,14 +21,6 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     "Adagrad": (2e-2, {}),
     "NormAdaptive": (0.05, {}),
 }
-
-
-def canonical(name: str) -> str:
-    """The optimizer's name in its own spelling."""
-    for known in SETTINGS:
-        if known.lower() == name.lower():
-            return known
-    raise UsageError(f"--optimizer {name!r} is unknown: choose one of {', '.join(SETTINGS)}")
 
 
 def make(

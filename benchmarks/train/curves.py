@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from ..common.files import write_atomically
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from ..plot import plt, write_picture
 
 
 def _smooth(values: list[float], factor: float = 0.9) -> list[float]:
@@ -39,8 +33,4 @@ def plot_training(path: Path, optimizer: str, progress: dict[str, Any], entropy:
     axes.margins(x=0.08)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    write_atomically(path, lambda f: f.write(buffer.getvalue()))
+    write_picture(path, figure)
