@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import Options, _small, measured  # noqa: F401
+from benchmark_runs import Options, _small, measured  # noqa: F401
 
 from benchmarks import run
 from benchmarks.measure import plan, rough, scaling
@@ -102,7 +102,7 @@ def test_it_says_what_it_leaves_out() -> None:
 
 def test_a_run_ends_in_time_and_with_what_it_left_out(
     monkeypatch: pytest.MonkeyPatch,
-    measured: Options,  # noqa: F811
+    measured: Options,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     keys = [(name, "fp32", "tiny", "kept") for name in ("AdamW", "SGD", "Adagrad")]
