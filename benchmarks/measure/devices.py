@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,47 +26,53 @@ class Sample:
     host: float
 
 
-class Device(Protocol):
+class Device:
+    """What both have; the rest is each one's own."""
+
     name: str
     torch_device: torch.device
+    _other: torch.Tensor | None = None
 
     def problem(self) -> str | None:
         """Why it cannot be measured here."""
+        return None
 
     def describe(self) -> dict[str, object]:
         """Its part of the environment."""
+        raise NotImplementedError
 
     def cache_bytes(self) -> int:
         """The size of the largest cache."""
+        raise NotImplementedError
 
-    def memory_free(self) -> int: ...
+    def memory_free(self) -> int:
+        raise NotImplementedError
+
+    def timed(self, call: Call) -> Sample:
+        raise NotImplementedError
 
     def evict(self) -> None:
         """Fills the caches with other data."""
-
-    def sync(self) -> None: ...
-
-    def timed(self, call: Call) -> Sample: ...
+        if self._other is None:
+            self._other = torch.zeros(4 * self.cache_bytes(), dtype=torch.uint8, device=self.torch_device)
+        self._other.add_(1)
 
     def release(self) -> None:
         """Gives unused memory back, also that of optimizers in reference cycles."""
+        gc.collect()
 
     def details(self, call: Call) -> dict[str, int | str]:
         """What else can be said about a call here; it is made a few times."""
+        return {}
 
     def graph(self, call: Call) -> Call | None:
         """Captures the call; what is returned replays it. None where there is no such thing. Raises if it fails."""
+        return None
 
 
-class Cpu:
+class Cpu(Device):
     name = "cpu"
     torch_device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self._other: torch.Tensor | None = None
-
-    def problem(self) -> str | None:
-        return None
 
     def describe(self) -> dict[str, object]:
         return {"openmp_runtimes": openmp_runtimes()}
@@ -87,14 +93,9 @@ class Cpu:
         """By all threads, so that each core's own caches are covered, and the threads are awake as after a backward
         pass. A second OpenMP runtime in the process would now compete with spinning threads: then they may fall asleep.
         """
-        if self._other is None:
-            self._other = torch.zeros(4 * self.cache_bytes(), dtype=torch.uint8)
-        self._other.add_(1)
+        super().evict()
         if openmp_runtimes() > 1:
             time.sleep(0.02)
-
-    def sync(self) -> None:
-        pass
 
     def timed(self, call: Call) -> Sample:
         start = time.perf_counter()
@@ -102,22 +103,10 @@ class Cpu:
         seconds = time.perf_counter() - start
         return Sample(seconds, seconds)
 
-    def release(self) -> None:
-        gc.collect()
 
-    def details(self, call: Call) -> dict[str, int | str]:
-        return {}
-
-    def graph(self, call: Call) -> Call | None:
-        return None
-
-
-class Cuda:
+class Cuda(Device):
     name = "cuda"
     torch_device = torch.device("cuda", 0)
-
-    def __init__(self) -> None:
-        self._other: torch.Tensor | None = None
 
     def problem(self) -> str | None:
         if not torch.cuda.is_available():
@@ -126,11 +115,10 @@ class Cuda:
 
     def describe(self) -> dict[str, object]:
         p = torch.cuda.get_device_properties(0)
-        capability = f"{p.major}.{p.minor}"
         return {
             "gpu": p.name,
             "gpu_memory": p.total_memory,
-            "compute_capability": capability,
+            "compute_capability": f"{p.major}.{p.minor}",
             "cuda": torch.version.cuda,
             "driver": driver(),
         }
@@ -142,14 +130,6 @@ class Cuda:
         free, _ = torch.cuda.mem_get_info(0)
         unused = torch.cuda.memory_reserved(0) - torch.cuda.memory_allocated(0)
         return free + unused
-
-    def evict(self) -> None:
-        if self._other is None:
-            self._other = torch.zeros(4 * self.cache_bytes(), dtype=torch.uint8, device=self.torch_device)
-        self._other.add_(1)
-
-    def sync(self) -> None:
-        torch.cuda.synchronize()
 
     def timed(self, call: Call) -> Sample:
         """From an idle device, so that host time that the device has to wait for is part of the step."""
@@ -164,7 +144,7 @@ class Cuda:
         return Sample(begin.elapsed_time(end) * 1e-3, host)
 
     def release(self) -> None:
-        gc.collect()
+        super().release()
         torch.cuda.empty_cache()
 
     def details(self, call: Call) -> dict[str, int | str]:
@@ -195,7 +175,7 @@ class Cuda:
         return graph.replay
 
 
-DEVICES: dict[str, type[Cpu] | type[Cuda]] = {"cpu": Cpu, "cuda": Cuda}
+DEVICES: dict[str, type[Device]] = {"cpu": Cpu, "cuda": Cuda}
 
 
 def driver() -> str:

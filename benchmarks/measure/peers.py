@@ -1,7 +1,6 @@
 """The optimizers to compare with, each used in the fastest way that it documents for the dtypes asked for.
 
-An adapter is a function from the work and its groups to an optimizer with a ``step()``, and the optimizers and dtypes
-that the peer has. That it steps, in those dtypes, and to the same result, is checked when it is measured (check.py).
+Below what a peer has stands the function from work and groups to its optimizer, which has a ``step()``. That it steps, in those dtypes, and to the same result, is checked when it is measured (check.py).
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ class Peer:
     make: Callable[[Work, Groups], Any]
     #: Optimizer to the dtypes that it has for it.
     has: Mapping[str, tuple[str, ...]]
-    #: What to import, and what to install.
+    #: What to import, and what to install if that is called otherwise.
     module: str = "torch"
-    package: str = "torch"
+    package: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
     #: Optimizers that it has for the CPU alone.
     cpu_only: tuple[str, ...] = ()
@@ -68,14 +67,16 @@ class Peer:
         return self.missing()
 
     def missing(self) -> str | None:
-        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
-            return f"{self.package} is not installed"
+        name = self.module.partition(".")[0]
+        package = self.package or name
+        if importlib.util.find_spec(name) is None:
+            return f"{package} is not installed"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module(self.module)
         except Exception as error:  # what a broken installation raises is anyone's guess
-            return f"{self.package} cannot be imported: {explain(error)}"
+            return f"{package} cannot be imported: {explain(error)}"
         return None
 
 
@@ -92,21 +93,59 @@ class _ClipsFirst:
         self.optimizer.step()
 
 
-def _torch(**how: Any) -> Callable[[Work, Groups], Any]:
-    def make(work: Work, groups: Groups) -> Any:
-        optimizer = getattr(torch.optim, work.setting.optimizer)(groups, **work.setting.options, **how)
-        limit = work.setting.max_grad_norm
-        return optimizer if limit is None else _ClipsFirst(optimizer, limit)
-
-    return make
+#: All of them, in the order in which they take part and are shown.
+PEERS: dict[str, Peer] = {}
+Adapter = Callable[[Any, Work, Groups], Any]
+_TORCH = ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad")
 
 
+def _in(dtypes: tuple[str, ...], *optimizers: str) -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys(optimizers, dtypes)
+
+
+def _peer(name: str, has: Mapping[str, tuple[str, ...]], **more: Any) -> Callable[[Adapter], Adapter]:
+    """Adds a peer whose adapter also gets its module."""
+
+    def add(adapt: Adapter) -> Adapter:
+        def make(work: Work, groups: Groups) -> Any:
+            return adapt(importlib.import_module(PEERS[name].module), work, groups)
+
+        PEERS[name] = Peer(name, make, has, **more)
+        return adapt
+
+    return add
+
+
+def _torch(work: Work, groups: Groups, **how: Any) -> Any:
+    optimizer = getattr(torch.optim, work.setting.optimizer)(groups, **work.setting.options, **how)
+    limit = work.setting.max_grad_norm
+    return optimizer if limit is None else _ClipsFirst(optimizer, limit)
+
+
+@_peer("torch for-loop", _in(PURE, *_TORCH), temporary=1)
+def _for_loop(_: Any, work: Work, groups: Groups) -> Any:
+    return _torch(work, groups, foreach=False)
+
+
+@_peer("torch foreach", _in(PURE, *_TORCH, "AdamW+clip"), temporary=3)
+def _foreach(_: Any, work: Work, groups: Groups) -> Any:
+    return _torch(work, groups, foreach=True)
+
+
+@_peer(
+    "torch fused", _in(PURE, "AdamW", "AdamW+clip", "Adam", "SGD", "Adagrad"), cpu_only=("Adagrad",), capturable=True
+)
+def _fused(_: Any, work: Work, groups: Groups) -> Any:
+    return _torch(work, groups, fused=True)
+
+
+@_peer("torch compiled", _in(PURE, *_TORCH), most_tensors=COMPILED_TENSORS)
 class _Compiled:
     """torch's foreach code, compiled as a whole; the first step compiles."""
 
-    def __init__(self, work: Work, groups: Groups) -> None:
+    def __init__(self, _: Any, work: Work, groups: Groups) -> None:
         torch.compiler.reset()
-        self.optimizer = _torch(foreach=True)(work, groups)
+        self.optimizer = _torch(work, groups, foreach=True)
         self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
         self.step = torch.compile(self.optimizer.step)
 
@@ -117,158 +156,81 @@ def ours(work: Work, groups: Groups, backend: str | None = None) -> Any:
     return work.setting.make(groups, state_dtype=state_dtype, backend=backend)
 
 
-def _own(backend: str) -> Callable[[Work, Groups], Any]:
-    return lambda work, groups: ours(work, groups, backend)
+@_peer("eager reference", {"NormAdaptive": ALL}, temporary=4)
+def _reference(_: Any, work: Work, groups: Groups) -> Any:
+    return ours(work, groups, "reference")
 
 
-def _deepspeed_cpu(work: Work, groups: Groups) -> Any:
+@_peer(
+    "Triton backend",
+    _in(ALL, *_TORCH, "AdamW+clip", "NormAdaptive"), module="triton", devices=("cuda",), capturable=True,
+)  # fmt: skip
+def _triton(_: Any, work: Work, groups: Groups) -> Any:
+    return ours(work, groups, "triton")
+
+
+@_peer("DeepSpeedCPUAdam", _in(ALL, "AdamW", "Adam", "Adagrad"), module="deepspeed.ops.adam", devices=("cpu",))
+def _deepspeed_cpu(module: Any, work: Work, groups: Groups) -> Any:
     """Takes states in fp32 or in the parameters' dtype. Its operator is compiled at first use, and kept."""
-    wide = {"fp32_optimizer_states": work.dtypes.state == torch.float32}
+    how = {"fp32_optimizer_states": work.dtypes.state == torch.float32, **work.setting.options}
     if work.setting.name == "Adagrad":
-        return importlib.import_module("deepspeed.ops.adagrad").DeepSpeedCPUAdagrad(
-            groups, **work.setting.options, **wide
-        )
-    cls = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-    return cls(groups, adamw_mode=work.setting.name == "AdamW", **work.setting.options, **wide)
+        return importlib.import_module("deepspeed.ops.adagrad").DeepSpeedCPUAdagrad(groups, **how)
+    return module.DeepSpeedCPUAdam(groups, adamw_mode=work.setting.name == "AdamW", **how)
 
 
-def _deepspeed_cuda(work: Work, groups: Groups) -> Any:
-    cls = importlib.import_module("deepspeed.ops.adam").FusedAdam
-    return cls(groups, adam_w_mode=work.setting.name == "AdamW", **work.setting.options)
+@_peer("DeepSpeed FusedAdam", _in(PURE, "AdamW", "Adam"), module="deepspeed.ops.adam", devices=("cuda",))
+def _deepspeed_cuda(module: Any, work: Work, groups: Groups) -> Any:
+    return module.FusedAdam(groups, adam_w_mode=work.setting.name == "AdamW", **work.setting.options)
 
 
-def _bitsandbytes(work: Work, groups: Groups) -> Any:
-    return getattr(importlib.import_module("bitsandbytes.optim"), f"{work.setting.name}32bit")(
-        groups, **work.setting.options
-    )
+@_peer("bitsandbytes", _in(WIDE, *_TORCH), module="bitsandbytes.optim", temporary=3)
+def _bitsandbytes(module: Any, work: Work, groups: Groups) -> Any:
+    return getattr(module, f"{work.setting.name}32bit")(groups, **work.setting.options)
 
 
-def _apex(work: Work, groups: Groups) -> Any:
+@_peer(
+    "apex",
+    {"AdamW": WIDE, "Adam": WIDE, "SGD": FLOAT_ONLY, "Adagrad": FLOAT_ONLY}, module="apex.optimizers",
+    package="NVIDIA apex, built with its CUDA extensions,", devices=("cuda",),
+)  # fmt: skip
+def _apex(module: Any, work: Work, groups: Groups) -> Any:
     name = work.setting.name
     how = {"adam_w_mode": name == "AdamW"} if name in ("Adam", "AdamW") else {}
-    cls = getattr(importlib.import_module("apex.optimizers"), f"Fused{name.removesuffix('W')}")
-    return cls(groups, **work.setting.options, **how)
+    return getattr(module, f"Fused{name.removesuffix('W')}")(groups, **work.setting.options, **how)
 
 
-def _transformer_engine(work: Work, groups: Groups) -> Any:
-    module = importlib.import_module("transformer_engine.pytorch.optimizers")
+@_peer(
+    "TransformerEngine",
+    {"AdamW": ALL, "Adam": ALL, "SGD": FLOAT_ONLY}, module="transformer_engine.pytorch.optimizers",
+    package="transformer-engine[pytorch]", devices=("cuda",),
+)  # fmt: skip
+def _transformer_engine(module: Any, work: Work, groups: Groups) -> Any:
     if work.setting.name == "SGD":
         return module.FusedSGD(groups, **work.setting.options)
     states = {"exp_avg_dtype": work.dtypes.state, "exp_avg_sq_dtype": work.dtypes.state}
     return module.FusedAdam(groups, adam_w_mode=work.setting.name == "AdamW", **work.setting.options, **states)
 
 
-def _torchao(work: Work, groups: Groups) -> Any:
+@_peer("torchao", {"AdamW": PURE}, module="torchao.optim", most_shapes=COMPILED_SHAPES, temporary=1)
+def _torchao(module: Any, work: Work, groups: Groups) -> Any:
     """Compiles one step per shape. ``_AdamW`` is its unquantised class."""
-    return importlib.import_module("torchao.optim")._AdamW(groups, **work.setting.options)
+    return module._AdamW(groups, **work.setting.options)
 
 
-def _optimi(work: Work, groups: Groups) -> Any:
+@_peer("optimi", _in(PURE, "AdamW", "Adam", "SGD"), module="optimi", package="torch-optimi", temporary=1)
+def _optimi(module: Any, work: Work, groups: Groups) -> Any:
     """Triton on a GPU, else the for-loop: the foreach code is deprecated and gives other results than the for-loop.
     Kahan summation, which would add a state for 16-bit parameters, is off."""
-    on_gpu = groups[0]["params"][0].is_cuda
-    how = {"foreach": False, "triton": on_gpu, "kahan_sum": False}
-    return getattr(importlib.import_module("optimi"), work.setting.name)(groups, **work.setting.options, **how)
+    how = {"foreach": False, "triton": groups[0]["params"][0].is_cuda, "kahan_sum": False}
+    return getattr(module, work.setting.name)(groups, **work.setting.options, **how)
 
 
-def _heavyball(work: Work, groups: Groups) -> Any:
-    options = dict(work.setting.options)
-    if work.setting.name == "SGD":
-        options["beta"] = options.pop("momentum")
-    cls = getattr(importlib.import_module("heavyball"), work.setting.name)
-    return cls(groups, storage_dtype=str(work.dtypes.state).removeprefix("torch."), compile_step=True, **options)
-
-
-_TORCH = ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad")
-PEERS = {
-    p.name: p
-    for p in (
-        Peer("torch for-loop", _torch(foreach=False), dict.fromkeys(_TORCH, PURE), temporary=1),
-        Peer("torch foreach", _torch(foreach=True), dict.fromkeys((*_TORCH, "AdamW+clip"), PURE), temporary=3),
-        Peer(
-            "torch fused",
-            _torch(fused=True),
-            dict.fromkeys(("AdamW", "AdamW+clip", "Adam", "SGD", "Adagrad"), PURE),
-            cpu_only=("Adagrad",),
-            capturable=True,
-        ),
-        Peer("torch compiled", _Compiled, dict.fromkeys(_TORCH, PURE), most_tensors=COMPILED_TENSORS),
-        Peer("eager reference", _own("reference"), {"NormAdaptive": ALL}, temporary=4),
-        Peer(
-            "Triton backend",
-            _own("triton"),
-            dict.fromkeys((*_TORCH, "AdamW+clip", "NormAdaptive"), ALL),
-            module="triton",
-            package="triton",
-            devices=("cuda",),
-            capturable=True,
-        ),
-        Peer(
-            "DeepSpeedCPUAdam",
-            _deepspeed_cpu,
-            dict.fromkeys(("AdamW", "Adam", "Adagrad"), ALL),
-            module="deepspeed.ops.adam",
-            package="deepspeed",
-            devices=("cpu",),
-        ),
-        Peer(
-            "DeepSpeed FusedAdam",
-            _deepspeed_cuda,
-            dict.fromkeys(("AdamW", "Adam"), PURE),
-            module="deepspeed.ops.adam",
-            package="deepspeed",
-            devices=("cuda",),
-        ),
-        Peer(
-            "bitsandbytes",
-            _bitsandbytes,
-            dict.fromkeys(_TORCH, WIDE),
-            module="bitsandbytes.optim",
-            package="bitsandbytes",
-            temporary=3,
-        ),
-        Peer(
-            "apex",
-            _apex,
-            {"AdamW": WIDE, "Adam": WIDE, "SGD": FLOAT_ONLY, "Adagrad": FLOAT_ONLY},
-            module="apex.optimizers",
-            package="NVIDIA apex, built with its CUDA extensions,",
-            devices=("cuda",),
-        ),
-        Peer(
-            "TransformerEngine",
-            _transformer_engine,
-            {"AdamW": ALL, "Adam": ALL, "SGD": FLOAT_ONLY},
-            module="transformer_engine.pytorch.optimizers",
-            package="transformer-engine[pytorch]",
-            devices=("cuda",),
-        ),
-        Peer(
-            "torchao",
-            _torchao,
-            {"AdamW": PURE},
-            module="torchao.optim",
-            package="torchao",
-            most_shapes=COMPILED_SHAPES,
-            temporary=1,
-        ),
-        Peer(
-            "optimi",
-            _optimi,
-            dict.fromkeys(("AdamW", "Adam", "SGD"), PURE),
-            module="optimi",
-            package="torch-optimi",
-            temporary=1,
-        ),
-        Peer(
-            "heavyball",
-            _heavyball,
-            {"AdamW": ALL, "SGD": ALL},
-            module="heavyball",
-            package="heavyball",
-            most_tensors=COMPILED_TENSORS,
-            temporary=1,
-            differs={"SGD": "its momentum is a weighted average"},
-        ),
-    )
-}
+@_peer(
+    "heavyball",
+    {"AdamW": ALL, "SGD": ALL}, module="heavyball", most_tensors=COMPILED_TENSORS, temporary=1,
+    differs={"SGD": "its momentum is a weighted average"},
+)  # fmt: skip
+def _heavyball(module: Any, work: Work, groups: Groups) -> Any:
+    options = {("beta" if name == "momentum" else name): value for name, value in work.setting.options.items()}
+    how = {"storage_dtype": str(work.dtypes.state).removeprefix("torch."), "compile_step": True}
+    return getattr(module, work.setting.name)(groups, **how, **options)
