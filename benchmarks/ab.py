@@ -18,11 +18,11 @@ from .common import arguments
 from .common.commit import commit
 from .common.files import write_atomically
 from .measure import plan
+from .measure.contest import Entrant
 from .measure.data import Data
 from .measure.devices import DEVICES, Device
 from .measure.peers import ours
 from .measure.results import Result
-from .measure.rows import Entrant
 from .measure.timing import Budget, Contender, explain, interleaved, quantiles, ratios
 from .run import device_named
 

@@ -29,9 +29,10 @@ from .measure.environment import environment
 from .measure.goals import FOREACH, FUSED, GOALS
 from .measure.optimizers import DTYPES, SETTINGS
 from .measure.peers import PEERS, Peer
+from .measure.plan import CONDITIONS, Row
 from .measure.progress import Progress
 from .measure.results import OURS, Result, Results, check_target
-from .measure.rows import CONDITIONS, Row, measure
+from .measure.rows import measure
 from .measure.timing import Budget
 from .tables import everything
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.measure import devices, limits, rough, rows
+from benchmarks.measure import devices, limits, plan, rough
 from benchmarks.measure.cases import CASES, Case
 from benchmarks.measure.devices import Cpu
 from benchmarks.measure.optimizers import DTYPES, SETTINGS, Work
@@ -71,5 +71,5 @@ def torch_adamw(work: Work, groups: list[dict[str, Any]]) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, **work.setting.options)
 
 
-def row_of(case: Case, condition: str = "kept") -> rows.Row:
-    return rows.Row(Work(SETTINGS["AdamW"], DTYPES["fp32"]), case, rows.CONDITIONS[condition])
+def row_of(case: Case, condition: str = "kept") -> plan.Row:
+    return plan.Row(Work(SETTINGS["AdamW"], DTYPES["fp32"]), case, plan.CONDITIONS[condition])

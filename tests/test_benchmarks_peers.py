@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmark_runs import ARGUMENTS, TINY, Options, _quick_collections, _small, add_peer, measured, row_of, torch_adamw  # noqa: F401
 
-from benchmarks.measure import limits, rows
+from benchmarks.measure import contest, limits, rows
 from benchmarks.measure.cases import Case
 from benchmarks.measure.data import Data
 from benchmarks.measure.devices import Cpu
@@ -162,7 +162,7 @@ def test_a_peer_that_does_not_do_the_work_is_reported_in_its_row(
 
 
 def test_a_peer_that_fails_in_the_middle_is_reported(monkeypatch: pytest.MonkeyPatch, measured: Options) -> None:
-    monkeypatch.setattr(Broken, "after", rows.WARM_UP + 2)
+    monkeypatch.setattr(Broken, "after", contest.WARM_UP + 2)
     add_peer(monkeypatch, "fake", lambda work, groups: Broken(groups, **work.setting.options))
     _, content = measured(*ARGUMENTS, "--peer", "fake")
     contenders = content["rows"][0]["contenders"]
@@ -205,7 +205,7 @@ def test_torchs_fused_adagrad_is_for_the_cpu() -> None:
 
 
 def test_a_wrong_fusedoptim_is_a_failure(monkeypatch: pytest.MonkeyPatch, measured: Options) -> None:
-    monkeypatch.setattr(rows, "ours", lambda work, groups: Idle(groups, **work.setting.options))
+    monkeypatch.setattr(contest, "ours", lambda work, groups: Idle(groups, **work.setting.options))
     code, content = measured(*ARGUMENTS, "--peer", "none")
     assert code == 1
     assert content["rows"][0]["failed"] == "RuntimeError: fusedoptim: 3 of 3 tensors did not move in the warm-up"

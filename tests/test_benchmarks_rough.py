@@ -14,15 +14,14 @@ import torch
 from benchmark_runs import Options, _small, measured  # noqa: F401
 
 from benchmarks import run
-from benchmarks.measure import plan, rough, scaling
-from benchmarks.measure import rows as row_module
+from benchmarks.measure import contest, plan, rough, rows, scaling
 from benchmarks.measure import timing as measure_module
 from benchmarks.measure.cases import CASES
+from benchmarks.measure.contest import WARM_UP
 from benchmarks.measure.devices import Cpu
 from benchmarks.measure.optimizers import SETTINGS, Work
 from benchmarks.measure.peers import PEERS, Peer
 from benchmarks.measure.results import OURS, Results
-from benchmarks.measure.rows import WARM_UP
 
 QUICK = run.parse(["--quick"])
 BUDGET = rough.BUDGET  # which a fixture makes smaller
@@ -55,7 +54,7 @@ def test_its_rows_are_some_of_a_full_run_and_of_every_optimizer() -> None:
 def test_a_slow_row_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its time no further peer is made, and each that was takes part in one round."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(row_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(contest, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(measure_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def slow(work: Work, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -67,11 +66,11 @@ def test_a_slow_row_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     row, peers = plan.row(("AdamW", "fp32", "tiny", "kept")), [PEERS["first"], PEERS["second"]]
     budget = dataclasses.replace(BUDGET, seconds=1000.0, at_most=4)
     assert budget.row_seconds == 3
-    got = row_module.measure(row, Cpu(), peers, budget)["contenders"]
+    got = rows.measure(row, Cpu(), peers, budget)["contenders"]
     assert got["second"] == {"skipped": "the row's 3 s were up"}
     assert [got[name]["ms"]["n"] for name in (OURS, "first")] == [1, 1] and got["first"]["ratio"]["n"] == 1
     clock.now = 0.0
-    got = row_module.measure(row, Cpu(), peers, dataclasses.replace(budget, row_seconds=math.inf))["contenders"]
+    got = rows.measure(row, Cpu(), peers, dataclasses.replace(budget, row_seconds=math.inf))["contenders"]
     assert [got[name]["ms"]["n"] for name in (OURS, "first", "second")] == [4, 4, 4]
 
 

@@ -1,6 +1,7 @@
 """The optimizers to compare with, each used in the fastest way that it documents for the dtypes asked for.
 
-Below what a peer has stands the function from work and groups to its optimizer, which has a ``step()``. That it steps, in those dtypes, and to the same result, is checked when it is measured (check.py).
+Below what a peer has stands the function from work and groups to its optimizer, which has a ``step()``. That it steps,
+in those dtypes, and to the same result, is checked when it is measured (check.py).
 """
 
 from __future__ import annotations

@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from .cases import CASES
+from .cases import CASES, Case
 from .optimizers import DTYPES, SETTINGS, Work
-from .rows import CONDITIONS, Row
+from .results import Result
 
 #: optimizer, dtype, case, condition
 Key = tuple[str, str, str, str]
 #: A step of the medium model takes a fifth of the other's.
 LARGE, MODEL, MEDIUM = "64M", "gpt2-small", "resnet50"
 SMALL = ("2000x64", "2000x1024", "465-groups")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What happens between two steps: gradients are kept, or set to None and created anew; caches are evicted, or a
+    step that is not timed comes right before."""
+
+    name: str
+    renew: bool = False
+    evict: bool = True
+
+
+CONDITIONS = {
+    c.name: c for c in (Condition("kept"), Condition("recreated", renew=True), Condition("warm", evict=False))
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    work: Work
+    case: Case
+    condition: Condition
+
+    @property
+    def key(self) -> Key:
+        return (self.work.setting.name, self.work.dtypes.name, self.case.name, self.condition.name)
+
+    @property
+    def gradient_sets(self) -> int:
+        return 2 if self.condition.renew else 1
+
+    def describe(self) -> Result:
+        return {
+            **dict(zip(("optimizer", "dtype", "case", "condition"), self.key, strict=True)),
+            **{"tensors": len(self.case.shapes), "groups": self.case.groups, "elements": self.case.elements},
+            "bytes": self.case.elements * self.work.bytes_per_element,
+        }
 
 
 def row(key: Key) -> Row:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .cases import Case, evenly
 from .optimizers import DTYPES, SETTINGS, Work
-from .rows import CONDITIONS, Row
+from .plan import CONDITIONS, Row
 
 Result = dict[str, Any]
 #: More would take long and say nothing new.
