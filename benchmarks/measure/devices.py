@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..common.arguments import UsageError, known
+
 Call = Callable[[], object]
 MIB = 1 << 20
 
@@ -176,6 +178,15 @@ class Cuda(Device):
 
 
 DEVICES: dict[str, type[Device]] = {"cpu": Cpu, "cuda": Cuda}
+
+
+def device_named(name: str) -> Device:
+    """Raises UsageError if it is unknown or cannot be measured here."""
+    device = DEVICES[known("--device", [name], DEVICES)[0]]()
+    problem = device.problem()
+    if problem is not None:
+        raise UsageError(f"--device {name} cannot be measured: {problem}")
+    return device
 
 
 def driver() -> str:

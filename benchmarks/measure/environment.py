@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,28 +22,22 @@ from ..common.commit import commit
 from .devices import Device
 
 #: Distributions whose versions matter where they are installed.
-PACKAGES = (
-    *("triton", "deepspeed", "bitsandbytes", "apex", "transformer-engine", "torchao", "torch-optimi", "heavyball"),
-)
+PACKAGES = ["triton", "deepspeed", "bitsandbytes", "apex", "transformer-engine", "torchao", "torch-optimi", "heavyball"]
 
 
 def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        name = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+        if name:
+            return name[1].strip()
     return platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -1,39 +1,25 @@
-"""A progress bar, with tqdm where that is installed."""
+"""A progress bar on stderr, with tqdm where that is installed; else lines."""
 
 from __future__ import annotations
 
 import sys
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
-class Progress:
-    """Counts to ``total`` on stderr."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        try:
-            from tqdm import tqdm  # type: ignore[import-untyped]
-
-            self.bar: tqdm[None] | None = tqdm(total=total, file=sys.stderr, dynamic_ncols=True)
-        except ImportError:
-            self.bar = None
-
-    def now(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.set_description_str(text)
-        else:
-            print(f"[{self.done + 1}/{self.total}] {text}", file=sys.stderr, flush=True)
-
-    def advance(self) -> None:
-        self.done += 1
-        if self.bar is not None:
-            self.bar.update()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.close()
+def progress(items: Sequence[Item], says: Callable[[Item], str]) -> Iterator[Item]:
+    """The items, each of which is named when its turn comes."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        for number, item in enumerate(items, 1):
+            print(f"[{number}/{len(items)}] {says(item)}", file=sys.stderr, flush=True)
+            yield item
+        return
+    with tqdm(total=len(items), file=sys.stderr, dynamic_ncols=True) as bar:
+        for item in items:
+            bar.set_description_str(says(item))
+            yield item
+            bar.update()

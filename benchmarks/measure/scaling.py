@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .cases import Case, evenly
 from .optimizers import DTYPES, SETTINGS, Work
 from .plan import CONDITIONS, Row
+from .results import COPY, STREAM, Result
 
-Result = dict[str, Any]
 #: More would take long and say nothing new.
 PEERS = ("torch for-loop", "torch foreach", "torch fused", "DeepSpeedCPUAdam", "DeepSpeed FusedAdam")
 
@@ -24,7 +23,7 @@ class Curve:
     cases: tuple[Case, ...]
 
     def labels(self) -> Result:
-        return {"says": self.says, "over": self.over}
+        return {"curve": self.name, "says": self.says, "over": self.over}
 
     def rows(self) -> list[Row]:
         return [Row(Work(SETTINGS["AdamW"], DTYPES["fp32"]), case, CONDITIONS["kept"]) for case in self.cases]
@@ -79,7 +78,7 @@ def slopes(rows: Sequence[Result]) -> list[tuple[str, str, str, float]]:
         of_curve = [r for r in rows if r["curve"] == curve]
         what = of_curve[0]["over"].removesuffix("s")
         for name in dict.fromkeys(n for r in of_curve for n in r.get("contenders", {})):
-            value = slope(points(rows, curve, name)) if name not in ("copy", "stream") else None
+            value = slope(points(rows, curve, name)) if name not in (COPY, STREAM) else None
             if value is not None:
                 out.append((curve, name, what, value * 1e-3))
     return out
