@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from fusedoptim import _native
 
@@ -34,19 +35,15 @@ def no_launch() -> Iterator[None]:
     """
     if _native._C is None:
         raise UsageError(f"without the compiled library there is nothing to measure: {_native.problem}")
-    before = os.environ.get(VARIABLE)
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "no_launch.so"
         build(library)
-        os.environ[VARIABLE] = str(library)
-        _native.cuda_problem.cache_clear()
-        try:
-            if problem := _native.cuda_problem():
-                raise UsageError(problem)
-            yield
-        finally:
-            _native._C.set_cuda_api(0)
+        with mock.patch.dict(os.environ, {VARIABLE: str(library)}):
             _native.cuda_problem.cache_clear()
-            del os.environ[VARIABLE]
-            if before is not None:
-                os.environ[VARIABLE] = before
+            try:
+                if problem := _native.cuda_problem():
+                    raise UsageError(problem)
+                yield
+            finally:
+                _native._C.set_cuda_api(0)
+                _native.cuda_problem.cache_clear()
