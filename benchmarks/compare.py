@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .common import arguments
 from .common.units import number
-from .measure.results import OURS, Result, Results, load
+from .measure.results import OURS, Result, Results, key_of, load
 from .tables import header, line
 
 Key = tuple[str, ...]
@@ -42,7 +42,7 @@ class Change:
 
 
 def rows(results: Results) -> dict[Key, Result]:
-    measured: dict[Key, Result] = {(r["optimizer"], r["dtype"], r["case"], r["condition"]): r for r in results.rows}
+    measured: dict[Key, Result] = {key_of(r): r for r in results.rows}
     measured |= {(r["curve"], r["case"]): r for r in results.scaling}
     return {k: r for k, r in measured.items() if "ms" in r.get("contenders", {}).get(OURS, {})}
 

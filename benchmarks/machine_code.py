@@ -201,7 +201,9 @@ def table(kernels: dict[str, Kernel]) -> list[str]:
     lines = header([*names, "blocks"], 3)
     for name, kernel in sorted(kernels.items()):
         rule = rule_and_width(name)
-        for number, loop in enumerate(kernel.loops() if rule is not None and not rule[1] else (), 1):
+        if rule is None or rule[1]:
+            continue
+        for number, loop in enumerate(kernel.loops(), 1):
             where = [rule[0], f"{number}, {loop.count('STG[.]E[.]EF')} stores", loop.dtypes]
             numbers = f"{loop.each:.1f}", f"{loop.branches:.1f}", loop.spills, kernel.registers, kernel.blocks
             lines.append(line([*where, *map(str, numbers)]))

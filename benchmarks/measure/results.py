@@ -43,6 +43,10 @@ class Results:
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def key_of(row: Result) -> tuple[str, str, str, str]:
+    return row["optimizer"], row["dtype"], row["case"], row["condition"]
+
+
 def ratio_of(row: Result, name: str) -> float | None:
     """How many times as long as fusedoptim a contender took."""
     ratio = row.get("contenders", {}).get(name, {}).get("ratio")

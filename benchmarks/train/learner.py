@@ -28,7 +28,8 @@ class Learner:
     """A model, its optimizer and its schedule."""
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
-        self.model, self.optimizer, self.args = model, optimizer, args
+        self.model, self.args = model, args
+        self.optimizer: Any = optimizer  # of either package
         wrapped = parallel.wrap(model)
         self.forward: Callable[..., Tensor] = torch.compile(wrapped) if args.compile else wrapped
         self.step: Callable[[], Any] = torch.compile(optimizer.step) if args.compile else optimizer.step
