@@ -5,7 +5,6 @@ A variant is a choice of csrc/cuda/tuning.h, or a library that benchmarks.prebui
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,20 +13,18 @@ import torch
 
 from fusedoptim import _native
 
-from . import arguments, plan
-from .commit import commit
-from .data import Data
-from .devices import DEVICES, Device
-from .files import write_atomically
-from .measure import Budget, Contender, explain, interleaved, quantiles, ratios
-from .peers import ours
-from .results import Result
-from .rows import Entrant
-from .run import device_named
+from .common import arguments
+from .common.commit import commit
+from .common.files import write_atomically
+from .measure import plan
+from .measure.contest import Entrant
+from .measure.data import Data
+from .measure.devices import DEVICES, Device, device_named
+from .measure.peers import ours
+from .measure.results import Result
+from .measure.timing import Budget, Contender, explain, interleaved, quantiles, ratios
 
 BUDGET = Budget(2.0, at_least=9, at_most=41)
-
-
 Values = dict[str, int]
 
 
@@ -37,7 +34,7 @@ class Switch:
 
     name: str
     cases: tuple[plan.Key, ...]
-    values: dict[str, int] = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
     library: str = ""
 
 
@@ -59,7 +56,7 @@ def library_of(variant: str) -> Path:
     return path.with_suffix(f".{variant}.so") if variant else path
 
 
-def apply(values: dict[str, int], library: str) -> dict[str, int]:
+def apply(values: Values, library: str) -> Values:
     """Returns the values before. No library: the ordinary one."""
     if library_of(library).exists():  # steps on the CPU need none
         _native.load_cuda(library_of(library))
@@ -115,17 +112,13 @@ def says(result: Result) -> str:
     )
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     p = arguments.Parser(prog="python -m benchmarks.ab", description=__doc__)
     p.add_argument("--device", default="cuda", help=f"one of {', '.join(DEVICES)} (default: cuda)")
     p.add_argument("--out", type=Path, help="write the results to this JSON file, one by one")
     p.add_argument("--switch", action="append", help=f"of {', '.join(s.name for s in SWITCHES)}")
-    return p.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    device = device_named(arguments.known("--device", [args.device], DEVICES)[0])
+    args = p.parse_args(argv)
+    device = device_named(args.device)
     chosen = arguments.known("--switch", args.switch, [s.name for s in SWITCHES])
     results: list[Result] = []
     for switch in (s for s in SWITCHES if s.name in chosen):

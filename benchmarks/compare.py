@@ -11,10 +11,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import arguments
-from .results import OURS, Result, Results, load
+from .common import arguments
+from .common.units import number
+from .measure.results import OURS, Result, Results, key_of, load
 from .tables import header, line
-from .units import number
 
 Key = tuple[str, ...]
 
@@ -42,7 +42,7 @@ class Change:
 
 
 def rows(results: Results) -> dict[Key, Result]:
-    measured: dict[Key, Result] = {(r["optimizer"], r["dtype"], r["case"], r["condition"]): r for r in results.rows}
+    measured: dict[Key, Result] = {key_of(r): r for r in results.rows}
     measured |= {(r["curve"], r["case"]): r for r in results.scaling}
     return {k: r for k, r in measured.items() if "ms" in r.get("contenders", {}).get(OURS, {})}
 

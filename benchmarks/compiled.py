@@ -10,8 +10,8 @@ import torch
 
 import fusedoptim
 
-from . import arguments
-from .measure import quantiles
+from .common import arguments
+from .measure.timing import quantiles
 
 
 def make(cls: Callable[..., torch.optim.Optimizer], tensors: int, elements: int) -> torch.optim.Optimizer:

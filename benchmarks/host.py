@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from . import arguments
-from .cases import CASES, Case
-from .devices import DEVICES
-from .environment import environment, source
-from .errors import UsageError
-from .files import write_atomically
-from .measure import quantiles
-from .no_launch import no_launch
-from .optimizers import SETTINGS
+from .common import arguments
+from .common.arguments import UsageError
+from .common.files import write_atomically
+from .measure.cases import CASES, Case
+from .measure.devices import DEVICES
+from .measure.environment import environment, source
+from .measure.no_launch import no_launch
+from .measure.optimizers import SETTINGS
+from .measure.timing import quantiles
+from .tables import header, line
 
 NO_LAUNCH = "host, no launch"
 HOST_CASES = {c.name: c for c in (Case("1x8", ((8,),)), *(CASES[n] for n in ("300x1024", "2000x64", "465-groups")))}
@@ -99,12 +100,11 @@ def measure(rows: list[Row], device: torch.device, seconds: float, at_most: int)
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| | optimizer | case | threads | pause, ms | min, us | median, us | goal |"]
-    lines.append("|---|---|---|---:|---:|---:|---:|---|")
+    lines = header(["", "optimizer", "case", "threads", "pause, ms", "min, us", "median, us", "goal"], 3)
     for r in map(Row.result, rows):
         goal = "" if r["goal"] is None else f"<= {r['goal']:g}{'' if r['reached'] else ' (missed)'}"
-        numbers = f"{r['threads']} | {r['pause'] * 1e3:g} | {r['us']['min']:.1f} | {r['us']['median']:.1f}"
-        lines.append(f"| {r['what']} | {r['optimizer']} | {r['case']} | {numbers} | {goal} |")
+        numbers = f"{r['threads']}", f"{r['pause'] * 1e3:g}", f"{r['us']['min']:.1f}", f"{r['us']['median']:.1f}"
+        lines.append(line([r["what"], r["optimizer"], r["case"], *numbers, goal]))
     return "\n".join(lines)
 
 

@@ -6,22 +6,19 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from . import arguments
-from .errors import UsageError
-from .tools import tool
+from .common import arguments
+from .gpu.toolkit import tool
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = arguments.Parser(prog="python -m benchmarks.launch_cost", description=__doc__)
-    p.add_argument("--arch", default="native", help="for nvcc (default: of the GPU that is there)")
-    args = p.parse_args(argv)
+def main() -> int:
+    arguments.Parser(prog="python -m benchmarks.launch_cost", description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "launch_cost"
         source = Path(__file__).with_suffix(".cu")
         try:
-            subprocess.run([tool("nvcc"), "-O2", f"-arch={args.arch}", str(source), "-o", str(program)], check=True)
+            subprocess.run([tool("nvcc"), "-O2", "-arch=native", str(source), "-o", str(program)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UsageError(f"nvcc cannot compile {source.name}: {error}") from error
+            raise arguments.UsageError(f"nvcc cannot compile {source.name}: {error}") from error
         return subprocess.run([str(program)]).returncode
 
 

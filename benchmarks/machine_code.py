@@ -8,31 +8,20 @@ of the groups that a thread has under way. Predicated instructions count, taken 
 from __future__ import annotations
 
 import heapq
-import importlib.util
 import re
-import shutil
 import subprocess
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import arguments
-from .columns import columns
+from .common import arguments
+from .gpu.toolkit import cuobjdump
+from .tables import header, line
 
 #: Threads of a block, and registers of a multiprocessor, which are given to warps in units of so many.
 THREADS, REGISTERS, UNIT = 128, 65536, 256
 #: Stores and loads of operands, which alone are streamed, and how wide.
 STREAMED = r"(LDG|STG)\.E\.EF(\.128|\.64)?\b"
-
-
-def cuobjdump() -> str | None:
-    """The one of the toolkit, or the one that Triton brings."""
-    found = shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        found = shutil.which(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    return found
 
 
 @dataclass(frozen=True)
@@ -109,13 +98,18 @@ class Kernel:
         """Those that stream operands, in the order of their addresses."""
         at = {i.address: n for n, i in enumerate(self.code)}
         after = [self._next(n, at) for n in range(len(self.code))]
-        above = _dominators(after)
+        before: list[list[int]] = [[] for _ in after]
         for n, following in enumerate(after):
-            for head in following:
-                if head <= n and above[n] is not None and _dominates(head, n, above):
-                    path = self._path(head, n, after)
+            for m in following:
+                before[m].append(n)
+        executed = _reached(0, after)
+        for last in sorted(executed):
+            for head in after[last]:
+                # A jump back closes a loop if every way to it passes the head.
+                if head <= last and (head == 0 or last not in _reached(0, after, without=head)):
+                    path = self._path(head, last, after, {head} | _reached(last, before, without=head))
                     if path is not None:
-                        yield Loop([self.code[k] for k in path])
+                        yield Loop([self.code[n] for n in path])
 
     def _next(self, n: int, at: dict[int, int]) -> list[int]:
         i = self.code[n]
@@ -124,9 +118,8 @@ class Kernel:
             return [at[i.target], *falls] if i.conditional else [at[i.target]]
         return falls if i.conditional or not i.text.startswith(("EXIT", "RET")) else []
 
-    def _path(self, first: int, last: int, after: list[list[int]]) -> list[int] | None:
+    def _path(self, first: int, last: int, after: list[list[int]], inside: set[int]) -> list[int] | None:
         """From the first instruction to the jump back, over as many stores as any way has, by Dijkstra's algorithm."""
-        inside = _body(first, last, after)
         streams = {n for n in inside if re.match(STREAMED, self.code[n].text)}
         if {self.code[n].text[:3] for n in streams} != {"LDG", "STG"}:
             return None
@@ -153,64 +146,15 @@ class Kernel:
         return path[::-1]
 
 
-def _body(head: int, last: int, after: list[list[int]]) -> set[int]:
-    """The loop of a jump back: what leads to it and does not pass the head."""
-    before = defaultdict(list)
-    for n, following in enumerate(after):
-        for m in following:
-            before[m].append(n)
-    found, left = {head, last}, [last]
+def _reached(start: int, following: list[list[int]], without: int | None = None) -> set[int]:
+    """What comes after the start on ways that do not pass ``without``, the start included."""
+    found, left = {start}, [start]
     while left:
-        for n in before[left.pop()]:
-            if n not in found:
+        for n in following[left.pop()]:
+            if n not in found and n != without:
                 found.add(n)
                 left.append(n)
     return found
-
-
-def _dominators(after: list[list[int]]) -> list[int | None]:
-    """Of each instruction the nearest one that every way to it passes (Cooper, Harvey and Kennedy, 2001)."""
-    order: list[int] = []
-    seen, stack = {0}, [(0, iter(after[0]))]
-    while stack:
-        n, following = stack[-1]
-        m = next((m for m in following if m not in seen), None)
-        if m is None:
-            order.append(n)
-            stack.pop()
-        else:
-            seen.add(m)
-            stack.append((m, iter(after[m])))
-    rank = {n: k for k, n in enumerate(order)}
-    before = defaultdict(list)
-    for n in order:
-        for m in after[n]:
-            before[m].append(n)
-    above: list[int | None] = [None] * len(after)
-    above[0] = 0
-    changed = True
-    while changed:
-        changed = False
-        for n in reversed(order[:-1]):
-            new: int | None = None
-            for m in before[n]:
-                if above[m] is None:
-                    continue
-                other, new = new, m
-                while other is not None and other != new:
-                    if rank[other] < rank[new]:
-                        other = above[other]
-                    else:
-                        new = above[new]  # type: ignore[assignment]
-            changed = changed or above[n] != new
-            above[n] = new
-    return above
-
-
-def _dominates(head: int, n: int, above: list[int | None]) -> bool:
-    while n > 0 and n != head:
-        n = above[n] or 0
-    return n == head
 
 
 def _run(library: Path, *options: str) -> str:
@@ -238,10 +182,10 @@ def read(library: Path, architecture: str | None = None) -> dict[str, Kernel]:
     }
     found: dict[str, Kernel] = {}
     current: Kernel | None = None
-    for line in listing.splitlines():
-        if match := re.search(r"Function : (\S+)", line):
+    for text in listing.splitlines():
+        if match := re.search(r"Function : (\S+)", text):
             current = found[match[1]] = Kernel(*usage[match[1]])
-        elif current is not None and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+ )?(.*?);", line)):
+        elif current is not None and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+ )?(.*?);", text)):
             current.code.append(Instruction(int(match[1], 16), match[3].strip(), match[2] is not None))
     return found
 
@@ -253,24 +197,17 @@ def rule_and_width(name: str) -> tuple[str, bool] | None:
 
 
 def table(kernels: dict[str, Kernel]) -> list[str]:
-    rows: list[tuple[str, ...]] = [
-        ("kernel", "loop", "dtypes", "instructions per element", "branches per group", "spills", "registers", "blocks")
-    ]
+    names = ["kernel", "loop", "dtypes", "instructions per element", "branches per group", "spills", "registers"]
+    lines = header([*names, "blocks"], 3)
     for name, kernel in sorted(kernels.items()):
         rule = rule_and_width(name)
         if rule is None or rule[1]:
             continue
         for number, loop in enumerate(kernel.loops(), 1):
-            stores = loop.count(r"STG\.E\.EF")
-            numbers = (
-                f"{loop.each:.1f}",
-                f"{loop.branches:.1f}",
-                str(loop.spills),
-                str(kernel.registers),
-                str(kernel.blocks),
-            )
-            rows.append((rule[0], f"{number}, {stores} stores", loop.dtypes, *numbers))
-    return columns(rows)
+            where = [rule[0], f"{number}, {loop.count('STG[.]E[.]EF')} stores", loop.dtypes]
+            numbers = f"{loop.each:.1f}", f"{loop.branches:.1f}", loop.spills, kernel.registers, kernel.blocks
+            lines.append(line([*where, *map(str, numbers)]))
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

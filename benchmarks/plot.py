@@ -13,14 +13,14 @@ from typing import Any
 
 import matplotlib
 
-from . import arguments
-from .errors import UsageError
-from .files import make_folder, write_atomically
-from .optimizers import DTYPES, SETTINGS
-from .results import COPY, OURS, STREAM, Result, Results, load, ratio_of
-from .scaling import points, slopes
+from .common import arguments
+from .common.arguments import UsageError
+from .common.files import make_folder, write_atomically
+from .common.units import duration
+from .measure.optimizers import DTYPES, SETTINGS
+from .measure.results import COPY, OURS, STREAM, Result, Results, key_of, load, ratio_of
+from .measure.scaling import points, slopes
 from .tables import peers_of
-from .units import duration
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -41,7 +41,7 @@ COLOURS = dict(zip(DTYPES, ("#2171b5", "#d94801", "#238b45"), strict=True))
 def _kept(results: Results) -> dict[tuple[str, str, str], Result]:
     """Rows that have a time, by optimizer, dtype and case."""
     rows = (r for r in results.rows if r["condition"] == "kept")
-    return {(r["optimizer"], r["dtype"], r["case"]): r for r in rows if "ms" in r.get("contenders", {}).get(OURS, {})}
+    return {key_of(r)[:3]: r for r in rows if "ms" in r.get("contenders", {}).get(OURS, {})}
 
 
 def _machine(results: Results) -> str:

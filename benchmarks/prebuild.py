@@ -16,14 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-from . import arguments
-from .commit import commit
-from .errors import UsageError
-from .files import make_folder
-from .gpu_check import GPU_TESTS, QUOTIENTS
+from .common import arguments
+from .common.arguments import UsageError
+from .common.commit import commit
+from .common.files import make_folder
+from .gpu.plans import GPU_TESTS, QUOTIENTS
 
 ROOT = Path(__file__).parent.parent
 REPORT, CUDA = "_build.json", "_C_cuda.so"
@@ -114,32 +113,30 @@ def environment(folder: Path, python: str | None, version: str, torch: str) -> P
     return inside
 
 
-def export(folder: Path, dirty: bool) -> str:
-    """Puts the commit's files there, with ``dirty`` the changes to tracked ones as well. Returns the commit's name."""
+def export(folder: Path) -> str:
+    """Puts the commit's files there. Returns the commit's name."""
     name = commit()
-    if name.endswith("+changes") and not dirty:
-        raise UsageError("tracked files have changed: commit them, or take them along with --dirty")
-    git = ["git", "-C", str(ROOT)]
-    stash = subprocess.run([*git, "stash", "create"], capture_output=True, text=True).stdout.strip() if dirty else ""
-    archive = subprocess.run([*git, "archive", stash or "HEAD"], capture_output=True)
+    if name.endswith("+changes"):
+        raise UsageError("tracked files have changed: commit them")
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", "HEAD"], capture_output=True)
     if archive.returncode:
         raise UsageError(f"git archive failed: {archive.stderr.decode().strip()}")
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     return name
 
 
-def build(python: Path, out: Path, architectures: str, dirty: bool) -> None:
+def build(python: Path, out: Path, architectures: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary)
-        name = export(tree, dirty)
+        name = export(tree)
         options = {"TORCH_CUDA_ARCH_LIST": architectures, "FUSEDOPTIM_BUILD_CUDA": "1"}
         say(python, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, **options)
         say(python, "-c", LOADS, cwd=tree)
         say(python, "-m", "fusedoptim", cwd=tree)
         # What the GPU's minutes are for should not fail for want of an import.
-        options_of_tests = ("-q", "-o", "addopts=", "--collect-only", "-m", "gpu", *GPU_TESTS, *QUOTIENTS)
+        options_of_tests = ("-q", "-o", "addopts=", "--collect-only", "-m", "gpu", *GPU_TESTS.split(), QUOTIENTS)
         say(python, "-m", "pytest", *options_of_tests, cwd=tree)
-        report: Mapping[str, object] = json.loads((tree / "fusedoptim" / REPORT).read_text())
+        report = json.loads((tree / "fusedoptim" / REPORT).read_text())
         for path in libraries(out):
             path.unlink()
         for path in libraries(tree / "fusedoptim"):
@@ -148,8 +145,8 @@ def build(python: Path, out: Path, architectures: str, dirty: bool) -> None:
             (tree / "fusedoptim" / CUDA).unlink()
             say(python, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, **options, NVCC_APPEND_FLAGS=flags)
             shutil.copy(tree / "fusedoptim" / CUDA, out / f"_C_cuda.{variant}.so")
-        marked = {**report, "commit": name, "architectures": architectures}
-        (out / REPORT).write_text(json.dumps(marked, indent=1) + "\n")
+        report |= {"commit": name, "architectures": architectures}
+        (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def needs(path: Path) -> str:
@@ -170,7 +167,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--version", default="3.12", help="of Python (default: 3.12)")
     p.add_argument("--torch", default="2.11.0", help="its version (default: 2.11.0)")
     p.add_argument("--architectures", default="9.0", help="as in TORCH_CUDA_ARCH_LIST (default: 9.0)")
-    p.add_argument("--dirty", action="store_true", help="with the changes to tracked files")
     args = p.parse_args(argv)
     if (args.out is None) == (args.install is None):
         p.error("give either OUTDIR or --install DIR")
@@ -178,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         return install(None if args.install == "none" else Path(args.install).resolve())
     make_folder(args.out, "OUTDIR")
     python = environment(args.venv.absolute(), args.python, args.version, args.torch)
-    build(python, args.out, args.architectures, args.dirty)
+    build(python, args.out, args.architectures)
     for path in libraries(args.out):
         print(f"{path}: {path.stat().st_size >> 10} KiB, needs {needs(path)}")
     name = json.loads((args.out / REPORT).read_text())["commit"]

@@ -11,12 +11,12 @@ import json
 import re
 from pathlib import Path
 
-from . import arguments
-from .environment import source
-from .errors import UsageError
-from .files import write_atomically
-from .goals import GOALS
-from .results import Result, Results, load
+from .common import arguments
+from .common.arguments import UsageError
+from .common.files import write_atomically
+from .measure.environment import source
+from .measure.goals import GOALS
+from .measure.results import Result, Results, load
 from .tables import comparison, device_details, disturbed, flat, other_commits, reasons, scaling, unmeasured
 
 #: The name of a section for the results of every GPU that there are.

@@ -15,23 +15,25 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from fusedoptim import _backends
 
-from . import arguments, plan, rough, scaling
-from .cases import CASES
-from .devices import DEVICES, Device
-from .environment import environment
-from .errors import UsageError
-from .goals import FOREACH, FUSED, GOALS
-from .measure import Budget
-from .optimizers import DTYPES, SETTINGS
-from .peers import PEERS, Peer
-from .progress import Progress
-from .results import OURS, Result, Results, check_target
-from .rows import CONDITIONS, Row, measure
+from .common import arguments
+from .common.arguments import UsageError
+from .measure import plan, rough, scaling
+from .measure.cases import CASES
+from .measure.devices import DEVICES, device_named
+from .measure.environment import environment
+from .measure.goals import FOREACH, FUSED, GOALS
+from .measure.optimizers import DTYPES, SETTINGS
+from .measure.peers import PEERS, Peer
+from .measure.plan import CONDITIONS, Row
+from .measure.progress import progress
+from .measure.results import OURS, Results, check_target
+from .measure.rows import measure
+from .measure.timing import Budget
 from .tables import everything
 
 FULL, QUICK = Budget(7.0, without_slow=15), Budget(1.0, at_most=31)
@@ -104,16 +106,17 @@ def selected_curves(args: argparse.Namespace) -> list[scaling.Curve]:
     return rough.curves(args.device) if args.quick else scaling.curves(args.device)
 
 
-def device_named(name: str) -> Device:
-    device = DEVICES[name]()
-    problem = device.problem()
-    if problem is not None:
-        raise UsageError(f"--device {name} cannot be measured: {problem}")
-    return device
+@dataclass(frozen=True)
+class Item:
+    """A row, or a point of a curve, to measure beside peers."""
 
+    row: Row
+    peers: list[Peer]
+    budget: Budget
+    curve: scaling.Curve | None = None
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    def __str__(self) -> str:
+        return " ".join(self.row.key) if self.curve is None else f"{self.curve.name} {self.row.case.name}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,39 +126,33 @@ def main(argv: list[str] | None = None) -> int:
     device = device_named(args.device)
     if args.out is not None:
         check_target(args.out)
-    points = [(curve, row) for curve in curves for row in curve.rows()]
-    results = Results(environment(device), len(rows) + len(points), args.out)
+    few = [p for p in peers if p.name in scaling.PEERS]
+    budget, per_point = (rough.BUDGET,) * 2 if _rough(args) else (QUICK if args.quick else FULL, QUICK)
+    work = [Item(row, beside(row, peers, args), budget) for row in rows]
+    work += [Item(row, few, per_point, curve) for curve in curves for row in curve.rows()]
+    results = Results(environment(device), len(work), args.out)
     results.environment["backend"] = _backends.choose(None, device.torch_device)
     results.save()
-    budget, per_point = (rough.BUDGET,) * 2 if _rough(args) else (QUICK if args.quick else FULL, QUICK)
     end = time.monotonic() + (rough.SECONDS if _rough(args) else math.inf)
-
-    def in_time(row: Row, contenders: list[Peer], budget: Budget) -> Result:
-        if time.monotonic() > end:
-            return {**row.describe(), "skipped": rough.TIME_IS_UP}
-        return measure(row, device, contenders, budget)
-
-    few = [p for p in peers if p.name in scaling.PEERS]
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Progress(results.planned) as progress, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the peers' own
-            for row in rows:
-                progress.now(" ".join(row.key))
-                results.rows.append(in_time(row, beside(row, peers, args), budget))
+            for item in progress(work, str):
+                late = time.monotonic() > end
+                skipped = {**item.row.describe(), "skipped": rough.TIME_IS_UP}
+                found = skipped if late else measure(item.row, device, item.peers, item.budget)
+                if item.curve is None:
+                    results.rows.append(found)
+                else:
+                    results.scaling.append({**item.curve.labels(), **found})
                 results.save()
-                progress.advance()
-            for curve, row in points:
-                progress.now(f"{curve.name} {row.case.name}")
-                point: Result = {"curve": curve.name, **curve.labels(), **in_time(row, few, per_point)}
-                results.scaling.append(point)
-                results.save()
-                progress.advance()
         results.environment |= device.describe()  # peers and limits may have loaded another OpenMP runtime
         results.finished = True
         results.save()
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {_where(args.out)}", file=sys.stderr)
+        where = f"the finished rows are in {args.out}" if args.out else "with --out FILE.json, finished rows are kept"
+        print(f"\ninterrupted; {where}", file=sys.stderr)
     print(everything(results))
     if _rough(args):
         print(f"\n{rough.says(results, peers)}\n")
@@ -163,10 +160,6 @@ def main(argv: list[str] | None = None) -> int:
     if not results.finished:
         return 130
     return 1 if any("failed" in r or "failed" in r.get("contenders", {}).get(OURS, {}) for r in results.rows) else 0
-
-
-def _where(out: Path | None) -> str:
-    return f"the finished rows are in {out}" if out is not None else "with --out FILE.json, finished rows are kept"
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .environment import source
-from .goals import GOALS, Goal, key
-from .load import DISTURBING
-from .results import COPY, OURS, STREAM, Result, Results, ratio_of
-from .scaling import slopes
-from .units import duration, number
+from .common.units import duration, number
+from .measure.environment import source
+from .measure.goals import GOALS, Goal, key
+from .measure.load import DISTURBING
+from .measure.results import COPY, OURS, STREAM, Result, Results, ratio_of
+from .measure.scaling import slopes
 
 #: A peer counts as faster from here on; below, the order changes from run to run.
 FASTER = 0.97

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import UsageError
+from .common.arguments import UsageError
 
 MAX_BYTES = 4_000_000
 

@@ -6,43 +6,36 @@ Every other operation of the for-loop code is what the contract says, so for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 from fusedoptim.reference import correctly_rounded_sqrt
 
+Root = Callable[[Tensor], Tensor]
 _sqrt, _sqrt_ = Tensor.sqrt, Tensor.sqrt_
 
 
 @contextmanager
-def _original_sqrt() -> Iterator[None]:
-    patched = Tensor.sqrt
-    Tensor.sqrt = _sqrt  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Tensor.sqrt = patched  # type: ignore[method-assign]
-
-
-@contextmanager
-def ieee_sqrt() -> Iterator[None]:
-    """Within it, ``Tensor.sqrt`` and ``sqrt_`` round correctly."""
-
-    def sqrt(x: Tensor) -> Tensor:
-        with _original_sqrt():
-            return correctly_rounded_sqrt(x)
-
-    def sqrt_(x: Tensor) -> Tensor:
-        return x.copy_(sqrt(x))
-
+def _with(sqrt: Root, sqrt_: Root) -> Iterator[None]:
+    before = Tensor.sqrt, Tensor.sqrt_
     Tensor.sqrt, Tensor.sqrt_ = sqrt, sqrt_  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        Tensor.sqrt, Tensor.sqrt_ = _sqrt, _sqrt_  # type: ignore[method-assign]
+        Tensor.sqrt, Tensor.sqrt_ = before  # type: ignore[method-assign]
+
+
+def _rounded(x: Tensor) -> Tensor:
+    with _with(_sqrt, _sqrt_):  # which this is made of
+        return correctly_rounded_sqrt(x)
+
+
+def ieee_sqrt() -> AbstractContextManager[None]:
+    """Within it, ``Tensor.sqrt`` and ``sqrt_`` round correctly."""
+    return _with(_rounded, lambda x: x.copy_(_rounded(x)))
 
 
 def witness_step(optimizer: torch.optim.Optimizer) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, prebuild
-from benchmarks.gpu_check import FAILED, PASSED, ROOT, Step
+from benchmarks import prebuild
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu.check import FAILED, PASSED, ROOT
+from benchmarks.gpu.plans import Step, plans
 
 
 def shell(name: str, text: str, limit: float = 20.0, **more: object) -> Step:
-    return Step(name, "a.log", limit, ["sh", "-c", text], **more)
+    return Step(name, "a.log", limit, text, **more)
 
 
 def alive(pid: int) -> bool:
@@ -31,6 +33,7 @@ def test_a_step_that_dies_hangs_or_is_not_there_leaves_the_others_alone(
     """And the summary is renewed on the way; a step that is cut may write down what it has."""
     monkeypatch.setattr(gpu_check, "GRACE", 0.5)
     monkeypatch.setattr(gpu_check, "LEAST", 0.1)
+    monkeypatch.setenv("COLOUR", "green")
     kept = gpu_check.KEPT
     waits = "trap 'echo saved; exit 1' INT; while :; do sleep 0.05; done"
     steps = [
@@ -39,11 +42,11 @@ def test_a_step_that_dies_hangs_or_is_not_there_leaves_the_others_alone(
         shell("hangs", "trap '' INT TERM; sleep 100 & echo $!; wait; wait", 0.3),
         shell("cut", waits, 0.3, says="saved", partly=True),
         shell("no import", f"{sys.executable} -c 'import no_such_module'"),
-        Step("absent", "a.log", 5.0, ["no-such-program"]),
+        shell("absent", "no-such-program"),
         shell("silent", "true", says="5 passed"),
         shell("leaves", "sleep 100 & echo pid $!"),
         shell("long", f"echo first; yes 0123456789 | head -c {2 * kept}; echo; echo the end"),
-        shell("sees", f"grep -c ' not run$' {tmp_path}/summary.txt; echo $COLOUR", environment={"COLOUR": "green"}),
+        shell("sees", f"grep -c ' not run$' {tmp_path}/summary.txt; echo $COLOUR"),
         shell("last", f"touch {tmp_path}/.x.json.partial"),
     ]
     begun = time.monotonic()
@@ -56,7 +59,8 @@ def test_a_step_that_dies_hangs_or_is_not_there_leaves_the_others_alone(
     assert found["hangs"][0] == FAILED and found["hangs"][1].startswith("cut after 0 s: ")
     assert found["cut"] == (PASSED, "cut after 0 s: saved")
     assert found["no import"] == (FAILED, "exit code 1: ModuleNotFoundError: No module named 'no_such_module'")
-    assert found["absent"][1].startswith("cannot be started: ") and found["silent"][1] == "exit code 0: no '5 passed':"
+    assert found["absent"] == (FAILED, "exit code 127: bash: line 1: no-such-program: command not found")
+    assert found["silent"][1] == "exit code 0: no '5 passed':"
     assert found["long"] == (PASSED, "the end") and found["sees"] == (PASSED, "green")
     log = (tmp_path / "a.log").read_text()
     assert "first\n" not in log and log.count("==== ") == len(steps) and kept < len(log) < kept + 3000
@@ -83,10 +87,15 @@ def test_a_plan_ends_in_time_or_when_it_is_told_to(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.glob("no"))
 
 
+def as_bash_reads(command: str) -> list[str]:
+    read = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
+    return read.stdout.splitlines()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_plans(device: str, tmp_path: Path) -> None:
-    for plan, steps in gpu_check.plans(device, tmp_path, "none").items():
-        words = [w for s in steps for w in s.command]
+    for plan, steps in plans(device, tmp_path, "none").items():
+        words = [w for s in steps for w in as_bash_reads(s.command)]
         assert len({s.name for s in steps}) == len(steps)
         files = {"summary.txt", *(s.log for s in steps), *(Path(w).name for w in words if w.startswith(str(tmp_path)))}
         assert len(files) <= 8 and all((ROOT / w).exists() for w in words if w.startswith("tests/"))
@@ -95,7 +104,7 @@ def test_the_plans(device: str, tmp_path: Path) -> None:
     assert sum(len((ROOT / "benchmarks" / n).read_text().splitlines()) for n in SCRIPTS) <= 300
 
 
-SCRIPTS = ("gpu_check.sh", "gpu_check.py", "gpu_steps.py")
+SCRIPTS = ("gpu_check.sh", "gpu/check.py", "gpu/plans.py", "gpu/steps.py")
 
 
 def test_the_command_and_its_tools(tmp_path: Path) -> None:
@@ -117,7 +126,7 @@ def test_the_command_and_its_tools(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--only", "lunch"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("--only 'lunch' is unknown: choose from 'device'")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_steps", "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-m", "benchmarks.gpu.steps", "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE
     )
     assert done.returncode == 0 and done.stdout.endswith(b" 0 wrong\n")
 

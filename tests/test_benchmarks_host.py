@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import fusedoptim
-from benchmarks import host, no_launch
-from benchmarks.errors import UsageError
+from benchmarks import host
+from benchmarks.common.arguments import UsageError
+from benchmarks.measure import no_launch
 from fusedoptim import _native
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None or _native._C is None, reason="needs g++ and the library")

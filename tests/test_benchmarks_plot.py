@@ -1,4 +1,4 @@
-"""Pictures of results: no text hides another, and both sides of 1 are seen."""
+"""Pictures of results: they show what was measured, no text hides another, and both sides of 1 are seen."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_benchmarks_results import a_row, curve, results
+from test_benchmarks_results import a_row, curve, results, saved
 
-from benchmarks.optimizers import DTYPES, SETTINGS
-from benchmarks.results import Results
+from benchmarks.common.arguments import UsageError
+from benchmarks.measure.optimizers import DTYPES, SETTINGS
+from benchmarks.measure.results import Results
 
 pytest.importorskip("matplotlib")
 
-from matplotlib import pyplot
+from matplotlib import image, pyplot
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from benchmarks import curves, plot
+from benchmarks import plot
+from benchmarks.train import curves
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +118,40 @@ def test_the_last_loss_stands_where_no_curve_is(tmp_path: Path, monkeypatch: pyt
     ends = max(x for line in axes.lines[:3] for x in line.get_xdata())
     assert last.get_window_extent().x0 > axes.transData.transform((ends, 0))[0]
     assert last.get_window_extent().x1 < axes.get_window_extent().x1
+
+
+def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = results(a_row(2.0, {"torch fused": 3.0, "optimi": 1.0}), scaling=[*curve(), *curve("elements")])
+    path = saved(tmp_path / "name.json", content)
+    folder = tmp_path / "pictures"
+    assert plot.main([str(path), "--out", str(folder)]) == 0
+    names = ["name-bandwidth.png", "name-scaling.png", "name-speedup.png"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert sorted(capsys.readouterr().out.split()) == [str(folder / n) for n in names]
+    for name in names:
+        pixels = image.imread(folder / name)
+        assert pixels.shape[0] > 180 and pixels.shape[1] > 600
+        assert ((pixels[..., :3].min(axis=2) < 0.9).mean()) > 0.01, "an empty picture"
+
+
+def test_a_picture_shows_what_was_measured(tmp_path: Path) -> None:
+    content = results(a_row(2.0, {"torch fused": 3.0, "optimi": 1.0}), scaling=curve())
+    figure = plot.bandwidth(content)
+    assert [round(bar.get_width(), 3) for bar in figure.axes[0].patches] == [0.875]
+    figure = plot.speedup(content)
+    bars = [bar for bar in figure.axes[0].patches if bar.get_height() < 1]
+    ends = sorted(round(bar.get_x() + bar.get_width(), 3) for bar in bars)
+    assert ends == [0.5, 1.5], "above 1 for a peer that is slower, below for one that is faster"
+    figure = plot.scaling(content)
+    [ours, fused] = figure.axes[0].lines
+    assert list(ours.get_xdata()) == [1, 10, 100] and list(fused.get_ydata()) == pytest.approx([1.02e-3, 1.2e-3, 3e-3])
+    assert fused.get_label() == "torch fused: 20 us per tensor"
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    row = a_row()
+    row.pop("contenders")
+    path = saved(tmp_path / "name.json", results({**row, "skipped": "too large"}))
+    with pytest.raises(UsageError, match="has nothing to draw"):
+        plot.main([str(path)])
+    assert [p.name for p in tmp_path.iterdir()] == ["name.json"]

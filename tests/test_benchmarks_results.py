@@ -1,4 +1,4 @@
-"""What is made of the benchmarks' results: files, tables, goals, comparisons, pictures."""
+"""What is made of the benchmarks' results: files, tables, goals, comparisons."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import compare, report, tables
-from benchmarks.errors import UsageError
-from benchmarks.goals import GOALS, HOST, Goal
-from benchmarks.results import COPY, OURS, STREAM, Result, Results, load
+from benchmarks.common.arguments import UsageError
+from benchmarks.measure.goals import GOALS, HOST, Goal
+from benchmarks.measure.results import COPY, OURS, STREAM, Result, Results, load
 
 ENVIRONMENT = {
     **{"device": "cpu", "cpu": "A CPU", "threads": 2, "capability": "avx2", "torch": "2.12.3", "packages": {}},
@@ -117,8 +117,8 @@ def test_a_goal_is_reached_or_missed() -> None:
 
 
 def test_every_goal_is_of_a_row_and_a_contender_that_exist() -> None:
-    from benchmarks import plan
-    from benchmarks.peers import PEERS
+    from benchmarks.measure import plan
+    from benchmarks.measure.peers import PEERS
 
     for device, of_device in GOALS.items():
         assert of_device
@@ -314,55 +314,3 @@ def test_compare_sees_curves_too(tmp_path: Path, capsys: pytest.CaptureFixture[s
     slower[1]["contenders"][OURS]["ms"] = times(5.0)
     assert compared(tmp_path, results(a_row(), scaling=curve()), results(a_row(), scaling=slower)) == 1
     assert "tensors 10 of tensors" in capsys.readouterr().out
-
-
-# ---- plot ----
-
-
-def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = pytest.importorskip("matplotlib.image")
-    from benchmarks import plot
-
-    content = results(a_row(2.0, {"torch fused": 3.0, "optimi": 1.0}), scaling=[*curve(), *curve("elements")])
-    path = saved(tmp_path / "name.json", content)
-    folder = tmp_path / "pictures"
-    assert plot.main([str(path), "--out", str(folder)]) == 0
-    names = ["name-bandwidth.png", "name-scaling.png", "name-speedup.png"]
-    assert sorted(p.name for p in folder.iterdir()) == names
-    assert sorted(capsys.readouterr().out.split()) == [str(folder / n) for n in names]
-    for name in names:
-        pixels = image.imread(folder / name)
-        assert pixels.shape[0] > 180 and pixels.shape[1] > 600
-        assert ((pixels[..., :3].min(axis=2) < 0.9).mean()) > 0.01, "an empty picture"
-
-
-def test_a_picture_shows_what_was_measured(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib import pyplot
-
-    from benchmarks import plot
-
-    content = results(a_row(2.0, {"torch fused": 3.0, "optimi": 1.0}), scaling=curve())
-    figure = plot.bandwidth(content)
-    assert [round(bar.get_width(), 3) for bar in figure.axes[0].patches] == [0.875]
-    figure = plot.speedup(content)
-    bars = [bar for bar in figure.axes[0].patches if bar.get_height() < 1]
-    ends = sorted(round(bar.get_x() + bar.get_width(), 3) for bar in bars)
-    assert ends == [0.5, 1.5], "above 1 for a peer that is slower, below for one that is faster"
-    figure = plot.scaling(content)
-    [ours, fused] = figure.axes[0].lines
-    assert list(ours.get_xdata()) == [1, 10, 100] and list(fused.get_ydata()) == pytest.approx([1.02e-3, 1.2e-3, 3e-3])
-    assert fused.get_label() == "torch fused: 20 us per tensor"
-    pyplot.close("all")
-
-
-def test_nothing_to_draw(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks import plot
-
-    row = a_row()
-    row.pop("contenders")
-    path = saved(tmp_path / "name.json", results({**row, "skipped": "too large"}))
-    with pytest.raises(UsageError, match="has nothing to draw"):
-        plot.main([str(path)])
-    assert [p.name for p in tmp_path.iterdir()] == ["name.json"]

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import Options, _small, measured  # noqa: F401
+from benchmark_runs import Options, _small, measured  # noqa: F401
 
-from benchmarks import measure as measure_module
-from benchmarks import plan, rough, run, scaling
-from benchmarks import rows as row_module
-from benchmarks.cases import CASES
-from benchmarks.devices import Cpu
-from benchmarks.optimizers import SETTINGS, Work
-from benchmarks.peers import PEERS, Peer
-from benchmarks.results import OURS, Results
-from benchmarks.rows import WARM_UP
+from benchmarks import run
+from benchmarks.measure import contest, plan, rough, rows, scaling
+from benchmarks.measure import timing as measure_module
+from benchmarks.measure.cases import CASES
+from benchmarks.measure.contest import WARM_UP
+from benchmarks.measure.devices import Cpu
+from benchmarks.measure.optimizers import SETTINGS, Work
+from benchmarks.measure.peers import PEERS, Peer
+from benchmarks.measure.results import OURS, Results
 
 QUICK = run.parse(["--quick"])
 BUDGET = rough.BUDGET  # which a fixture makes smaller
@@ -54,7 +54,7 @@ def test_its_rows_are_some_of_a_full_run_and_of_every_optimizer() -> None:
 def test_a_slow_row_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its time no further peer is made, and each that was takes part in one round."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(row_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(contest, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(measure_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def slow(work: Work, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -66,11 +66,11 @@ def test_a_slow_row_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     row, peers = plan.row(("AdamW", "fp32", "tiny", "kept")), [PEERS["first"], PEERS["second"]]
     budget = dataclasses.replace(BUDGET, seconds=1000.0, at_most=4)
     assert budget.row_seconds == 3
-    got = row_module.measure(row, Cpu(), peers, budget)["contenders"]
+    got = rows.measure(row, Cpu(), peers, budget)["contenders"]
     assert got["second"] == {"skipped": "the row's 3 s were up"}
     assert [got[name]["ms"]["n"] for name in (OURS, "first")] == [1, 1] and got["first"]["ratio"]["n"] == 1
     clock.now = 0.0
-    got = row_module.measure(row, Cpu(), peers, dataclasses.replace(budget, row_seconds=math.inf))["contenders"]
+    got = rows.measure(row, Cpu(), peers, dataclasses.replace(budget, row_seconds=math.inf))["contenders"]
     assert [got[name]["ms"]["n"] for name in (OURS, "first", "second")] == [4, 4, 4]
 
 
@@ -101,7 +101,7 @@ def test_it_says_what_it_leaves_out() -> None:
 
 def test_a_run_ends_in_time_and_with_what_it_left_out(
     monkeypatch: pytest.MonkeyPatch,
-    measured: Options,  # noqa: F811
+    measured: Options,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     keys = [(name, "fp32", "tiny", "kept") for name in ("AdamW", "SGD", "Adagrad")]

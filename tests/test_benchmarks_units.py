@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import tables, units
-from benchmarks.results import OURS, Results
+from benchmarks import tables
+from benchmarks.common import units
+from benchmarks.measure.results import OURS, Results
 
 
 @pytest.mark.parametrize(

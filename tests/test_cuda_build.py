@@ -12,6 +12,7 @@ import torch
 
 import fusedoptim
 from benchmarks import machine_code
+from benchmarks.gpu.toolkit import cuobjdump
 from benchmarks.machine_code import Kernel
 from fusedoptim import _backends, _installation, _native
 
@@ -33,7 +34,7 @@ def rule_called(struct: str) -> str:
 def kernels() -> dict[tuple[str, bool], Kernel]:
     """By rule, and whether it is the kernel for tensors with operands of 64 bits; for the GPU that all figures are of,
     else the newest one built for."""
-    if machine_code.cuobjdump() is None or not LIBRARY.exists():
+    if cuobjdump() is None or not LIBRARY.exists():
         pytest.skip("needs the CUDA library and cuobjdump")
     built = machine_code.architectures(LIBRARY)
     found = machine_code.read(LIBRARY, "sm_90" if "sm_90" in built else built[-1])

@@ -177,7 +177,8 @@ def torchrun(*command: object) -> subprocess.CompletedProcess[str]:
 
 KEEP_STEP_5 = """
 import shutil, sys
-from benchmarks import checkpoint, train
+from benchmarks.train import checkpoint
+from benchmarks.train import __main__ as train
 
 save = checkpoint.save
 
@@ -193,7 +194,7 @@ sys.exit(train.main())
 
 def test_the_training_program_under_torchrun(tmp_path: Path) -> None:
     """Compared with torch.optim in the same processes, with a single process, and with a run resumed at step 5."""
-    from benchmarks.train import main
+    from benchmarks.train.__main__ import main
 
     straight, resumed, one = (tmp_path / name for name in ("straight", "resumed", "one"))
     program = tmp_path / "keep_step_5.py"
@@ -225,7 +226,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
     rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By all, and said by the first."""
-    from benchmarks.train import main
+    from benchmarks.train.__main__ import main
 
     for name, value in {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

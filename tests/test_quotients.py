@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cuda_host import FLAGS, WARNINGS
 
-from benchmarks.tools import tool
+from benchmarks.gpu.toolkit import tool
 
 SOURCE = Path(__file__).parent / "cuda_host" / "quotients.cu"
 #: Numbers to go through, and which of them on the host: all floats; all mantissas of a divisor; made up ones.

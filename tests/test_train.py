@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, convergence, witness
-from benchmarks.train import main
+from benchmarks import convergence, witness
+from benchmarks.train import checkpoint
+from benchmarks.train.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--eval-every", "5"]
@@ -263,7 +264,10 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--resume", good / "latest.pt", "--steps", 5, "--text", other_text], "was made with text_crc32="),
         (["--resume", foreign], "is not a checkpoint of python -m benchmarks.train"),
         (["--resume", good / "latest.pt", "--width", 64], "was made with width=32, this run has width=64"),
-        (["--optimizer", "lion"], "'lion' is unknown: choose one of Adam, AdamW, SGD, RMSprop, Adagrad, NormAdaptive"),
+        (
+            ["--optimizer", "lion"],
+            "'lion' is unknown: choose from 'Adam', 'AdamW', 'SGD', 'RMSprop', 'Adagrad', 'Norm",
+        ),
         (["--steps", 0], "--steps must be at least 1"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--lr", -1], "--lr must be at least 0"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import train, train_times
+from benchmarks.train import times
+from benchmarks.train.options import parse
 
 BESIDE = {"fusedoptim": [0.002, 0.001, 0.004], "torch fused": [0.003, 0.003, 0.003]}
 
 
 def lines(*options: str, beside: dict[str, list[float]] | None = None) -> list[str]:
-    return train_times.says(train.arguments([*options]), [0.0031, 0.0029, 0.005], beside)
+    return times.says(parse([*options]), [0.0031, 0.0029, 0.005], beside)
 
 
 def test_the_trainings_own_step() -> None:

@@ -16,7 +16,7 @@ import torch
 from test_cuda_build import STATES
 
 import fusedoptim
-from benchmarks.machine_code import cuobjdump
+from benchmarks.gpu.toolkit import cuobjdump
 from benchmarks.triton_compile import generate, kind
 from fusedoptim import _backends, _native
 
