@@ -1,8 +1,12 @@
-"""``python -m benchmarks.report FILE.json`` prints the README's tables of a results file.
+"""``python -m benchmarks.report FILE.json`` prints the tables of a results file.
 
 ``python -m benchmarks.report OUTDIR`` puts what a GPU check has measured into the results file of that GPU, where a row
-takes the place of an older one, and renews the README's tables. ``--write README.md`` does the second alone, ``--check
-README.md`` exits with 1 if they are not what the results files give, so that no number is ever typed by hand.
+takes the place of an older one, and renews the tables of README.md and benchmarks/README.md. ``--write FILE.md`` does
+the second alone, for one file or several. ``--check FILE.md`` exits with 1 if a table is not what the results files
+give, so that no number is ever typed by hand.
+
+The mark ``<!-- results: FILE -->`` before a table names a results file, or all of ``GPUs``; with ``FILE short`` the
+table has a few rows and columns. ``<!-- end of results -->`` ends it.
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ from .common.files import write_atomically
 from .measure.environment import source
 from .measure.goals import GOALS
 from .measure.results import Result, Results, load
-from .tables import comparison, device_details, disturbed, flat, other_commits, reasons, scaling, unmeasured
+from .tables import comparison, device_details, disturbed, flat, other_commits, reasons, scaling, summary, unmeasured
 
 #: The name of a section for the results of every GPU that there are.
 GPUS = "GPUs"
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("benchmarks", "results")
-MARKED = re.compile(r"<!-- results: (?P<file>\S+) -->\n.*?<!-- end of results -->", re.S)
+#: Those with tables.
+DOCUMENTS = (Path("README.md"), Path("benchmarks", "README.md"))
+MARKED = re.compile(r"<!-- results: (?P<file>\S+)(?P<short> short)? -->\n.*?<!-- end of results -->", re.S)
 #: Beyond the goals' rows: how the step behaves with other dtypes, gradients and caches.
 OTHERS = (
     ("AdamW", "bf16+fp32", "gpt2-small", "kept"),
@@ -40,11 +46,29 @@ OTHERS = (
 )
 
 
-def tables(results: Results) -> str:
-    """The README's choice of rows; all of them if it has none of the choice."""
+#: The cases of a short table: a model, many small tensors, many groups.
+SHORT = {"cpu": ("gpt2-small", "2000x64", "465-groups"), "cuda": ("gpt2-xl", "2000x1024", "465-groups")}
+NO_GPU = "Nothing has run on a GPU yet."
+
+
+def chosen(results: Results) -> list[Result]:
+    """The rows with a goal and some others; all rows if there are none of these."""
     keys = [(*key, "kept") for key in GOALS[str(results.environment["device"])]] + list(OTHERS)
     by_key = {row_key(r): r for r in results.rows}
-    rows = [by_key[k] for k in dict.fromkeys(keys) if k in by_key] or results.rows
+    return [by_key[k] for k in dict.fromkeys(keys) if k in by_key] or results.rows
+
+
+def short_table(results: Results) -> str:
+    """Of the chosen rows those of a few cases, case by case."""
+    rows = [r for r in chosen(results) if r["condition"] == "kept"]
+    cases = SHORT[str(results.environment["device"])]
+    rows = [r for case in cases for r in rows if r["case"] == case]
+    return "\n\n".join(filter(None, [summary(rows), other_commits(results, rows), source(results.environment)]))
+
+
+def tables(results: Results) -> str:
+    """Everything about the chosen rows."""
+    rows = chosen(results)
     parts = [comparison(results, rows, narrow=True), disturbed(rows), other_commits(results, rows)]
     if results.environment["device"] == "cuda":
         parts = [f"**{results.environment['gpu']}**", *parts, unmeasured("cuda", rows)]
@@ -58,16 +82,25 @@ def row_key(row: Result) -> tuple[str, str, str, str]:
     return row["optimizer"], row["dtype"], row["case"], row["condition"]
 
 
-def section(name: str) -> str:
-    """Of a file, or of all GPUs; where none has been measured yet, what they are to reach."""
+def section(name: str, short: bool) -> str:
+    """Of a file, or of all GPUs; where none has been measured yet, what they are to reach, or that none has."""
     paths = sorted((ROOT / FOLDER).glob("*.json")) if name == GPUS else [ROOT / name]
     found = [r for r in map(load, paths) if name != GPUS or r.environment["device"] == "cuda"]
-    text = "\n\n".join(map(tables, found)) or unmeasured("cuda")
-    return f"<!-- results: {name} -->\n{text}\n<!-- end of results -->"
+    text = "\n\n".join(map(short_table if short else tables, found)) or (NO_GPU if short else unmeasured("cuda"))
+    return f"<!-- results: {name}{' short' if short else ''} -->\n{text}\n<!-- end of results -->"
 
 
-def renewed(text: str) -> str:
-    return MARKED.sub(lambda m: section(m["file"]), text)
+def renewed(path: Path) -> tuple[str, str]:
+    """A document as it is, and with the tables of the results files."""
+    text = read(path)
+    if not MARKED.search(text):
+        raise UsageError(f"{path} has no <!-- results: FILE --> ... <!-- end of results --> to fill")
+    return text, MARKED.sub(lambda m: section(m["file"], m["short"] is not None), text)
+
+
+def renew(path: Path) -> None:
+    _, new = renewed(path)
+    write_atomically(path, lambda f: f.write(new.encode()))
 
 
 def file_of(gpu: str) -> Path:
@@ -136,14 +169,14 @@ def main(argv: list[str] | None = None) -> int:
     p = arguments.Parser(prog="python -m benchmarks.report", description=__doc__)
     p.add_argument("file", type=Path, nargs="*", help="a results file whose tables to print, or folders of GPU checks")
     p.add_argument("--all", action="store_true", help="every row, and why peers are missing")
-    p.add_argument("--write", type=Path, help="a Markdown file whose marked tables to renew")
-    p.add_argument("--check", type=Path, help="a Markdown file whose marked tables to compare")
+    p.add_argument("--write", type=Path, nargs="+", help="Markdown files whose marked tables to renew")
+    p.add_argument("--check", type=Path, nargs="+", help="Markdown files whose marked tables to compare")
     args = p.parse_args(argv)
     if sum(map(bool, (args.file, args.write, args.check))) != 1:
         p.error("give one of FILE.json, OUTDIR, --write and --check")
     if args.file and all(path.is_dir() for path in args.file):
         print(*take(args.file), sep="\n")
-        args.write = ROOT / "README.md"
+        args.write = [ROOT / path for path in DOCUMENTS]
     elif args.file:
         if len(args.file) > 1:
             p.error("give one file, or folders")
@@ -152,18 +185,12 @@ def main(argv: list[str] | None = None) -> int:
             print(comparison(results, results.rows), reasons(results.rows), sep="\n\n")
         else:
             print(tables(results))
-        return 0
-    path = args.write or args.check
-    text = read(path)
-    if not MARKED.search(text):
-        raise UsageError(f"{path} has no <!-- results: FILE --> ... <!-- end of results --> to fill")
-    new = renewed(text)
-    if args.write is not None:
-        write_atomically(path, lambda f: f.write(new.encode()))
-    elif new != text:
+    for path in args.write or ():
+        renew(path)
+    stale = [path for path in args.check or () for text, new in [renewed(path)] if text != new]
+    for path in stale:
         print(f"{path}: its tables are not those of the results files; run python -m benchmarks.report --write {path}")
-        return 1
-    return 0
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def _ratio_cells(row: Result, peers: Sequence[str]) -> list[str]:
     return cells
 
 
-def _best_of_the_rest(row: Result, peers: Sequence[str]) -> str:
-    """The fastest of the peers that have no column."""
+def _best_of(row: Result, peers: Sequence[str]) -> str:
+    """The fastest of these peers, in bold if it beats fusedoptim."""
     ratios = [(r, n) for n in peers if (r := ratio_of(row, n)) is not None]
     if not ratios:
         return ""
@@ -113,8 +113,22 @@ def comparison(results: Results, rows: Sequence[Result], narrow: bool = False) -
             continue
         text = "; ".join(filter(None, (_goal(g, row) for g in goals.get(key(row), ()))))
         cells = [number(mine["ms"]["median"]), number(mine["gb_s"]), _share(row, COPY), _share(row, STREAM)]
-        cells += [*_ratio_cells(row, peers), *([_best_of_the_rest(row, rest)] if rest else [])]
+        cells += [*_ratio_cells(row, peers), *([_best_of(row, rest)] if rest else [])]
         lines.append(line([_label(row), _case(row), *cells, text, fastest(row) or "none"]))
+    return "\n".join(lines)
+
+
+def summary(rows: Sequence[Result]) -> str:
+    """A narrow table: fusedoptim's time, the fastest of torch's own optimizers, the fastest of all others."""
+    peers = peers_of(rows)
+    of_torch = [p for p in peers if p.startswith("torch ")]
+    others = [p for p in peers if p not in of_torch]
+    lines = header(["optimizer", "case", "ms", "fastest of torch", "fastest of the others"], 2)
+    for row in rows:
+        ms = time_of(row, OURS)
+        if ms is not None:
+            best = [_best_of(row, names) or "none" for names in (of_torch, others)]
+            lines.append(line([_label(row), _case(row), number(ms), *best]))
     return "\n".join(lines)
 
 

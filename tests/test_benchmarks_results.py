@@ -186,9 +186,7 @@ def test_report_prints_writes_and_checks(
     shown = capsys.readouterr().out
     assert "| AdamW fp32 | 64M | 2 | 50 |" in shown and "olmoe" not in shown
     assert "| fusedoptim: number of tensors | 10 us per tensor |" in shown
-    assert (
-        "A CPU, 2 threads, avx2; torch 2.12.3; Python 3.12.1, Linux x86_64; commit 0123456789ab, 2031-02-03;" in shown
-    )
+    assert "A CPU, 2 threads, avx2; torch 2.12.3; Python 3.12.1, Linux x86_64; commit 0123456789ab, 2031" in shown
     assert report.main([str(path), "--all"]) == 0 and "olmoe" in capsys.readouterr().out
 
     readme = tmp_path / "README.md"
@@ -200,12 +198,43 @@ def test_report_prints_writes_and_checks(
     assert text == f"before\n<!-- results: r.json -->\n{shown.rstrip()}\n<!-- end of results -->\nafter\n"
     assert report.main(["--check", str(readme)]) == 0
     readme.write_text(text.replace("| 2 | 50 |", "| 1 | 99 |"))
-    assert report.main(["--check", str(readme)]) == 1
+    right = tmp_path / "right.md"
+    right.write_text(text)
+    for order in ([readme, right], [right, readme]):
+        assert report.main(["--check", *map(str, order)]) == 1
+        assert f"{readme}: its tables are not" in capsys.readouterr().out
+    assert report.main(["--write", *map(str, order)]) == 0 and readme.read_text() == text
     readme.write_text("no markers")
     with pytest.raises(UsageError, match="has no <!-- results: FILE -->"):
         report.main(["--check", str(readme)])
     with pytest.raises(UsageError, match=r"give one of FILE\.json, OUTDIR, --write and --check"):
         report.main([])
+
+
+def test_a_short_table_has_a_few_cases_and_the_best_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    readme = tmp_path / "README.md"
+    marks = "<!-- results: {} short -->\n{}\n<!-- end of results -->\n".format
+    readme.write_text(marks("GPUs", "old") + marks("r.json", "old"))
+    peers = {"torch foreach": 3.0, "torch fused": 2.5, "optimi": 1.0, "torchao": 9.0}
+    rows = [
+        a_row(3.0, {"optimi": 4.5}, ("AdamW", "fp32", "465-groups", "kept")),
+        a_row(2.0, peers, ("SGD", "fp32", "gpt2-small", "kept")),
+        a_row(2.0, {"torch fused": 1.0}, ("AdamW", "fp32", "2000x64", "warm")),
+        a_row(2.0, peers, ("AdamW", "fp32", "64M", "kept")),
+        {**a_row(key=("AdamW", "fp32", "2000x64", "kept")), "skipped": "too large"},
+    ]
+    del rows[-1]["contenders"]
+    saved(tmp_path / "r.json", results(*rows))
+    assert report.main(["--write", str(readme)]) == 0
+    table = """| optimizer | case | ms | fastest of torch | fastest of the others |
+|---|---|---:|---:|---:|
+| SGD fp32 | gpt2-small | 2 | torch fused 1.25x | **optimi 0.50x** |
+| AdamW fp32 | 465-groups | 3 | none | optimi 1.50x |
+
+"""
+    expected = marks("GPUs", report.NO_GPU) + marks("r.json", table + report.source(ENVIRONMENT))
+    assert readme.read_text() == expected
 
 
 def test_a_gpu_checks_results_become_a_file_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +243,11 @@ def test_a_gpu_checks_results_become_a_file_and_tables(tmp_path: Path, monkeypat
     folder = tmp_path / report.FOLDER
     folder.mkdir(parents=True)
     saved(folder / "cpu.json", results(a_row()))
-    readme = tmp_path / "README.md"
+    short, readme = (tmp_path / path for path in report.DOCUMENTS)
     readme.write_text("<!-- results: GPUs -->\n<!-- end of results -->\n")
-    assert report.main(["--write", str(readme)]) == 0
+    short.write_text("<!-- results: GPUs short -->\n<!-- end of results -->\n")
+    assert report.main(["--write", str(readme), str(short)]) == 0
+    assert report.NO_GPU in short.read_text()
     goals = readme.read_text().count("| not measured |")
     assert goals == sum(map(len, GOALS["cuda"].values()))
 
@@ -246,13 +277,12 @@ def test_a_gpu_checks_results_become_a_file_and_tables(tmp_path: Path, monkeypat
     text = readme.read_text()
     assert "**NVIDIA H100 80GB HBM3**" in text and "| AdamW bf16 | gpt2-xl | 2.5 | 40 |" in text
     assert "NVIDIA H100 80GB HBM3, driver 580.1, 16 cores; torch 2.12.3" in text
+    assert "| AdamW bf16 | gpt2-xl | 2.5 | none | Triton backend 1.04x |" in short.read_text()
     assert "Measured at commit 0123456789ab: AdamW fp32 gpt2-xl; SGD fp32 gpt2-xl." in text
     assert "| case | threads | us min | us median |" in text and "| 300x1024 | 16 | 41.3 | 43 |" in text
     assert "commit fedcba987654, 2031-02-04" in text
-    assert (
-        text.count("| not measured |") == goals - 3
-        and "| AdamW fp32 | gpt2-xl | torch fused 1x | not measured |" in text
-    )
+    assert text.count("| not measured |") == goals - 3
+    assert "| AdamW fp32 | gpt2-xl | torch fused 1x | not measured |" in text
     assert report.main([str(first)]) == 0
     assert "benchmarks.run --goals --out first.json`" in readme.read_text(), "of its own folder there is no word"
     assert report.file_of("NVIDIA H200").name == "h200.json"

@@ -1,4 +1,5 @@
-"""The README's Python snippets run as they stand."""
+"""The README, the guides and the other documents: Python snippets run as they stand, links lead somewhere, lists are
+complete."""
 
 from __future__ import annotations
 
@@ -11,26 +12,38 @@ from pathlib import Path
 
 import pytest
 
+import fusedoptim
+
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "fusedoptim" / "guides").glob("*.md"))
+DOCUMENTS = [README, *(p for top in ("benchmarks", "csrc", "fusedoptim") for p in sorted((ROOT / top).rglob("*.md")))]
 #: A marker in a comment may stand right before a block: "gpu" or "torchrun".
 BLOCK = re.compile(r"(?:<!-- (?P<marker>\w+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
-HEADING = re.compile(r"^##+ (.+)$", re.M)
+CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.M | re.S)
+HEADING = re.compile(r"^#+ (.+)$", re.M)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 IMPORT = re.compile(r"^(?:import|from) (\w+)", re.M)
+#: Now and then gloo's threads end a process that runs down with an abort, with torch's optimizers as well.
+WITHOUT_RUNNING_DOWN = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def snippets() -> list:
-    text = (ROOT / "README.md").read_text()
     found = []
-    for block in BLOCK.finditer(text):
-        title = HEADING.findall(text, 0, block.start())[-1]
-        marks = [pytest.mark.gpu] if block["marker"] == "gpu" else []
-        name = f"{title} {sum(title in f.id for f in found) + 1}"
-        found.append(pytest.param(block["code"], block["marker"], id=name, marks=marks))
+    for path in (README, *GUIDES):
+        for i, block in enumerate(BLOCK.finditer(path.read_text()), 1):
+            marks = [pytest.mark.gpu] if block["marker"] == "gpu" else []
+            found.append(pytest.param(block["code"], block["marker"], id=f"{path.stem} {i}", marks=marks))
     return found
 
 
 def test_every_python_block_is_found() -> None:
-    assert len(snippets()) == (ROOT / "README.md").read_text().count("```python")
+    assert len(GUIDES) > 10
+    assert len(snippets()) == sum(path.read_text().count("```python") for path in DOCUMENTS)
     assert all(s.values[1] in (None, "gpu", "torchrun") for s in snippets())
 
 
@@ -40,7 +53,7 @@ def test_it_runs(code: str, marker: str | None, tmp_path: Path) -> None:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
     file = tmp_path / "snippet.py"
-    file.write_text(code)
+    file.write_text(code + (WITHOUT_RUNNING_DOWN if marker == "torchrun" else ""))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if marker == "torchrun" else []
     result = subprocess.run(
         [sys.executable, *launcher, str(file)],
@@ -55,3 +68,44 @@ def test_it_runs(code: str, marker: str | None, tmp_path: Path) -> None:
     if marker == "torchrun":
         sums = re.findall(r"rank \d: sum of weights (-?[\d.]+(?:e-?\d+)?)", result.stdout)  # lines of two may mix
         assert len(sums) == 2 and sums[0] == sums[1]
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of the headings: lower case, no punctuation, hyphens for spaces."""
+    headings = HEADING.findall(re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    found = []
+    for link in LINK.findall(CODE.sub("", text)):
+        if re.match(r"[a-z]+://", link):
+            continue
+        to, _, anchor = link.partition("#")
+        target = path.parent / to if to else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    assert broken_links(path, path.read_text()) == []
+
+
+def test_a_broken_link_is_noticed() -> None:
+    text = "[a](no.md) [b](README.md#no) [c](#no) [d](README.md#install) [e](#install) [f](https://x.org) `[g](no)`"
+    assert broken_links(README, text) == ["no.md", "README.md#no", "#no"]
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(README.read_text())}
+    notes = {path for path in DOCUMENTS if path.name == "NOTES.md"}
+    assert {README, *linked} >= set(DOCUMENTS) - notes
+
+
+def test_the_readme_lists_every_option_of_a_step() -> None:
+    section = re.search(r"^## Options$.*?(?=^## )", README.read_text(), re.M | re.S)
+    assert section
+    listed = re.findall(r"^\| `(\w+)=", section[0], re.M)
+    assert listed == list(fusedoptim.StepOptions.__annotations__)

@@ -158,11 +158,11 @@ def test_warmup_cosine_without_warmup_or_minimum() -> None:
 
 
 @pytest.mark.parametrize("start", [None, 0.0])
-def test_the_readmes_table_of_rates(start: float | None) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    call = re.search(r"AdamW\(.*lr=(\S+)\)\nschedule = warmup_cosine\(optimizer, (.*)\)", readme)
-    steps = re.search(r"^\| step \| (.*) \|$", readme, re.M)
-    row = re.search(rf"^\| `start_lr={start}` \| (.*) \|$", readme, re.M)
+def test_the_guides_table_of_rates(start: float | None) -> None:
+    guide = (Path(__file__).parent.parent / "fusedoptim" / "guides" / "schedules.md").read_text()
+    call = re.search(r"AdamW\(.*lr=(\S+)\)\nschedule = warmup_cosine\(optimizer, (.*)\)", guide)
+    steps = re.search(r"^\| step \| (.*) \|$", guide, re.M)
+    row = re.search(rf"^\| `start_lr={start}` \| (.*) \|$", guide, re.M)
     assert call and steps and row
     o = fusedoptim.AdamW(parameters([(5,)]), lr=float(call[1]))
     options = {
