@@ -1,6 +1,6 @@
 """``python -m benchmarks.ab --device cuda --out FILE.json``: variants of the kernels against what is built in, two
 optimizers in one process that take turns. Whether their parameters have the same bits in the end is said as well.
-A variant is a choice of csrc/cuda/tuning.h, or a library that benchmarks.prebuild compiled in another way.
+A variant is a choice of csrc/gpu/tuning.h, or a library that benchmarks.prebuild compiled in another way.
 """
 
 from __future__ import annotations

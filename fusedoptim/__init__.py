@@ -3,6 +3,7 @@
 from ._base import FusedOptimizer
 from ._clip import clip_grad_norm_, clip_grad_value_
 from ._options import StepOptions
+from ._rule import Rule, State
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .gradient_release import step_in_backward
@@ -21,6 +22,8 @@ __all__ = [
     "FusedOptimizer",
     "NormAdaptive",
     "RMSprop",
+    "Rule",
+    "State",
     "StepOptions",
     "clip_grad_norm_",
     "clip_grad_value_",

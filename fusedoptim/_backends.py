@@ -88,8 +88,14 @@ def check_name(name: str | None) -> None:
         raise RuntimeError(f"backend={name!r} cannot be used: {problem}. backend=None takes the best that there is")
 
 
-def choose(name: str | None, device: torch.device) -> str:
-    """The backend for a device: the one asked for, else the first that can. Warns once if that is not the first."""
+def choose(name: str | None, device: torch.device, rule: str | None = None) -> str:
+    """The backend for a device: the one asked for, else the first that can. Warns once if that is not the first.
+
+    Args:
+        rule: the name of the rule that is to be stepped; None for one that has kernels.
+    """
+    if rule is not None and _native._C is not None and _native._C.find_rule(rule) is None:
+        return _without_kernels(name, rule)
     if name is not None:
         backend = BACKENDS[name]
         on_host = (name == "cuda" and cuda_on_host()) or (name == "triton" and triton_interprets())
@@ -110,6 +116,18 @@ def choose(name: str | None, device: torch.device) -> str:
     if causes:
         _warn(device, f"its {found.capitalize()} kernels, which are nearly as fast", causes)
     return found
+
+
+def _without_kernels(name: str | None, rule: str) -> str:
+    if name not in (None, "reference"):
+        raise RuntimeError(
+            f"backend={name!r} cannot be used: it has no kernels for the rule {rule!r}. Leave out backend=, or pass "
+            "'reference': then its own function steps it"
+        )
+    if name is None and rule not in _warned:
+        _warned.add(rule)
+        warn(f"no kernels are compiled for the rule {rule!r}: its own eager function steps it, correctly and slowly")
+    return "reference"
 
 
 def with_kernels(device: torch.device) -> tuple[str | None, list[str]]:

@@ -66,7 +66,7 @@ def cuda_problem() -> str | None:
 
 
 def tune(name: str, value: int) -> int:
-    """Sets a choice of csrc/cuda/tuning.h, for measurements. Returns the value before."""
+    """Sets a choice of csrc/gpu/tuning.h, for measurements. Returns the value before."""
     assert _C is not None
     return int(_C.tune(name, value))
 

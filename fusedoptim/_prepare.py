@@ -89,7 +89,7 @@ def make_runners(optimizer: HasNorms, changes: Changes) -> list[Runner]:
     optimizer._norms.make_for(members, measured)
     runners = []
     for device, of_device in members.items():
-        backend = _backends.choose(options["backend"], device)
+        backend = _backends.choose(options["backend"], device, rule.name)
         if rule.has_step and _backends.BACKENDS[backend].steps_on_device:
             move_steps((m.states for m in of_device), device, changes)
         stats = optimizer._norms.by_device[device]

@@ -118,13 +118,13 @@ class State:
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule. The names of ``hyper`` and ``states`` are those of the compiled rule, in its order
-    (csrc/rules): whoever makes a plan compares them."""
+    """An update rule. Where kernels are compiled for it (csrc/rules), the names of ``hyper`` and ``states`` are theirs,
+    in their order: whoever makes a plan compares them. A rule without kernels is stepped with its ``reference``."""
 
     name: str
     reference: Reference
-    hyper: tuple[Hyper, ...]
-    states: tuple[State, ...]
+    hyper: tuple[Hyper, ...] = ()
+    states: tuple[State, ...] = ()
     #: Numbers that are read where states are made, and by no step.
     initial: tuple[Hyper, ...] = ()
     #: Raises ValueError for values of a group that are in their ranges, but do not go together.

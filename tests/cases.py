@@ -85,6 +85,13 @@ FULL = [
     )
 ]
 
+#: All that the package exports.
+OPTIMIZERS: list[type[fusedoptim.FusedOptimizer]] = [
+    cls
+    for cls in (getattr(fusedoptim, name) for name in fusedoptim.__all__)
+    if isinstance(cls, type) and issubclass(cls, fusedoptim.FusedOptimizer) and cls is not fusedoptim.FusedOptimizer
+]
+
 #: Everything that a step can do around its rule, at once.
 ALL: dict[str, Any] = {
     "max_grad_norm": 0.5,

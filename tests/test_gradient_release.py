@@ -16,7 +16,7 @@ from cases import BY_NAME, CASES, FULL, Case, assert_same_bits, assert_same_opti
 
 import fusedoptim
 from fusedoptim import step_in_backward
-from fusedoptim._runners import CompiledRunner, ReferenceRunner
+from fusedoptim._runners import NativeRunner, ReferenceRunner
 
 Params = list[torch.nn.Parameter]
 SHAPES = [(5,), (3, 4), (1025,), (), (0,), (17,), (6,)]
@@ -371,9 +371,9 @@ def test_gradients_never_exist_all_at_once(release: bool) -> None:
     assert bytes_of_gradients(model) == (0 if release else sum(sizes))
 
 
-@pytest.mark.parametrize(("backend", "runner"), [("cpu", CompiledRunner), ("reference", ReferenceRunner)])
+@pytest.mark.parametrize(("backend", "runner"), [("cpu", NativeRunner), ("reference", ReferenceRunner)])
 def test_tables_are_built_once_per_parameter(
-    monkeypatch: pytest.MonkeyPatch, backend: str, runner: type[CompiledRunner]
+    monkeypatch: pytest.MonkeyPatch, backend: str, runner: type[NativeRunner]
 ) -> None:
     built = []
     build = runner.build

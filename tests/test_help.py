@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FULL, Case, parameters
+from cases import FULL, OPTIMIZERS, Case, parameters
 from typing_extensions import Unpack
 
 import fusedoptim
@@ -18,14 +18,6 @@ from fusedoptim import AdamW, StepOptions
 from fusedoptim._options import DEFAULTS
 
 OPTIONS = list(StepOptions.__annotations__)
-CLASSES = [
-    fusedoptim.SGD,
-    fusedoptim.Adagrad,
-    fusedoptim.Adam,
-    fusedoptim.AdamW,
-    fusedoptim.NormAdaptive,
-    fusedoptim.RMSprop,
-]
 
 
 def entries(text: str) -> dict[str, str]:
@@ -45,12 +37,12 @@ def test_every_option_has_a_text() -> None:
 def test_no_optimizer_is_left_out() -> None:
     public = (getattr(fusedoptim, name) for name in fusedoptim.__all__)
     assert {c for c in public if isinstance(c, type) and issubclass(c, fusedoptim.FusedOptimizer)} == {
-        *CLASSES,
+        *OPTIMIZERS,
         fusedoptim.FusedOptimizer,
     }
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
 def test_help_explains_every_argument_and_every_option(cls: Any) -> None:
     text = pydoc.render_doc(cls, renderer=pydoc.plaintext)
     explained = entries(text[text.index(" |  ") :].replace(" |  ", ""))
@@ -60,7 +52,7 @@ def test_help_explains_every_argument_and_every_option(cls: Any) -> None:
     assert set(explained) == set(inspect.signature(cls).parameters)
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("of", [lambda cls: cls, lambda cls: cls.__init__], ids=["class", "constructor"])
 def test_the_signature_lists_the_options(cls: Any, of: Any) -> None:
     found = inspect.signature(of(cls)).parameters
@@ -71,7 +63,7 @@ def test_the_signature_lists_the_options(cls: Any, of: Any) -> None:
     assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values())
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
 def test_the_defaults_in_the_signature_are_those_of_the_optimizer(cls: Any) -> None:
     """A tool that passes all of them makes the optimizer that is made without any."""
     given = {

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import OPTIMIZERS
 from cuda_host import sanitizers
 
-import fusedoptim
 from fusedoptim import __main__ as main_module
 from fusedoptim import _native
 
@@ -132,8 +132,7 @@ def test_wide_instructions_stay_in_the_functions_that_are_chosen_for_them() -> N
 
 @needs_library
 def test_rules_of_the_library_are_those_of_the_package() -> None:
-    classes = (fusedoptim.Adam, fusedoptim.SGD, fusedoptim.RMSprop, fusedoptim.Adagrad, fusedoptim.NormAdaptive)
-    assert sorted(_native._C.rules()) == sorted(["clip", *(c.rule.name for c in classes)])
+    assert sorted(_native._C.rules()) == sorted({"clip", *(optimizer.rule.name for optimizer in OPTIMIZERS)})
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from cases import ALL, FULL, SHAPES, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
 
 import fusedoptim
-from fusedoptim._runners import CompiledRunner
+from fusedoptim._runners import NativeRunner
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -280,8 +280,8 @@ def test_new_gradients_make_no_new_tables(monkeypatch: pytest.MonkeyPatch) -> No
     params = parameters([(5,), (40, 3), (7, 2, 3, 1)])
     optimizer = fusedoptim.Adam(params, zero_grad_in_step=True)
     built: list[object] = []
-    build = CompiledRunner.build
-    monkeypatch.setattr(CompiledRunner, "build", lambda *args: (built.append(args), build(*args)))
+    build = NativeRunner.build
+    monkeypatch.setattr(NativeRunner, "build", lambda *args: (built.append(args), build(*args)))
     for step in range(5):
         set_gradients(params, step)
         if step == 3:  # a dimension of size 1 may have any stride

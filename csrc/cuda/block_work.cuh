@@ -9,6 +9,9 @@
 
 namespace fusedoptim::cuda {
 
+// The place of the moving average among the operands.
+inline constexpr int kAverageOperand = kFirstState + kAverage;
+
 // As the block's first warp found it, in shared memory.
 struct BlockWork {
   DeviceEntry entry;
@@ -32,11 +35,10 @@ struct BlockWork {
       return transforms32;
   }
   __device__ bool zero_grad() const { return transforms32.zero_grad; }
-  __device__ bool average() const { return (entry.uses >> kAverage & 1) != 0; }
-  __device__ const Operand& param() const { return entry.operand[kParam]; }
-  __device__ const Operand& grad() const { return entry.operand[kGrad]; }
-  __device__ const Operand& state(int k) const { return entry.operand[kFirstState + k]; }
-  __device__ bool computes_in_f64() const { return param().storage == DType::f64; }
+  __device__ bool average() const { return (entry.kind.uses >> kAverage & 1) != 0; }
+  __device__ void* data(int operand) const { return entry.operand[operand].data; }
+  __device__ DType storage(int operand) const { return entry.kind.storage[operand]; }
+  __device__ bool computes_in_f64() const { return storage(kParam) == DType::f64; }
 };
 
 }  // namespace fusedoptim::cuda

@@ -86,7 +86,7 @@ __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars
     const DType d = dtype_of(static_cast<LrDType>(static_cast<int>(hyper[kLrDType])));
     hyper[kLr] = load_element<double>(reinterpret_cast<const void*>(static_cast<uintptr_t>(row[kLr])), d, 0);
   }
-  const double step = next_step(e.step, e.step_dtype);
+  const double step = next_step(e.step, e.kind.step_dtype);
   PowMemo pow;
   if constexpr (Rule::powers > 0) {
     const int lane = threadIdx.x % kWarp;
@@ -118,7 +118,7 @@ __device__ __forceinline__ void arrive(const BlockWork& work, const StepArgs& ar
     control.arrivals = 0;
   }
   if constexpr (Rule::needs_norm) control.ready = 0;
-  store_step(e.step, e.step_dtype, progress.step);
+  store_step(e.step, e.kind.step_dtype, progress.step);
   if constexpr (Rule::needs_norm) *e.scalar_state = progress.scalar_state;
 }
 

@@ -44,7 +44,7 @@ __device__ __noinline__ double square_at(const BlockWork& work, int64_t i, const
   int64_t at[kOperands];
   at[kGrad] = i;
   if (e.sum_layout >= 0) strided_offsets(layouts + e.sum_layout, i, at);
-  return square(load_single<T, wide>(work.grad().data, work.grad().storage, at[kGrad]), work.transforms<T>().grad);
+  return square(load_single<T, wide>(work.data(kGrad), work.storage(kGrad), at[kGrad]), work.transforms<T>().grad);
 }
 
 // The sum of squares of a tile of the gradient that the rule gets.
@@ -52,11 +52,11 @@ template <class T, bool wide>
 __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
   const auto transform = work.transforms<T>().grad;
-  const DType d = work.grad().storage;
+  const DType d = work.storage(kGrad);
   const int64_t start = tile * kTile;
   if constexpr (!wide) {
     const int64_t bytes = size_of(d);
-    const char* base = static_cast<const char*>(work.grad().data) + start * bytes;
+    const char* base = static_cast<const char*>(work.data(kGrad)) + start * bytes;
     if (e.sum_layout < 0 && reinterpret_cast<uintptr_t>(base) % (4 * bytes) == 0 && start + kTile <= e.numel) {
       // All loads before the first use. They are plain ones: the update should find the gradient in the L2.
       Raw raw[8];

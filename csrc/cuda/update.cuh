@@ -19,7 +19,7 @@ struct Known {
 };
 struct LookedUp {
   static constexpr Around around = Around::everything;
-  static __device__ DType of(const BlockWork& work, int operand) { return work.entry.operand[operand].storage; }
+  static __device__ DType of(const BlockWork& work, int operand) { return work.storage(operand); }
 };
 
 // Whether a variant reads and writes an operand. The moving average is not among these.
@@ -28,13 +28,20 @@ constexpr bool uses(int operand) {
   return operand < kFirstState || (operand < kFirstState + Rule::kSlots && Rule::uses(variant, operand - kFirstState));
 }
 
+template <class Rule, int variant>
+constexpr int states_of() {
+  int states = 0;
+  for (int k = 0; k < Rule::kSlots; ++k) states += Rule::uses(variant, k);
+  return states;
+}
+
 // Whether a tensor's operands have these storages, and nothing happens after the rule.
 template <class Rule, int variant, class Storages>
 __device__ __forceinline__ bool has(const BlockWork& work) {
   bool all = !work.zero_grad() && !work.average();
 #pragma unroll
   for (int k = 0; k < kFirstState + Rule::kSlots; ++k)
-    if (uses<Rule, variant>(k)) all = all && work.entry.operand[k].storage == Storages::of(work, k);
+    if (uses<Rule, variant>(k)) all = all && work.storage(k) == Storages::of(work, k);
   return all;
 }
 
@@ -59,12 +66,10 @@ __device__ __forceinline__ void load_operands(Single<T>& x, const BlockWork& wor
     for (int k = 0; k < kOperands; ++k) x.at[k] = i;
 #pragma unroll
   for (int k = 0; k < kOperands; ++k) {
-    const Operand& o = work.entry.operand[k];
-    if (uses<Rule, variant>(k)) value_of(x.value[0], k) = load_single<T, wide>(o.data, o.storage, x.at[k]);
+    if (uses<Rule, variant>(k)) value_of(x.value[0], k) = load_single<T, wide>(work.data(k), work.storage(k), x.at[k]);
   }
   x.value[0].state[kAverage] =
-      work.average() ? load_single<T, wide>(work.state(kAverage).data, kCompute<T>, x.at[kFirstState + kAverage])
-                     : T(0);
+      work.average() ? load_single<T, wide>(work.data(kAverageOperand), kCompute<T>, x.at[kAverageOperand]) : T(0);
 }
 
 template <class Rule, int variant, class T, bool wide>
@@ -72,16 +77,14 @@ __device__ __forceinline__ void update_operands(Single<T>& x, const BlockWork& w
                                                 const typename Rule::template Scalars<T>& c) {
   step_elements<Rule, variant, Lane<T>, Around::everything>(
       x.value, work.transforms<T>(), work.average(), c,
-      [&](T param) { return as_stored(param, work.param().storage); });
+      [&](T param) { return as_stored(param, work.storage(kParam)); });
 #pragma unroll
   for (int k = 0; k < kOperands; ++k) {
-    const Operand& o = work.entry.operand[k];
     if (k == kGrad ? work.zero_grad() : uses<Rule, variant>(k))
-      store_single<wide>(o.data, o.storage, x.at[k], value_of(x.value[0], k));
+      store_single<wide>(work.data(k), work.storage(k), x.at[k], value_of(x.value[0], k));
   }
   if (work.average())
-    store_single<wide>(work.state(kAverage).data, kCompute<T>, x.at[kFirstState + kAverage],
-                       x.value[0].state[kAverage]);
+    store_single<wide>(work.data(kAverageOperand), kCompute<T>, x.at[kAverageOperand], x.value[0].state[kAverage]);
 }
 
 // [begin, begin + gap) and from there on [resume, ...), `count` in all. Heads, tails, and tensors without a common
@@ -90,7 +93,7 @@ template <class Rule, int variant, class T, bool wide>
 __device__ __forceinline__ void update_singles(const BlockWork& work, int64_t begin, int64_t gap, int64_t resume,
                                                int64_t count, const typename Rule::template Scalars<T>& c,
                                                const int64_t* layouts) {
-  constexpr int U = wide ? 1 : 2;  // under way at once
+  constexpr int U = wide || states_of<Rule, variant>() > 2 ? 1 : 2;  // under way at once, as registers allow
 #pragma unroll 1
   for (int64_t first = threadIdx.x; first < count; first += U * kThreads) {
     Single<T> x[U];
@@ -146,15 +149,16 @@ __device__ __forceinline__ bool update_group(Group& x, const BlockWork& work, co
 
 // What comes after the rule, of a group that was stored from element i on. Registers are too few for it before.
 template <int kGroup, class T>
-__device__ __forceinline__ void finish_group(const Group& x, const BlockWork& work, const Transforms<T>& t, int64_t i) {
+__device__ __forceinline__ void finish_group(const Group& x, const BlockWork& work, int64_t i) {
+  const Transforms<T>& t = work.transforms<T>();  // read where it is, in shared memory: registers are few
   // Eight elements are a group only where all operands have 16 bits, which an average has not.
   if (kGroup != 8 && work.average()) {
-    char* const at = static_cast<char*>(work.state(kAverage).data) + i * sizeof(T);
+    char* const at = static_cast<char*>(work.data(kAverageOperand)) + i * sizeof(T);
     T averages[kGroup], params[kGroup];
     Raw raw;
     fetch<kGroup>(raw, at, kCompute<T>);
     decode<kGroup>(averages, raw, kCompute<T>);
-    decode<kGroup>(params, x.operand[kParam], work.param().storage);
+    decode<kGroup>(params, x.operand[kParam], work.storage(kParam));
     for (int j = 0; j < kGroup; ++j) {
       Element<T> e;
       e.state[kAverage] = averages[j];
@@ -164,17 +168,15 @@ __device__ __forceinline__ void finish_group(const Group& x, const BlockWork& wo
     encode<kGroup>(raw, averages, kCompute<T>);
     put<kGroup>(at, raw, kCompute<T>);
   }
-  const Operand& grad = work.grad();
-  if (t.zero_grad) put<kGroup>(static_cast<char*>(grad.data) + i * size_of(grad.storage), Raw{}, grad.storage);
+  const DType grad = work.storage(kGrad);
+  if (t.zero_grad) put<kGroup>(static_cast<char*>(work.data(kGrad)) + i * size_of(grad), Raw{}, grad);
 }
 
 // How many groups a thread has under way at once: two, 32 bytes per operand, unless they need more registers than five
 // blocks to a multiprocessor leave. Five loads of one group are then 50 KB per multiprocessor.
 template <class Rule, int variant, class Storages>
 constexpr int groups_at_once() {
-  int states = 0;
-  for (int k = 0; k < Rule::kSlots; ++k) states += Rule::uses(variant, k);
-  return states <= (Storages::around == Around::before ? 2 : 1) ? 2 : 1;
+  return states_of<Rule, variant>() <= (Storages::around == Around::before ? 2 : 1) ? 2 : 1;
 }
 
 // `count` groups of kGroup elements from `begin` on.
@@ -186,8 +188,7 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
   char* base[kOperands];
 #pragma unroll
   for (int k = 0; k < kOperands; ++k)
-    if (uses<Rule, variant>(k))
-      base[k] = static_cast<char*>(work.entry.operand[k].data) + begin * size_of(Storages::of(work, k));
+    if (uses<Rule, variant>(k)) base[k] = static_cast<char*>(work.data(k)) + begin * size_of(Storages::of(work, k));
 #pragma unroll 1
   for (uint32_t first = threadIdx.x; first < count; first += U * kThreads) {
     Group x[U];
@@ -218,7 +219,7 @@ __device__ __forceinline__ void update_groups(const BlockWork& work, int64_t beg
       for (int k = 0; k < kOperands; ++k)
         if (k != kGrad && uses<Rule, variant>(k))
           put<kGroup>(base[k] + at[u] * size_of(Storages::of(work, k)), x[u].operand[k], Storages::of(work, k));
-      if (Storages::around == Around::everything) finish_group<kGroup>(x[u], work, t, begin + at[u]);
+      if (Storages::around == Around::everything) finish_group<kGroup, T>(x[u], work, begin + at[u]);
     }
     if (Rule::divides && sizeof(T) == 4 && again) {  // element by element, from memory
 #pragma unroll 1
@@ -245,21 +246,25 @@ __device__ __forceinline__ Vectors vectors(const BlockWork& work) {
   const auto for_each = [&](const auto& f) {
 #pragma unroll
     for (int k = 0; k < kOperands; ++k)
-      if (uses<Rule, variant>(k)) f(work.entry.operand[k]);
-    if (work.average()) f(work.state(kAverage));
+      if (uses<Rule, variant>(k)) f(work.data(k), size_of(work.storage(k)));
+    if (work.average()) f(work.data(kAverageOperand), size_of(work.storage(kAverageOperand)));
   };
-  for_each([&](const Operand& o) { sizes |= static_cast<uint32_t>(size_of(o.storage)); });
+  for_each([&](const void*, int64_t size) { sizes |= static_cast<uint32_t>(size); });
   const int width = sizes == 8 ? 2 : sizes > 8 ? 1 : sizes >= 4 ? 4 : 8;
   // Sizes and widths are powers of 2.
-  const uint32_t bytes = static_cast<uint32_t>(size_of(work.param().storage)), group = width * bytes;
-  const uint32_t over = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(work.param().data)) & (group - 1);
+  const uint32_t bytes = static_cast<uint32_t>(size_of(work.storage(kParam))), group = width * bytes;
+  const uint32_t over = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(work.data(kParam))) & (group - 1);
   const int head = static_cast<int>((group - over) & (group - 1)) >> (bytes == 2 ? 1 : bytes == 4 ? 2 : 3);
   uint32_t misaligned = width == 1 ? 1 : 0;
-  for_each([&](const Operand& o) {
-    const uint32_t size = static_cast<uint32_t>(size_of(o.storage));
-    misaligned |= (static_cast<uint32_t>(reinterpret_cast<uintptr_t>(o.data)) + head * size) & (width * size - 1);
+  for_each([&](const void* data, uint32_t size) {
+    misaligned |= (static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data)) + head * size) & (width * size - 1);
   });
   return misaligned ? Vectors{1, 0} : Vectors{width, head};
+}
+
+// Ranges are moved up by the head, which the first one does as well, and cut where the tensor ends.
+__device__ __forceinline__ int64_t moved(const BlockWork& work, int64_t at, int head) {
+  return at + head < work.entry.numel ? at + head : work.entry.numel;
 }
 
 // wide: some operands may have 64 bits and others less.
@@ -267,13 +272,10 @@ template <class Rule, int variant, class T, bool wide>
 __device__ __forceinline__ void update_range(const BlockWork& work, const typename Rule::template Scalars<T>& scalars,
                                              const int64_t* layouts) {
   const auto c = scalars;
-  const int64_t n = work.entry.numel;
   const Vectors v = work.entry.layout >= 0 ? Vectors{1, 0} : vectors<Rule, variant>(work);
-  // Ranges are moved up by the head, which the first one does as well, and cut where the tensor ends.
-  const int64_t head = v.head < n ? v.head : n;
-  const int64_t begin = work.begin + head < n ? work.begin + head : n;
-  const int64_t end = work.end + head < n ? work.end + head : n;
-  const uint32_t groups = v.width > 1 ? static_cast<uint32_t>(end - begin) / v.width : 0;
+  const int head = v.head < work.entry.numel ? v.head : static_cast<int>(work.entry.numel);
+  const int64_t begin = moved(work, work.begin, head);
+  const uint32_t groups = v.width > 1 ? static_cast<uint32_t>(moved(work, work.end, head) - begin) / v.width : 0;
   using Floats = Known<DType::f32, DType::f32>;
   using Halves = Known<DType::bf16, DType::bf16>;
   using HalvesAndFloats = Known<DType::bf16, DType::f32>;
@@ -291,7 +293,9 @@ __device__ __forceinline__ void update_range(const BlockWork& work, const typena
     else if (v.width == 8)
       update_groups<Rule, variant, T, 8, LookedUp>(work, begin, groups, c);
   }
-  const int64_t done = begin + groups * v.width, gap = work.begin == 0 ? head : 0;
+  // Worked out again: the loops of groups need the registers.
+  const int64_t done = moved(work, work.begin, head) + groups * v.width, end = moved(work, work.end, head);
+  const int64_t gap = work.begin == 0 ? head : 0;
   update_singles<Rule, variant, T, wide>(work, 0, gap, done, gap + end - done, c, layouts);
 }
 
@@ -300,7 +304,7 @@ template <class Rule, class T, bool wide, int variant = 0>
 __device__ __forceinline__ void update_variant(const BlockWork& work, const typename Rule::template Scalars<T>& scalars,
                                                const int64_t* layouts) {
   if constexpr (variant < Rule::variants) {
-    if (work.entry.variant == variant)
+    if (work.entry.kind.variant == variant)
       update_range<Rule, variant, T, wide>(work, scalars, layouts);
     else
       update_variant<Rule, T, wide, variant + 1>(work, scalars, layouts);
@@ -314,7 +318,7 @@ __device__ __noinline__ void zero_gradient(const BlockWork& work, const int64_t*
     int64_t at[kOperands];
     at[kGrad] = i;
     if (work.entry.layout >= 0) strided_offsets(layouts + work.entry.layout, i, at);
-    store_single<wide>(work.grad().data, work.grad().storage, at[kGrad], 0.0f);
+    store_single<wide>(work.data(kGrad), work.storage(kGrad), at[kGrad], 0.0f);
   }
 }
 

@@ -11,7 +11,7 @@
 namespace fusedoptim::gpu {
 
 Kind GpuExecutor::kind_of(const Entry& e, Variant variant) const {
-  Kind kind;
+  Kind kind{};
   kind.storage[kParam] = e.param().storage;
   kind.storage[kGrad] = e.grad().storage;
   for (int k = 0; k < kStates; ++k) {
@@ -95,12 +95,10 @@ DeviceEntry GpuExecutor::device_entry(const Entry& e, size_t i) {
   DeviceEntry d{};
   const Steppable& s = steppable_[i];
   if (!s.can) return d;
-  const Kind kind = kind_of(e, s.variant);
-  for (int k = 0; k < kOperands; ++k) {
-    if (k >= kFirstState && !(kind.uses >> (k - kFirstState) & 1)) continue;
-    d.operand[k] = e.operand[k];
-  }
-  d.operand[kGrad].data = nullptr;
+  d.kind = kind_of(e, s.variant);
+  for (int k = 0; k < kOperands; ++k)
+    if (k == kParam || (k >= kFirstState && (d.kind.uses >> (k - kFirstState) & 1)))
+      d.operand[k] = {e.operand[k].data, e.operand[k].extra};
   d.step = e.step;
   d.scalar_state = e.scalar_state;
   d.numel = e.numel;
@@ -112,10 +110,7 @@ DeviceEntry GpuExecutor::device_entry(const Entry& e, size_t i) {
   d.nodes = first_node_[i];
   d.group = e.group;
   const auto& kinds = kinds_[s.wide];
-  d.kind = static_cast<int32_t>(std::lower_bound(kinds.begin(), kinds.end(), kind) - kinds.begin());
-  d.step_dtype = kind.step_dtype;
-  d.variant = kind.variant;
-  d.uses = kind.uses;
+  d.kind_index = static_cast<int32_t>(std::lower_bound(kinds.begin(), kinds.end(), d.kind) - kinds.begin());
   return d;
 }
 

@@ -20,29 +20,34 @@ inline constexpr int64_t kTilesPerPart = 16, kPart = kTilesPerPart * kTile;
 
 // What code a tensor needs.
 struct Kind {
-  DType storage[kOperands] = {};  // the gradient's included, whose address comes with every step
-  DType step_dtype = DType::f32;
-  uint8_t variant = 0;
-  uint8_t uses = 0;  // bit k: state k belongs to the variant, the moving average included
+  DType storage[kOperands];  // the gradient's included, whose address comes with every step
+  DType step_dtype;
+  uint8_t variant;
+  uint8_t uses;  // bit k: state k belongs to the variant, the moving average included
 
   bool operator<(const Kind& other) const { return std::memcmp(this, &other, sizeof(Kind)) < 0; }
 };
 static_assert(sizeof(Kind) == kOperands + 3, "compared byte by byte");
 
-// A tensor. It changes when memory, storages or layouts do, not from step to step.
+// Where an operand is, as Operand has it.
+struct Addresses {
+  void *data, *extra;
+};
+
+// A tensor. It changes when memory, storages or layouts do, not from step to step. The storages stand side by side in
+// its kind, so that a kernel has all of them in two registers.
 struct DeviceEntry {
-  Operand operand[kOperands];  // but for the gradient's address
-  void* step;                  // 0-dim, fp32 or fp64; null for a rule without a step
-  float* scalar_state;         // for a rule with one
+  Addresses operand[kOperands];  // but for the gradient's
+  void* step;                    // 0-dim, fp32 or fp64; null for a rule without a step
+  float* scalar_state;           // for a rule with one
   int64_t numel;
   int64_t layout;      // where its layout starts in Tables::layouts; -1: all operands share one dense memory order
   int64_t sum_layout;  // the same for sums over the gradient; -1: it lies in logical order
   int64_t partials;    // where its tile sums start in Tables::partials
+  alignas(8) Kind kind;
+  int32_t kind_index;  // which of those that its kernel was made ready for
   int32_t nodes;       // where its arrival counters start in Tables::nodes
   int32_t group;
-  int32_t kind;  // which of those that its kernel was made ready for
-  DType step_dtype;
-  uint8_t variant, uses;  // as Kind has them
 };
 
 // A layout, in words: the number of dimensions, then for each, the innermost first, its size and the stride of each

@@ -1,4 +1,4 @@
-// A device whose kernels are Triton's: fusedoptim/triton_kernels/launcher.py.
+// A device whose kernels are Triton's: fusedoptim/triton_kernels/device.py.
 #pragma once
 
 #include <utility>
