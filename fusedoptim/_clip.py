@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import utils
 
 from . import _backends, _native, _versions, reference
+from ._devices import device_guard, make_launcher, stream_of
 from ._distributed import refuse_norm_of_shards, sharded_by_fsdp1
 from ._dtypes import DTYPES, compute_dtype
 from ._modes import PRE_DISPATCH, count_modes, is_transformed
 from ._overlap import overlaps_itself, sharing
-from ._runners import device_guard, make_launcher, stream_of
 from ._values import number
 
 Parameters = Tensor | Iterable[Tensor]

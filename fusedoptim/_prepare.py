@@ -14,8 +14,11 @@ from . import _backends, _members
 from ._check_tensors import can_have_states
 from ._distributed import sharded_by_fsdp1
 from ._fakes import alike
+from ._native_runner import GpuRunner, NativeRunner
 from ._norms import HasNorms, check_one_device, check_whole_tensors, norm_is_measured
-from ._runners import Runner, StepSettings, make_runner
+from ._reference_runner import ReferenceRunner
+from ._rule import Rule
+from ._runners import Runner, StepSettings
 from ._states import Changes, HasStates, StateMaker, move_steps
 
 
@@ -100,6 +103,15 @@ def make_runners(optimizer: HasNorms, changes: Changes) -> list[Runner]:
             raise RuntimeError(f"a plan does not fit what it was made from ({runner.reason}): please report this")
         runners.append(runner)
     return runners
+
+
+def make_runner(backend: str, rule: Rule, device: torch.device, settings: StepSettings) -> Runner:
+    if backend == "cpu":
+        return NativeRunner(rule, settings)
+    if backend in ("cuda", "triton"):
+        return GpuRunner(rule, settings, device, backend)
+    assert backend == "reference", backend
+    return ReferenceRunner(rule, settings)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from cases import BY_NAME, CASES, FULL, Case, assert_same_bits, assert_same_opti
 
 import fusedoptim
 from fusedoptim import step_in_backward
-from fusedoptim._runners import NativeRunner, ReferenceRunner
+from fusedoptim._native_runner import NativeRunner
+from fusedoptim._reference_runner import ReferenceRunner
 
 Params = list[torch.nn.Parameter]
 SHAPES = [(5,), (3, 4), (1025,), (), (0,), (17,), (6,)]

@@ -12,7 +12,7 @@ import torch
 from cases import ALL, FULL, SHAPES, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
 
 import fusedoptim
-from fusedoptim._runners import NativeRunner
+from fusedoptim._native_runner import NativeRunner
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

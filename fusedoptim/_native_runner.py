@@ -1,0 +1,137 @@
+"""Steps with compiled kernels, from tables in C++."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, _versions
+from ._devices import current_index_of, device_guard, make_launcher, stream_of
+from ._members import BoundParam
+from ._rule import EMA, Rule
+from ._runners import Groups, States, StepSettings
+
+
+class NativeRunner:
+    """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h)."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, rule: Rule, settings: StepSettings, device: tuple[int, int] = (1, 0), launcher: Any = None
+    ) -> None:
+        assert _native._C is not None
+        self.rule, self.settings = rule, settings  # which the plan has the address of
+        hyper = [(h.key, h.index, h.accepts.low, h.accepts.high, h.off_number) for h in rule.row]
+        self.plan = _native._C.Plan(
+            _native._C.find_rule(rule.name),
+            hyper,
+            [state.name for state in rule.states],
+            _versions.by_torch,
+            device,
+            launcher,
+            (settings.norm_stats.data_ptr(), settings.skip_nonfinite, settings.zero_grad),
+        )
+        self.stream = stream_of(self.device)
+        # The two calls of every step, without a Python frame of their own.
+        self.refresh: Callable[[Groups, States], bool] = self.plan.refresh
+        self.run: Callable[[], None] = self.plan.run
+
+    @property
+    def reason(self) -> str:
+        return str(self.plan.reason)
+
+    @property
+    def captured(self) -> bool:
+        return bool(self.plan.captured)
+
+    def retire(self) -> None:
+        self.plan.retire()
+
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """In the kernel. On a GPU nothing waits on the host."""
+        scale, found = self._on_device(grad_scale), self._on_device(found_inf)
+        self.plan.run(self.stream(), _address(scale), _address(found))
+
+    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+        scale = self._on_device(grad_scale)
+        self.plan.measure(transformed, self.stream(), _address(scale))
+
+    def reduce(self) -> None:
+        self.plan.reduce(self.stream())
+
+    def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        scale, found = self._on_device(grad_scale), self._on_device(found_inf)
+        self.plan.update(self.stream(), _address(scale), _address(found))
+
+    def _on_device(self, t: Tensor | None) -> Tensor | None:
+        """A number as a kernel reads it, without waiting. To be kept until the kernel is launched."""
+        return None if t is None else t.to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
+
+    def build(self, groups: Groups, state: States, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
+        tensors: list[Tensor] = []
+        # What lacks a state has no gradient yet.
+        names = [*(s.name for s in self.rule.states), EMA, "step" if self.rule.has_step else None]
+        names.append(self.rule.scalar_state)
+        starts = [0, *accumulate(len(group["params"]) for group in groups)]
+        bindings: list[int] = []  # flat, because the garbage collector looks at every list
+        for m in members:
+            bindings += (starts[m.group] + m.index, len(tensors))
+            tensors.append(m.param)
+            for name in names:
+                value = None if name is None else m.states.get(name)
+                if value is None:
+                    bindings.append(-1)
+                else:
+                    bindings.append(len(tensors))
+                    tensors.append(value)
+            bindings.append(m.first)
+        counted = None if _versions.find_counters() else tensors
+        self.sums = torch.zeros(starts[-1], dtype=torch.float64, device=self.device)
+        self.plan.build(groups, state, bindings, list(dormant), counted, self.sums.data_ptr())
+        torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class GpuRunner(NativeRunner):
+    """The same with the tables in a GPU's memory (csrc/gpu/executor.h), on torch's current stream."""
+
+    def __init__(self, rule: Rule, settings: StepSettings, device: torch.device, backend: str) -> None:
+        self.device = device
+        launcher = make_launcher(backend, device)
+        super().__init__(rule, settings, torch.empty(0, device=device).__dlpack_device__(), launcher)
+        if device.type == "cpu":
+            return
+        current_device, run, stream = current_index_of(device), self.plan.run, self.stream
+
+        def run_on_device() -> None:
+            if current_device() == device.index:
+                run(stream())
+                return
+            with device_guard(device):
+                run(stream())
+
+        self.run = run_on_device
+
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        with device_guard(self.device):
+            super().run_scaled(grad_scale, found_inf)
+
+    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+        with device_guard(self.device):
+            super().measure(transformed, grad_scale)
+
+    def reduce(self) -> None:
+        with device_guard(self.device):
+            super().reduce()
+
+    def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        with device_guard(self.device):
+            super().update(grad_scale, found_inf)

@@ -1,0 +1,133 @@
+"""Steps with the functions of fusedoptim.reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dtypes import compute_dtype
+from ._members import BoundParam
+from ._rule import EMA, Rule
+from ._runners import Groups, States, StepSettings
+from ._values import numbers
+
+
+class ReferenceRunner:
+    """Steps with the functions of fusedoptim.reference, on any device."""
+
+    reason = "the reference looks at everything anew at each step"
+    captured = False
+
+    def __init__(self, rule: Rule, settings: StepSettings) -> None:
+        self.rule, self.settings = rule, settings
+        self.fresh = False
+
+    def retire(self) -> None:
+        pass
+
+    def build(self, groups: Groups, state: States, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
+        self.groups = [numbers(group, self.rule) for group in groups]
+        self.state, self.members = state, members
+        self.places = [0, *accumulate(len(group["params"]) for group in groups)]
+        self.sums = torch.zeros(self.places[-1], dtype=torch.float64, device=self.settings.norm_stats.device)
+        self.fresh = True
+
+    @torch.no_grad()
+    def refresh(self, groups: Groups, state: States) -> bool:
+        fresh, self.fresh = self.fresh, False
+        if fresh:
+            for m in self._active():  # a number that overflows should say so before anything is written
+                self._update(m, _copy(m.param.new_empty(0), m.param), lambda t: t.new_empty(0))
+        return fresh
+
+    def run(self) -> None:
+        self.run_scaled(None, None)
+
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if self.settings.skip_nonfinite or any(g["max_grad_norm"] is not None for g in self.groups):
+            self.measure(False, grad_scale)
+            self.reduce()
+        self.update(grad_scale, found_inf)
+
+    @torch.no_grad()
+    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+        self.sums.zero_()
+        for m in self._active():
+            g = self._gradient(m, grad_scale)
+            if transformed:
+                g = reference.clipped(g, self._norm(), self.groups[m.group])
+            self.sums[self._place(m)] = reference.sum_of_squares(g)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        norm = reference.norm_of([self.sums[self._place(m)] for m in self._active()], self._wide())
+        self.settings.norm_stats[0] = norm
+        if self.settings.skip_nonfinite and not norm.isfinite():
+            self.settings.norm_stats[1] += 1
+
+    @torch.no_grad()
+    def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """A rule of norms works them out itself, from whole gradients, and not from the sums."""
+        norm = self._norm()
+        skip = found_inf is not None and found_inf.item() != 0
+        skip = skip or (self.settings.skip_nonfinite and not norm.isfinite())
+        for m in [] if skip else self._active():
+            gradient = reference.clipped(self._gradient(m, grad_scale), norm, self.groups[m.group])
+            updated, work = self._update(m, gradient, lambda t: t)
+            m.param.detach().copy_(updated)
+            for name, value in work.items():
+                self.state[m.param][name].copy_(value)
+            decay = self.groups[m.group]["ema_decay"]
+            if decay is not None:
+                self.state[m.param][EMA].lerp_(m.param.detach().to(compute_dtype(m.param)), 1 - decay)
+        if self.settings.zero_grad:
+            for m in self._active():
+                assert m.param.grad is not None
+                m.param.grad.detach().zero_()
+
+    def _active(self) -> list[BoundParam]:
+        return [m for m in self.members if m.param.grad is not None]
+
+    def _place(self, m: BoundParam) -> int:
+        """In the sums."""
+        return self.places[m.group] + m.index
+
+    def _wide(self) -> bool:
+        return any(compute_dtype(m.param) == torch.float64 for m in self._active())
+
+    def _norm(self) -> Tensor:
+        """Of all gradients, as reduce() left it."""
+        return self.settings.norm_stats[0].to(torch.float64 if self._wide() else torch.float32)
+
+    def _gradient(self, m: BoundParam, grad_scale: Tensor | None) -> Tensor:
+        """A copy in the compute dtype, in logical order."""
+        assert m.param.grad is not None
+        unscale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
+        return _copy(m.param.grad, m.param).mul_(unscale)
+
+    def _update(
+        self, m: BoundParam, gradient: Tensor, part: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The new values of the parameter and the states, or of a part of them."""
+        state, group = self.state.get(m.param, {}), self.groups[m.group]
+        work: dict[str, Any] = {
+            s.name: _copy(part(state[s.name]), m.param) for s in self.rule.states if s.needed_in(group)
+        }
+        if m.first:
+            work.update({s.name: None for s in self.rule.states if s.starts_absent and s.name in work})
+        if self.rule.scalar_state:
+            work[self.rule.scalar_state] = state[self.rule.scalar_state].clone()
+        step = state["step"] + 1 if self.rule.has_step else None
+        updated = _copy(part(m.param), m.param)
+        self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
+        return updated, work if step is None else {**work, "step": step}
+
+
+def _copy(t: Tensor, p: Tensor) -> Tensor:
+    """In the parameter's compute dtype, contiguous."""
+    return t.detach().to(compute_dtype(p), copy=True, memory_format=torch.contiguous_format)
