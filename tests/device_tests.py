@@ -16,12 +16,12 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_optimizers,
+    force_grad,
     gradient,
     parameters,
     set_gradients,
 )
 from test_amp import train
-from test_parity import force_grad
 from versions import check_versions
 
 import fusedoptim
@@ -103,27 +103,74 @@ def test_state_dtype(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
         assert_same_optimizers(a, b)
 
 
+def moved(x: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy that begins so many elements behind an aligned address."""
+    return torch.zeros(x.numel() + offset, dtype=x.dtype)[offset:].copy_(x)
+
+
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_every_alignment(kernels: Kernels, case: Case) -> None:
     """Heads of every length; operands that agree in their alignment and that do not."""
-
-    def at(x: torch.Tensor, offset: int) -> torch.Tensor:
-        return torch.zeros(x.numel() + offset, dtype=x.dtype)[offset:].copy_(x)
-
     for dtype in (torch.float32, torch.bfloat16):
         offsets = [(p, g) for p in ((1, 3) if kernels.slow else range(9)) for g in (p, 0, p + 1)]
         mine = [
-            torch.nn.Parameter(at(gradient(torch.empty(2100), 9, i).to(dtype), p)) for i, (p, _) in enumerate(offsets)
+            torch.nn.Parameter(moved(gradient(torch.empty(2100), 9, i).to(dtype), p))
+            for i, (p, _) in enumerate(offsets)
         ]
         theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
         a, b = case.make(mine, backend=kernels.backend), case.make(theirs, backend="cpu")
         for step in range(3):
             for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
                 q.grad = gradient(q, step, i)
-                p.grad = at(q.grad, offsets[i][1])
+                p.grad = moved(q.grad, offsets[i][1])
             a.step()
             b.step()
         assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9, "zero_grad_in_step": True}], ids=["plain", "surrounded"])
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_misaligned_tensors_of_several_ranges(kernels: Kernels, case: Case, options: dict[str, Any]) -> None:
+    """Parameters, gradients and states alike, so that every range is moved up by the head, and cut at the end: with
+    more elements than the head behind whole ranges, as many, and fewer."""
+    if case.optimizer != "AdamW" and (kernels.slow or options):
+        pytest.skip("the ranges know no rule")
+    across = 1 << 14 if kernels.slow else 1 << 15
+    for dtype in (torch.float32, torch.bfloat16):
+        lengths = [(across + more, at) for at in (1, 3) for more in ((5,) if kernels.slow else (1, 7, 2500))]
+        mine = [torch.nn.Parameter(moved(gradient(torch.empty(n), 9, at).to(dtype), at)) for n, at in lengths]
+        theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+        a, b = (case.make(x, backend=k, **options) for x, k in ((mine, kernels.backend), (theirs, "cpu")))
+        for step in range(3):
+            for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+                q.grad = gradient(q, step, i)
+                p.grad = moved(q.grad, lengths[i][1])
+            if step == 1:
+                for (_, at), p in zip(lengths, mine, strict=True):
+                    a.state[p].update({k: moved(s, at) for k, s in a.state[p].items() if s.dim() > 0})
+                    assert all(s.data_ptr() % (4 * s.itemsize) for s in a.state[p].values() if s.dim() > 0)
+            a.step()
+            b.step()
+        assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_gradient_of_another_dtype_than_before(kernels: Kernels, case: Case) -> None:
+    """At the address of the one before."""
+    if kernels.slow and case.optimizer != "AdamW":
+        pytest.skip("the tables know no rule")
+    mine, theirs, a, b = pair(kernels, case, [(100,), (33, 5)], torch.float32)
+    memories = [torch.zeros(p.numel(), dtype=torch.float64) for p in mine]
+    for step, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.float32)):
+        set_gradients(theirs, step)
+        for p, q, memory in zip(mine, theirs, memories, strict=True):
+            g = q.grad.to(dtype)
+            p.grad = q.grad = None
+            force_grad(q, g)
+            force_grad(p, memory.view(dtype)[: g.numel()].view(g.shape).copy_(g))
+        a.step()
+        b.step()
+        assert_same_optimizers(a, b, f"step {step}: ")
 
 
 def any_magnitude(n: int, seed: int, largest: float) -> torch.Tensor:

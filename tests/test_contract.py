@@ -303,6 +303,29 @@ def test_groups_with_their_own_options_and_groups_added_later() -> None:
     assert_same_optimizers(a, b)
 
 
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_group_added_later_has_the_defaults_and_not_what_the_first_group_was_set_to(case: Case) -> None:
+    first, added = parameters([(5,)]), parameters([(6,)])
+    o = case.make(first)
+    of_torch = case.make_torch(parameters([(5,)])) if case.in_torch else None
+    defaults = dict(o.defaults)
+    for optimizer in filter(None, (o, of_torch)):
+        optimizer.param_groups[0].update(lr=0.7, weight_decay=0.6)
+        optimizer.add_param_group({"params": added})
+    new = o.param_groups[1]
+    assert new["lr"] == defaults["lr"] != 0.7 and new["weight_decay"] == defaults["weight_decay"] != 0.6
+    if of_torch:
+        assert all(new[key] == of_torch.param_groups[1][key] for key in defaults.keys() & of_torch.defaults.keys())
+    alone = parameters([(6,)])
+    same = case.make(alone)
+    for step in range(2):
+        set_gradients(first + added, step)
+        alone[0].grad = added[0].grad.clone()
+        o.step()
+        same.step()
+    assert_same_bits(added[0].detach(), alone[0].detach())
+
+
 def test_named_parameters() -> None:
     model = torch.nn.Linear(3, 2)
     o = fusedoptim.AdamW(model.named_parameters())
