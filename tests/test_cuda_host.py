@@ -201,7 +201,10 @@ def test_powers_differ_from_the_c_librarys_in_fp64_at_most(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_frozen_parameters_and_checkpoints_of_others(model: Model) -> None:
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
-    tests = ["tests/test_frozen.py", "tests/test_checkpoints_of_others.py"]
+    tests = [
+        f"tests/test_{name}.py"
+        for name in ("frozen", "checkpoints_of_others", "checkpoint_entries", "checkpoint_memory")
+    ]
     env = {**os.environ, "FUSEDOPTIM_TEST_BACKEND": "cuda", "OMP_NUM_THREADS": "1"}  # with the model's library
     result = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
