@@ -15,8 +15,10 @@ import pytest
 import torch
 from cases import FULL, Case, assert_same_bits, parameters, set_gradients
 from cuda_host import ROOT, SANITIZE, build, build_once, sanitizers
+from device import pair
+from device_memory_tests import *  # noqa: F403
+from device_option_tests import *  # noqa: F403
 from device_tests import *  # noqa: F403
-from device_tests import pair
 from number_tests import *  # noqa: F403
 
 import fusedoptim
