@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from variants import RULES, STATES
 
 import fusedoptim
 from benchmarks import machine_code
@@ -19,17 +20,6 @@ LIBRARY = _native.cuda_library()
 needs_cuda_library = pytest.mark.skipif(
     not LIBRARY.exists(), reason=f"no CUDA kernels: {_installation.build_report().get('cuda')}"
 )
-#: The name of a rule in C++, and as the library lists it.
-RULES = {
-    "Adam": "adam",
-    "SGD": "sgd",
-    "RMSprop": "rmsprop",
-    "Adagrad": "adagrad",
-    "NormAdaptive": "norm_adaptive",
-    "Clip": "clip",
-}
-#: How many states of the parameter's shape each variant of a rule has.
-STATES = {"Adam": (2, 3), "SGD": (0, 1), "RMSprop": (1, 2, 2, 3), "Adagrad": (1,), "NormAdaptive": (0,), "Clip": (0,)}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda_build import RULES, STATES
+from variants import RULES, STATES
 
 import fusedoptim
 from benchmarks.machine_code import cuobjdump
