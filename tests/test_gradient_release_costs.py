@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from counted import calls
 from released import stack
 
 import fusedoptim
@@ -58,22 +55,6 @@ def test_tables_are_built_once_per_parameter(
         counts.append(len(built))
     # The reference keeps no tables.
     assert counts == ([20, 0, 0, 0] if backend == "cpu" else [20] * 4)
-
-
-def calls(function: Callable[[], Any]) -> int:
-    """How many functions it calls, Python's and C's."""
-    n = 0
-
-    def count(frame: object, event: str, argument: object) -> None:
-        nonlocal n
-        n += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return n
 
 
 def test_costs_grow_with_the_number_of_parameters_and_no_faster() -> None:
