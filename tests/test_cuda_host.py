@@ -228,9 +228,10 @@ def test_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) ->
         "FUSEDOPTIM_TEST_BACKEND": "cuda",
         "FUSEDOPTIM_TEST_COVERING": "1",
     }
-    tests = ["tests/test_layout.py", "tests/test_staleness.py", "tests/test_norm.py"]
+    tests = ["tests/test_layout.py", "tests/test_staleness.py", "tests/test_norm.py::test_equals_numpy"]
+    tests.append("tests/test_norm.py::test_bits_of_large_norms[1-portable]")  # threads and instructions are the CPU's
     tests.append("tests/test_composition.py::test_memory_layouts_do_not_matter")
-    chosen = "not ten_thousand and not allocates and not threads and not capabilit"
+    chosen = "not ten_thousand and not allocates"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600, env=env)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
