@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_host import sanitizers
+from cuda_host import CHECKS_AS_CALLS, sanitizers
 
 import fusedoptim
 from fusedoptim import __main__ as main_module
@@ -188,7 +188,13 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
         capture_output=True,
         text=True,
         timeout=3600,  # against one that hangs, however busy the machine is
-        env={**os.environ, "FUSEDOPTIM_SANITIZE": "1", "FUSEDOPTIM_BUILD_CUDA": "0"},
+        env={
+            **os.environ,
+            "FUSEDOPTIM_SANITIZE": "1",
+            "FUSEDOPTIM_BUILD_CUDA": "0",
+            "CXX": "g++",  # whose runtime is preloaded
+            "CFLAGS": f"{os.environ.get('CFLAGS', '')} {CHECKS_AS_CALLS}",
+        },
     )
     assert built.returncode == 0 and list((tmp_path / "fusedoptim").glob("_C*.so")), built.stdout + built.stderr
     env = {
