@@ -172,6 +172,17 @@ def set_gradients(params: list[torch.nn.Parameter], step: int, dtype: torch.dtyp
         p.grad = gradient(p, step, i, dtype)
 
 
+def force_grad(p: torch.nn.Parameter, g: torch.Tensor) -> None:
+    """Gives a parameter a gradient of another dtype, which torch allows only by this detour (or by grad_dtype)."""
+    if g.dtype == p.dtype:
+        p.grad = g
+        return
+    data = p.data
+    p.data = data.to(g.dtype)
+    p.grad = g
+    p.data = data
+
+
 def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
     assert a.dtype == b.dtype and a.shape == b.shape, (what, a.dtype, b.dtype, a.shape, b.shape)
     if torch.equal(a, b):

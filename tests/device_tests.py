@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import torch
@@ -16,43 +16,21 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_optimizers,
-    gradient,
     parameters,
     set_gradients,
 )
-from test_amp import train
-from test_parity import force_grad
+from device import DTYPES, Kernels, pair
+from scaled import train
 from versions import check_versions
 
 import fusedoptim
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-class Kernels(Protocol):
-    backend: str
-    #: Programs take milliseconds: sizes and steps have to be small.
-    slow: bool
-
-    def launches(self, optimizer: torch.optim.Optimizer) -> int:
-        """Makes a step. How many kernels it launched."""
-
-
-def pair(
-    kernels: Kernels, case: Case, shapes: list, dtype: torch.dtype, **options: object
-) -> tuple[list, list, object, object]:
-    mine, theirs = parameters(shapes, dtype), parameters(shapes, dtype)
-    return (
-        mine,
-        theirs,
-        case.make(mine, backend=kernels.backend, **options),
-        case.make(theirs, backend="cpu", **options),
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case_has_the_cpu_kernels_bits(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    if kernels.slow and case not in FULL and dtype not in (torch.float32, torch.bfloat16):
+        pytest.skip("takes too long where programs take milliseconds")
     shapes = [(0,), (), (3,), (7, 11), (1025,)] if kernels.slow else SHAPES
     mine, theirs, a, b = pair(kernels, case, shapes, dtype)
     for step in range(2 if kernels.slow else 6):
@@ -61,25 +39,6 @@ def test_every_case_has_the_cpu_kernels_bits(kernels: Kernels, case: Case, dtype
         assert kernels.launches(a) == 1
         b.step()
     assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_mixed_dtypes_take_one_launch_and_fp64_a_second(kernels: Kernels, case: Case) -> None:
-    for dtypes, expected in ((DTYPES[2:] + DTYPES[:1], 1), (DTYPES, 2)):
-        both = []
-        for backend in (kernels.backend, "cpu"):
-            params = [p for d in dtypes for p in parameters([(5,), (300,), (33, 40)], d)]
-            both.append((params, case.make(params, backend=backend)))
-        (mine, a), (theirs, b) = both
-        for step in range(4):
-            for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
-                # the gradient's dtype goes round as well
-                p.grad, q.grad = (torch.nn.Parameter(gradient(x, step, i)).detach() for x in (p, q))
-                if step > 1 and expected == 2:
-                    p.grad = torch.Tensor.clone(p.grad)
-            assert kernels.launches(a) == expected
-            b.step()
-        assert_same_optimizers(a, b)
 
 
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all options"])
@@ -98,29 +57,6 @@ def test_state_dtype(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
         for step in range(4):
             set_gradients(mine, step)
             set_gradients(theirs, step)
-            a.step()
-            b.step()
-        assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_every_alignment(kernels: Kernels, case: Case) -> None:
-    """Heads of every length; operands that agree in their alignment and that do not."""
-
-    def at(x: torch.Tensor, offset: int) -> torch.Tensor:
-        return torch.zeros(x.numel() + offset, dtype=x.dtype)[offset:].copy_(x)
-
-    for dtype in (torch.float32, torch.bfloat16):
-        offsets = [(p, g) for p in ((1, 3) if kernels.slow else range(9)) for g in (p, 0, p + 1)]
-        mine = [
-            torch.nn.Parameter(at(gradient(torch.empty(2100), 9, i).to(dtype), p)) for i, (p, _) in enumerate(offsets)
-        ]
-        theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
-        a, b = case.make(mine, backend=kernels.backend), case.make(theirs, backend="cpu")
-        for step in range(3):
-            for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
-                q.grad = gradient(q, step, i)
-                p.grad = at(q.grad, offsets[i][1])
             a.step()
             b.step()
         assert_same_optimizers(a, b)
@@ -152,53 +88,6 @@ def test_numbers_of_all_magnitudes(kernels: Kernels, case: str, dtype: torch.dty
         for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
             q.grad = any_magnitude(n, step // 2 if i else step, 127.0 if step == 1 else 0.0).to(dtype)
             p.grad = q.grad.clone()
-        a.step()
-        b.step()
-    assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("count", [(1 << 14) + 1, 100_003, (1 << 20) + 5, 2_200_000])
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_large_tensors_are_cut_into_chunks_and_parts(kernels: Kernels, case: Case, count: int) -> None:
-    """Above 1,048,576 elements a sum of squares has a third level."""
-    if kernels.slow and count != {"NormAdaptive": (1 << 20) + 5}.get(case.optimizer, (1 << 14) + 1):
-        pytest.skip("takes too long where programs take milliseconds")
-    if count > 1 << 20 and case.optimizer != "NormAdaptive":
-        count //= 8
-    mine, theirs, a, b = pair(kernels, case, [(count,), (17,), (count // 3,)], torch.float32)
-    for step in range(2):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        assert kernels.launches(a) == 1
-        b.step()
-    assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_more_groups_than_fit_the_arguments(kernels: Kernels, case: Case) -> None:
-    groups_in_all, both = 21 if kernels.slow else 465, []
-    for backend in (kernels.backend, "cpu"):
-        params = parameters([(7,)] * groups_in_all)
-        groups = [{"params": [p], "lr": 1e-3 * (1 + i % 7)} for i, p in enumerate(params)]
-        both.append((params, case.make(groups, backend=backend)))
-    (mine, a), (theirs, b) = both
-    for step in range(3):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        for i in range(groups_in_all):
-            a.param_groups[i]["lr"] = b.param_groups[i]["lr"] = 1e-3 * (1 + (i + step) % 7)
-        assert kernels.launches(a) == 1
-        b.step()
-    assert_same_optimizers(a, b)
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_parameters_without_gradients_and_late_ones(kernels: Kernels, case: Case) -> None:
-    mine, theirs, a, b = pair(kernels, case, [(5,), (40_000,), (33,)], torch.float32)
-    for step in range(6):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        mine[step % 3].grad = theirs[step % 3].grad = None
         a.step()
         b.step()
     assert_same_optimizers(a, b)
@@ -280,203 +169,3 @@ def test_clipping_outside_of_a_step(kernels: Kernels, dtype: torch.dtype) -> Non
             assert_same_bits(*norms)
         for p, q in zip(mine, theirs, strict=True):
             assert_same_bits(p.grad, q.grad)
-
-
-# ---- what surrounds the rule: clipping, moving averages, zeros, skipping ----
-
-#: An optimizer's options, and those of three groups: one with a limit, one with another, one without.
-AROUND: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "norm": ({}, [{"max_grad_norm": 0.5}, {"max_grad_norm": 3.0}, {}]),
-    "value": ({}, [{"clip_grad_value": 0.3}, {"clip_grad_value": 1e-3}, {}]),
-    "average": ({}, [{"ema_decay": 0.75}, {"ema_decay": 0.3}, {}]),
-    "zeros": ({"zero_grad_in_step": True}, [{}, {}, {}]),
-    "skipping": ({"skip_nonfinite": True}, [{}, {}, {}]),
-    "all": (
-        {"zero_grad_in_step": True, "skip_nonfinite": True},
-        [
-            {"max_grad_norm": 0.5, "clip_grad_value": 0.01, "ema_decay": 0.75},
-            {"max_grad_norm": 1e4, "ema_decay": 0.0},
-            {"clip_grad_value": 0.2, "ema_decay": 0.999},
-        ],
-    ),
-}
-MEASURING = ("norm", "skipping", "all")
-MIXES = {"fp32": DTYPES[:1], "bf16": DTYPES[2:3], "fp64": DTYPES[1:2], "16 and 32 bits": DTYPES[::2], "mixed": DTYPES}
-
-
-class Both:
-    """An optimizer of the kernels under test and the CPU's, on equal parameters."""
-
-    def __init__(self, kernels: Kernels, case: Case, params: list[torch.Tensor], around: str) -> None:
-        options, groups = AROUND[around]
-        self.kernels, self.zeroes = kernels, "zero_grad_in_step" in options
-        self.params, self.optimizers = [], []
-        for backend in (kernels.backend, "cpu"):
-            own = [torch.nn.Parameter(p.detach().clone()) for p in params]
-            members = [{"params": own[i::3], **group} for i, group in enumerate(groups)]
-            self.params.append([p for member in members for p in member["params"]])
-            self.optimizers.append(case.make(members, backend=backend, **options))
-
-    def set_gradients(self, step: int) -> None:
-        """Half of them in another dtype than their parameters, of 64 bits only for parameters of as many; those of
-        several dimensions in another order; one is missing."""
-        for params in self.params:
-            for i, p in enumerate(params):
-                dtypes = DTYPES if p.dtype == torch.float64 else DTYPES[2:] + DTYPES[:1]
-                g = gradient(p, step, i, dtypes[(step + i) % len(dtypes)] if i % 2 else p.dtype)
-                p.grad = None
-                if len(params) <= 3 or i != step % len(params):
-                    force_grad(p, g.transpose(0, -1).contiguous().transpose(0, -1) if g.dim() > 1 else g)
-
-    def make_step(self, launches: int, scaling: tuple[float, float] | None = None) -> None:
-        """Makes a step, and compares everything."""
-        before = [[None if p.grad is None else p.grad.detach().clone() for p in params] for params in self.params]
-        a, b = self.optimizers
-        if scaling is not None:
-            for o in (a, b):
-                o.grad_scale, o.found_inf = (torch.tensor(x) for x in scaling)
-        assert self.kernels.launches(a) == launches
-        b.step()
-        if scaling is not None:
-            for o in (a, b):
-                del o.grad_scale, o.found_inf
-        assert_same_optimizers(a, b)
-        assert a.skipped_steps.item() == b.skipped_steps.item()
-        if a.last_grad_norm is not None:
-            assert_same_bits(a.last_grad_norm, b.last_grad_norm, "the norm")
-        for params, old in zip(self.params, before, strict=True):
-            for p, g in zip(params, old, strict=True):
-                if g is not None:
-                    assert_same_bits(p.grad.detach(), torch.zeros_like(g) if self.zeroes else g, "a gradient")
-
-    def values(self) -> list[torch.Tensor]:
-        """Of the kernels under test: all parameters and states."""
-        o = self.optimizers[0]
-        states = [v for p in self.params[0] for v in o.state.get(p, {}).values() if v is not None]
-        return [torch.as_tensor(v).detach().clone() for v in (*self.params[0], *states)]
-
-
-def assert_unchanged(now: list[torch.Tensor], before: list[torch.Tensor]) -> None:
-    for x, y in zip(now, before, strict=True):
-        assert_same_bits(x, y)
-
-
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_what_surrounds_the_rule(kernels: Kernels, case: Case, around: str, mix: str) -> None:
-    if kernels.slow and (mix not in ("fp32", "mixed") or (around != "all" and case.optimizer != "AdamW")):
-        pytest.skip("takes too long where programs take milliseconds")
-    shapes = [(0,), (), (3,), (7, 11), (1025,)] if kernels.slow else [*SHAPES, (20_000,)]
-    if kernels.slow and len(MIXES[mix]) > 1:
-        shapes = [(3,), (40, 27)]
-    both = Both(kernels, case, [p for dtype in MIXES[mix] for p in parameters(shapes, dtype)], around)
-    grids = 2 if mix == "mixed" else 1
-    for step in range(2 if kernels.slow else 5):
-        both.set_gradients(step)
-        both.make_step(grids * (2 if around in MEASURING else 1))
-
-
-@pytest.mark.parametrize("around", ["zeros", "skipping", "all"])
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_a_step_that_is_skipped(kernels: Kernels, case: Case, around: str) -> None:
-    """The first one and a later one: states, counters and averages stay as they were, gradients are zeroed if asked."""
-    sizes = [(5,), (33, 40), (17_000 if case.optimizer == "NormAdaptive" else 2100,), (3,)]
-    both = Both(kernels, case, parameters(sizes), around)
-    launches, skipped = (2 if around in MEASURING else 1), 0
-    for step in range(5):
-        both.set_gradients(step)
-        before, skip = both.values(), step in (0, 2, 3)
-        scaling = None
-        if skip and (around == "zeros" or step == 3):  # GradScaler's finding
-            scaling = (1024.0, 1.0)
-        elif skip:
-            for params in both.params:
-                params[-1 if step else 1].grad.view(-1)[1] = float("nan" if step else "-inf")
-            skipped += 1
-        both.make_step(launches, scaling)
-        if skip:
-            assert_unchanged(both.values(), before)
-        else:
-            assert any(not torch.equal(x, y) for x, y in zip(both.values(), before, strict=False))
-        assert both.optimizers[0].skipped_steps.item() == skipped
-
-
-@pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_what_surrounds_the_rule_under_a_scaler(kernels: Kernels, case: Case, around: str) -> None:
-    both = Both(kernels, case, parameters([(5,), (40,), (2100,)]), around)
-    a, b = both.optimizers
-    a._step_supports_amp_scaling = b._step_supports_amp_scaling = True
-    steps, overflow = (4, {0, 2}) if kernels.slow else (10, {0, 4, 5})
-    assert train(a, both.params[0], steps, overflow) == train(b, both.params[1], steps, overflow)
-    assert_same_optimizers(a, b)
-    assert a.skipped_steps.item() == b.skipped_steps.item() == (len(overflow) if around in ("skipping", "all") else 0)
-    both.set_gradients(0)
-    both.make_step(2 if around in MEASURING else 1, (48.0, 0.0))  # a scale that is no power of 2
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [(c, d) for c in FULL for d in DTYPES[:2] if c.optimizer in ("AdamW", "NormAdaptive")],
-    ids=str,
-)
-def test_the_norm_of_many_tensors(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
-    """More than a warp has lanes, one of several parts, one of more parts than a node of the tree of sums. In fp64 the
-    order of the sum shows. The kernel that sums knows no rule but NormAdaptive's, which has sums of its own."""
-    if kernels.slow and (case.optimizer, dtype) not in (("AdamW", torch.float64), ("NormAdaptive", torch.float32)):
-        pytest.skip("takes too long where programs take milliseconds")
-    large = [(17_000,)] if kernels.slow else [(17_000,), ((1 << 20) + 5,)]
-    both = Both(kernels, case, parameters([(5,)] * 40 + large + [(1 + i % 3,) for i in range(30)], dtype), "norm")
-    for step in range(2):
-        both.set_gradients(step)
-        both.make_step(2)
-    squares = sum(p.grad.double().square().sum() for p in both.params[0] if p.grad is not None)
-    assert abs(both.optimizers[0].last_grad_norm.item() / squares.sqrt().item() - 1) < 1e-6
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_options_that_change_between_steps(kernels: Kernels, case: Case) -> None:
-    both = Both(kernels, case, parameters([(5,), (17_000,), (33,), (3,)]), "value")
-    launches = [1, 2, 2, 1, 1]
-    for step, expected in enumerate(launches):
-        for o in both.optimizers:
-            o.param_groups[1]["max_grad_norm"] = {1: 0.5, 2: 0.25}.get(step)
-            o.param_groups[2]["ema_decay"] = 0.9 if step in (2, 4) else None
-            o.param_groups[0]["clip_grad_value"] = 0.1 if step % 2 else None
-        both.set_gradients(step)
-        both.make_step(expected)
-
-
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_a_step_without_gradients(kernels: Kernels, case: Case) -> None:
-    """Its norm is 0, and it changes nothing."""
-    both = Both(kernels, case, parameters([(5,), (17_000,), (33,)]), "all")
-    both.set_gradients(0)
-    both.make_step(2)
-    before = both.values()
-    for o in both.optimizers:
-        o.zero_grad(set_to_none=True)
-    both.make_step(2)
-    assert both.optimizers[0].last_grad_norm.item() == 0.0
-    assert_unchanged(both.values(), before)
-    both.set_gradients(1)
-    both.make_step(2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_the_clip_coefficient_rounds_as_the_cpus(kernels: Kernels, dtype: torch.dtype) -> None:
-    """For many limits: one by one its three roundings rarely show."""
-    both = []
-    for backend in (kernels.backend, "cpu"):
-        params = parameters([(3,)] * 40, dtype)
-        groups = [{"params": [p], "max_grad_norm": 1e-3 * 1.3**i} for i, p in enumerate(params)]
-        both.append((params, fusedoptim.SGD(groups, lr=1.0, backend=backend)))
-    (mine, a), (theirs, b) = both
-    for step in range(2):
-        set_gradients(mine, step)
-        set_gradients(theirs, step)
-        assert kernels.launches(a) == 2
-        b.step()
-        assert 1.0 < a.last_grad_norm.item() < 0.5 * 1e-3 * 1.3**39  # some are clipped, some are not
-    assert_same_optimizers(a, b)

@@ -12,8 +12,10 @@ import pytest
 import torch
 import triton
 from cases import FULL, Case, assert_same_optimizers, parameters, set_gradients
+from device import pair
+from device_memory_tests import *  # noqa: F403
+from device_option_tests import *  # noqa: F403
 from device_tests import *  # noqa: F403
-from device_tests import pair
 from number_tests import *  # noqa: F403
 from parts_tests import *  # noqa: F403
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases import ALL, FULL, Case, assert_same_bits, assert_same_optimizers, gradient, parameters, set_gradients
-from device_tests import Kernels, assert_unchanged, pair
+from device import Kernels, assert_unchanged, pair
 
 import fusedoptim
 from fusedoptim._rule import AT_LEAST_0, BELOW_1, FP32, LARGEST, NUMBER, Hyper

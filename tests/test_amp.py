@@ -10,24 +10,9 @@ from collections.abc import Iterable
 import pytest
 import torch
 from cases import CASES, FULL, Case, assert_same_bits, assert_same_optimizers, parameters
+from scaled import train
 
 from benchmarks.witness import ieee_sqrt
-
-
-def train(optimizer: torch.optim.Optimizer, params: list, steps: int, overflow: set[int]) -> list[float]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-    scales = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        g = torch.Generator().manual_seed(step)
-        loss = sum((p * torch.randn(p.shape, generator=g)).sum() for p in params)
-        scaler.scale(loss).backward()
-        if step in overflow:
-            params[step % len(params)].grad[0] = float("inf")
-        scaler.step(optimizer)
-        scaler.update()
-        scales.append(scaler.get_scale())
-    return scales
 
 
 @pytest.mark.parametrize("in_step", [True, False], ids=["in the step", "before the step"])

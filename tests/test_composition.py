@@ -233,6 +233,41 @@ def test_memory_layouts_do_not_matter(case: Case) -> None:
     assert others[1].grad.stride() == (1200, 40, 2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("found", ["by the norm", "by a scaler"])
+def test_a_skipped_step_zeroes_gradients_in_any_memory_order(found: str, backend: str, dtype: torch.dtype) -> None:
+    """And nothing between their elements; large enough for several chunks."""
+    shape, gaps = (40, 30, 20), torch.full((40, 30, 41), 7.0, dtype=dtype)
+    params = parameters([shape, shape, (3,), shape], dtype)
+    before = [p.detach().clone() for p in params]
+    options = {"zero_grad_in_step": True, "skip_nonfinite": found == "by the norm"}
+    optimizer = BY_NAME["adamw"].make(params, backend=backend, **options)
+    for step in range(3):
+        set_gradients(params, step)
+        params[0].grad = params[0].grad.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        params[1].grad = gaps[:, :, 1::2].copy_(params[1].grad)
+        if step == 1:
+            for p in params:
+                p.grad.fill_(0.5)
+            optimizer.step()
+            before = [p.detach().clone() for p in params]
+            continue
+        if found == "by the norm":
+            params[1].grad[-1, -1, -1] = math.inf
+            optimizer.step()
+        else:
+            optimizer.found_inf = torch.ones(())
+            optimizer.step()
+            del optimizer.found_inf
+        assert not any(p.grad.any() for p in params)
+        assert (gaps[:, :, ::2] == 7.0).all()
+        for p, q in zip(params, before, strict=True):
+            assert_same_bits(p.detach(), q)
+        assert all(state["step"] == (step > 0) for state in optimizer.state.values())
+    assert not params[0].grad.is_contiguous() and not params[1].grad.is_contiguous()
+
+
 @pytest.mark.parametrize("case", FULL, ids=str)
 @pytest.mark.parametrize("in_step", [True, False])
 def test_under_a_scaler(case: Case, in_step: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ALL, FULL, SHAPES, Case, assert_same_bits, gradient
-from test_cuda_gpu import DTYPES, assert_same, backend, kernels_of, pair, set_both, steady
+from gpu import DTYPES, assert_same, backend, kernels_of, pair, set_both, steady
 
 import fusedoptim
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from variants import STATES, rule_called
 
 import fusedoptim
 from benchmarks import machine_code
@@ -20,14 +21,6 @@ LIBRARY = _native.cuda_library()
 needs_cuda_library = pytest.mark.skipif(
     not LIBRARY.exists(), reason=f"no CUDA kernels: {_installation.build_report().get('cuda')}"
 )
-_C = _native._C
-#: How many states of the parameter's shape each variant of a rule has.
-STATES = {} if _C is None else {rule: tuple(_C.find_rule(rule).states_of_variants) for rule in _C.rules()}
-
-
-def rule_called(struct: str) -> str:
-    """The rule that a C++ struct is: NormAdaptive is norm_adaptive."""
-    return next(rule for rule in STATES if rule.replace("_", "") == struct.lower())
 
 
 @pytest.fixture(scope="module")

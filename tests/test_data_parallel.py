@@ -171,7 +171,7 @@ def torchrun(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*launcher, *map(str, command)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=300,
+        timeout=3600,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def run(*command: str, cwd: Path, path: Path | str = "") -> subprocess.Completed
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     settings = {"PYTHONPATH": str(path), "PATH": programs, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     env = {**os.environ, **settings}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=3600)
 
 
 # Its own library is not that of an editable installation elsewhere, which setuptools would offer.

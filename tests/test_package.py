@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import OPTIMIZERS
-from cuda_host import sanitizers
+from cuda_host import CHECKS_AS_CALLS, sanitizers
 
 from fusedoptim import __main__ as main_module
 from fusedoptim import _native
@@ -23,7 +23,7 @@ needs_library = pytest.mark.skipif(_native._C is None, reason=f"no compiled libr
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **env}, timeout=600, cwd=Path(ROOT).anchor
+        command, capture_output=True, text=True, env={**os.environ, **env}, timeout=3600, cwd=Path(ROOT).anchor
     )
 
 
@@ -32,23 +32,21 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_is_silent_quick_and_starts_no_cuda(tmp_path: Path) -> None:
+    """Quick as the number of functions called: 32,000 in a tenth of a second."""
     code = """if True:
-        import time, torch
-        start = time.process_time()  # however busy the machine is
-        import fusedoptim
-        seconds = time.process_time() - start
+        import sys, torch
+        from counted import calls
+        n = calls(lambda: __import__("fusedoptim"))
         assert not torch.cuda.is_initialized()
-        assert "triton" not in __import__("sys").modules or hasattr(torch, "_inductor")
-        open({path!r}, "w").write(str(seconds))
+        assert "triton" not in sys.modules or hasattr(torch, "_inductor")
+        open({path!r}, "w").write(str(n))
     """
-    path, best = tmp_path / "seconds", 1.0
-    for _ in range(5):  # at most: the first may have to compile
-        if best < 0.1:
-            break
-        result = python(code.replace("{path!r}", repr(str(path))))
-        assert result.returncode == 0 and result.stdout == "" and result.stderr == "", result.stderr
-        best = min(best, float(path.read_text()))
-    assert best < 0.1
+    path = tmp_path / "calls"
+    result = python(
+        code.replace("{path!r}", repr(str(path))), PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    )
+    assert result.returncode == 0 and result.stdout == "" and result.stderr == "", result.stderr
+    assert int(path.read_text()) < 60_000
 
 
 def test_report_fails_if_the_self_check_does(
@@ -188,8 +186,14 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
-        env={**os.environ, "FUSEDOPTIM_SANITIZE": "1", "FUSEDOPTIM_BUILD_CUDA": "0"},
+        timeout=3600,  # against one that hangs, however busy the machine is
+        env={
+            **os.environ,
+            "FUSEDOPTIM_SANITIZE": "1",
+            "FUSEDOPTIM_BUILD_CUDA": "0",
+            "CXX": "g++",  # whose runtime is preloaded
+            "CFLAGS": f"{os.environ.get('CFLAGS', '')} {CHECKS_AS_CALLS}",
+        },
     )
     assert built.returncode == 0 and list((tmp_path / "fusedoptim").glob("_C*.so")), built.stdout + built.stderr
     env = {
@@ -201,8 +205,8 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
         "FUSEDOPTIM_TEST_COVERING": "1",
     }
     tests = ["tests/test_layout.py", "tests/test_staleness.py", "tests/test_rounding.py", "tests/test_norm.py"]
-    chosen = "not ten_thousand and not allocates and not threads"
+    chosen = "not ten_thousand and not allocates and not reference_sum"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, env=env)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600, env=env)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert " passed" in result.stdout

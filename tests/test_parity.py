@@ -17,6 +17,7 @@ from cases import (
     Case,
     assert_same_bits,
     assert_same_optimizers,
+    force_grad,
     parameters,
     set_gradients,
 )
@@ -184,17 +185,6 @@ def test_mixed_dtypes_round_once(
             if name != "step":
                 assert s.dtype == (state_dtype or dtype)
                 assert_same_bits(s, b.state[w][name].to(s.dtype), name)
-
-
-def force_grad(p: torch.nn.Parameter, g: torch.Tensor) -> None:
-    """Gives a parameter a gradient of another dtype, which torch allows only by this detour (or by grad_dtype)."""
-    if g.dtype == p.dtype:
-        p.grad = g
-        return
-    data = p.data
-    p.data = data.to(g.dtype)
-    p.grad = g
-    p.data = data
 
 
 def test_dtypes_mixed_in_one_group() -> None:

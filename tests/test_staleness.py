@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
+from cases import (
+    BY_NAME,
+    CASES,
+    FULL,
+    Case,
+    assert_same_bits,
+    assert_same_optimizers,
+    force_grad,
+    parameters,
+    set_gradients,
+)
 
 import fusedoptim
 from fusedoptim import _native
@@ -159,6 +169,27 @@ def test_gradients_replaced_and_written_in_place(in_place: bool) -> None:
         a.step()
         b.step()
     assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["elsewhere", "in the same memory"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_gradient_of_another_dtype_than_before(case: Case, dtype: torch.dtype, in_place: bool) -> None:
+    ps, qs = parameters([(100,), (33, 5)], dtype), parameters([(100,), (33, 5)], dtype)
+    a, b = case.make(ps, backend="cpu", max_grad_norm=1.0), case.make(qs, backend="reference", max_grad_norm=1.0)
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, dtype, torch.bfloat16, torch.float32]
+    memories = [torch.zeros(p.numel(), dtype=torch.float64) for p in ps]
+    for step, of_gradients in enumerate(dtypes):
+        set_gradients(qs, step)
+        for p, q, memory in zip(ps, qs, memories, strict=True):
+            g = q.grad.to(of_gradients)
+            q.grad = p.grad = None
+            force_grad(q, g)
+            force_grad(p, memory.view(g.dtype)[: g.numel()].view(g.shape).copy_(g) if in_place else g.clone())
+            assert p.grad.dtype == of_gradients
+        a.step()
+        b.step()
+        assert_same_optimizers(a, b, f"step {step}: ")
 
 
 def test_a_tensor_lr_written_in_place_takes_effect() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -263,6 +265,42 @@ def test_parameters_that_were_moved_take_the_count_along() -> None:
         optimizer.step()
     assert optimizer.skipped_steps.item() == 3 and optimizer.last_grad_norm.isfinite()
     assert optimizer.state[params[0]]["step"].item() == 2
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda o: pickle.loads(pickle.dumps(o)),
+    "copy": copy.copy,  # with the same parameters and states, as torch has it
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_copy_has_a_norm_and_a_count_of_its_own(case: Case, how: str, backend: str) -> None:
+    params = parameters([(5,), (3, 4)])
+    optimizer = case.make(params, backend=backend, skip_nonfinite=True)
+
+    def step(o: Any, value: float) -> None:
+        for p in (p for group in o.param_groups for p in group["params"]):
+            p.grad = torch.full_like(p, value)
+        o.step()
+
+    step(optimizer, 2.0)
+    step(optimizer, math.inf)
+    step(optimizer, 3.0)
+    norm = optimizer.last_grad_norm
+    assert norm == pytest.approx(3 * math.sqrt(17)) and optimizer.skipped_steps == 1
+    copied = COPIES[how](optimizer)
+    assert copied.skipped_steps == 0
+    for value, skipped in ((math.inf, 1), (5.0, 1), (math.nan, 2)):
+        step(copied, value)
+        assert copied.skipped_steps == skipped
+        assert optimizer.last_grad_norm == norm and optimizer.skipped_steps == 1
+    step(optimizer, math.inf)
+    step(optimizer, 7.0)
+    assert optimizer.last_grad_norm == pytest.approx(7 * math.sqrt(17)) and optimizer.skipped_steps == 2
+    assert copied.last_grad_norm.isnan() and copied.skipped_steps == 2
 
 
 def test_no_gradients_at_all() -> None:

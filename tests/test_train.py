@@ -39,7 +39,7 @@ def command(*options: object) -> list[str]:
 
 
 def run(*options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=3600)
 
 
 @dataclass
@@ -180,7 +180,7 @@ def test_where_nothing_can_be_compiled(tmp_path: Path) -> None:
     environment = {**ENVIRONMENT, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.train", *TINY, "--out", str(tmp_path), "--compile"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: --compile: torch.compile does not work here (")
@@ -215,7 +215,7 @@ def test_killed_at_any_moment_it_resumes_with_the_same_bits(tmp_path: Path) -> N
     assert train(straight, *options).returncode == 0
     resume: list[object] = []
     kills = 0
-    for pause in (0.05, 0.3, 0.6, 60):
+    for pause in (0.05, 0.4, 3600):
         process = subprocess.Popen(
             command(*TINY, "--out", killed, *options, *resume),
             cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -101,6 +101,27 @@ def test_of_long_steps_and_of_many_tensors(backend: str) -> None:
         assert all(t._version == version + 1 for t, version in before)
 
 
+@needs_library
+@pytest.mark.parametrize("counted_by_torch", [False, True], ids=["in the library", "by torch"])
+def test_of_steps_that_release_the_interpreter(counted_by_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of 2^20 elements and more do, so that other threads of Python can run meanwhile."""
+    if counted_by_torch:
+        monkeypatch.setattr(_versions, "found", lambda: False)
+    for zeroes in (False, True):
+        params = parameters([((1 << 21) + 5,), (3,)])
+        optimizer = fusedoptim.SGD(params, momentum=0.9, backend="cpu", zero_grad_in_step=zeroes)
+        for active in (params, params, params[:1]):  # the tables' first step, and others with them
+            for p in params:
+                p.grad = torch.ones_like(p) if p in set(active) else None
+            before = [(t, t._version) for p in active for t in (p, *optimizer.state[p].values())]
+            grads = [(p.grad, p.grad._version) for p in active]
+            others = [(t, t._version) for p in set(params) - set(active) for t in (p, *optimizer.state[p].values())]
+            optimizer.step()
+            assert all(t._version == version + 1 for t, version in before)
+            assert all(t._version == version + zeroes for t, version in grads)
+            assert all(t._version == version for t, version in others)
+
+
 def test_of_a_parameter_that_its_backward_pass_steps() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = fusedoptim.AdamW([p])

@@ -11,9 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-FLAGS = ["-std=c++17", "-O2", "-g1", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden"]
+#: -O2 takes twice as long to compile, and no test is faster for it.
+FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+#: The address sanitizer's checks are calls, which compile faster than code in their place.
+CHECKS_AS_CALLS = "--param=asan-instrumentation-with-call-threshold=0"
+#: With -O1 and checks in place it takes 80 seconds to compile, so 20, and the tests no longer.
+SANITIZE = [
+    "-O0",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    CHECKS_AS_CALLS,
+]
 
 
 def build(target: Path, *more: str) -> Path:
