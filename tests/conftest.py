@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,8 @@ def _restore_global_settings() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     _backends._warned.clear()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # or what one test compiled would count for the next one's limit
     if capability:
         _native._C.set_cpu_capability(capability)
 

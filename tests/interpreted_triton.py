@@ -165,7 +165,7 @@ def test_memory_orders(kernels: Interpreted, case: Case) -> None:
 
 
 def test_a_step_that_cannot_be_launched_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedoptim.triton_kernels import launcher
+    from fusedoptim.triton_kernels import device
 
     params = parameters([(5,), (40,)])
     before = [p.detach().clone() for p in params]
@@ -175,7 +175,7 @@ def test_a_step_that_cannot_be_launched_changes_nothing(monkeypatch: pytest.Monk
     def fails(rule: str) -> None:
         raise RuntimeError("no compiler today")
 
-    monkeypatch.setattr(launcher, "plug", fails)
+    monkeypatch.setattr(device, "functions_of", fails)
     with pytest.raises(RuntimeError, match="no compiler today"):
         optimizer.step()
     assert all(torch.equal(p.detach(), q) for p, q in zip(params, before, strict=True)) and not optimizer.state

@@ -12,17 +12,6 @@ PACKAGE = ROOT / "fusedoptim"
 FOLDERS = ("benchmarks", "csrc", "fusedoptim", "tests")
 SUFFIXES = (".py", ".pyi", ".h", ".cuh", ".cpp", ".cu", ".c")
 LINES = 400
-#: Tests that are longer so far. None may join them.
-LONGER = {
-    "tests/device_tests.py",
-    "tests/test_benchmarks.py",
-    "tests/test_checkpoints_of_others.py",
-    "tests/test_cuda_gpu.py",
-    "tests/test_gradient_release.py",
-    "tests/test_groups.py",
-    "tests/test_hooks.py",
-    "tests/test_modes.py",
-}
 
 
 def module_of(path: Path) -> str:
@@ -85,4 +74,4 @@ def test_files_are_short() -> None:
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
     assert len(paths) > 100
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
-    assert {name: lines for name, lines in lengths.items() if lines > LINES and name not in LONGER} == {}
+    assert {name: lines for name, lines in lengths.items() if lines > LINES} == {}

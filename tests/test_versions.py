@@ -106,7 +106,7 @@ def test_of_long_steps_and_of_many_tensors(backend: str) -> None:
 def test_of_steps_that_release_the_interpreter(counted_by_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of 2^20 elements and more do, so that other threads of Python can run meanwhile."""
     if counted_by_torch:
-        monkeypatch.setattr(_versions, "found", lambda: False)
+        monkeypatch.setattr(_versions, "find_counters", lambda: False)
     for zeroes in (False, True):
         params = parameters([((1 << 21) + 5,), (3,)])
         optimizer = fusedoptim.SGD(params, momentum=0.9, backend="cpu", zero_grad_in_step=zeroes)
