@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native
+from . import _native, reference
+from ._rule import Rule
 from ._warnings import warn
 
 #: Names that the ``backend=`` argument takes.
@@ -88,14 +89,14 @@ def check_name(name: str | None) -> None:
         raise RuntimeError(f"backend={name!r} cannot be used: {problem}. backend=None takes the best that there is")
 
 
-def choose(name: str | None, device: torch.device, rule: str | None = None) -> str:
+def choose(name: str | None, device: torch.device, rule: Rule | None = None) -> str:
     """The backend for a device: the one asked for, else the first that can. Warns once if that is not the first.
 
     Args:
-        rule: the name of the rule that is to be stepped; None for one that has kernels.
+        rule: the one that is to be stepped; None for one that has kernels.
     """
-    if rule is not None and _native._C is not None and _native._C.find_rule(rule) is None:
-        return _without_kernels(name, rule)
+    if rule is not None and is_own(rule):
+        return _without_kernels(name, rule.name)
     if name is not None:
         backend = BACKENDS[name]
         on_host = (name == "cuda" and cuda_on_host()) or (name == "triton" and triton_interprets())
@@ -118,6 +119,11 @@ def choose(name: str | None, device: torch.device, rule: str | None = None) -> s
     return found
 
 
+def is_own(rule: Rule) -> bool:
+    """Whether it is a user's: kernels compute what the package's own functions specify, and nothing else."""
+    return rule.reference is not getattr(reference, rule.name, None)
+
+
 def _without_kernels(name: str | None, rule: str) -> str:
     if name not in (None, "reference"):
         raise RuntimeError(
@@ -126,7 +132,10 @@ def _without_kernels(name: str | None, rule: str) -> str:
         )
     if name is None and rule not in _warned:
         _warned.add(rule)
-        warn(f"no kernels are compiled for the rule {rule!r}: its own eager function steps it, correctly and slowly")
+        warn(
+            f"no kernels are compiled for the rule {rule!r}: its own eager function steps it, correctly and slowly. "
+            "backend='reference' says that this is meant"
+        )
     return "reference"
 
 

@@ -70,7 +70,7 @@ class FusedOptimizer(Optimizer):
         if own is not None and not hasattr(own, "hooked"):
             cls.step = _hooks.with_hooks(own)  # type: ignore[method-assign]
         _help.complete(cls)
-        if "rule" in cls.__dict__:
+        if "rule" in cls.__dict__ and cls.__module__.startswith(f"{__package__}."):  # a user's says nothing of others
             _checkpoint.note_signature(cls.__name__, cls.rule)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
@@ -183,7 +183,7 @@ class FusedOptimizer(Optimizer):
         self._drop_runners()
         _torch_compile.note_params(self)
         _lending.take_over(self._lent, self.state)
-        self._runners = _prepare.first_step(self)
+        self._runners = _prepare.step_afresh(self)
 
     def _drop_runners(self) -> None:
         """Forgets the runners, but for the tables that a CUDA graph reads at every replay."""
@@ -290,7 +290,7 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self._options = {**DEFAULTS, **self.__dict__.get("_options", {})}
         self.defaults = {**dict.fromkeys(GROUP_OPTIONS), **self.defaults}
-        if "_name" not in self.__dict__:  # a copy; else a state_dict is loaded
+        if "_runners" not in self.__dict__:  # a copy; else a state_dict is loaded
             self._begin()
         self._drop_runners()
         _torch_compile.note_params(self)

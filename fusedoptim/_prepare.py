@@ -37,7 +37,7 @@ def scaling_of(optimizer: object) -> Scaling | None:
     return Scaling(getattr(optimizer, "grad_scale", None), optimizer.found_inf)
 
 
-def first_step(optimizer: HasNorms) -> list[Runner] | None:
+def step_afresh(optimizer: HasNorms) -> list[Runner] | None:
     """Validates everything, makes missing states and runners, and steps; or raises, having changed nothing.
 
     Returns:
@@ -48,7 +48,7 @@ def first_step(optimizer: HasNorms) -> list[Runner] | None:
     ran = 0
     try:
         with without_garbage_collection():
-            runners = make_runners(optimizer, changes)
+            runners = prepare(optimizer, changes)
         for runner in runners:  # one that raises has written nothing
             if scaling is None:
                 runner.run()
@@ -72,8 +72,8 @@ def _was_skipped(optimizer: HasNorms, scaling: Scaling | None) -> bool:
     return bool(optimizer._options["skip_nonfinite"]) and not optimizer._norms.are_finite()
 
 
-def make_runners(optimizer: HasNorms, changes: Changes) -> list[Runner]:
-    """Runners that are ready to run, with all that they need. What is changed in the states is noted."""
+def prepare(optimizer: HasNorms, changes: Changes) -> list[Runner]:
+    """Makes runners that are ready to run, with all that they need. What is changed in the states is noted."""
     groups, rule, options = optimizer.param_groups, optimizer.rule, optimizer._options
     measured = norm_is_measured(options, groups)
     in_parts = sharded_by_fsdp1(p for group in groups for p in group["params"])
@@ -92,7 +92,7 @@ def make_runners(optimizer: HasNorms, changes: Changes) -> list[Runner]:
     optimizer._norms.make_for(members, measured)
     runners = []
     for device, of_device in members.items():
-        backend = _backends.choose(options["backend"], device, rule.name)
+        backend = _backends.choose(options["backend"], device, rule)
         if rule.has_step and _backends.BACKENDS[backend].steps_on_device:
             move_steps((m.states for m in of_device), device, changes)
         stats = optimizer._norms.by_device[device]

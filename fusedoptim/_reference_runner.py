@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._backends import is_own
 from ._dtypes import compute_dtype
 from ._members import BoundParam
 from ._rule import EMA, Rule
@@ -25,6 +26,7 @@ class ReferenceRunner:
 
     def __init__(self, rule: Rule, settings: StepSettings) -> None:
         self.rule, self.settings = rule, settings
+        self.own = is_own(rule)
         self.fresh = False
 
     def retire(self) -> None:
@@ -40,7 +42,7 @@ class ReferenceRunner:
     @torch.no_grad()
     def refresh(self, groups: Groups, state: States) -> bool:
         fresh, self.fresh = self.fresh, False
-        if fresh:
+        if fresh and not self.own:
             for m in self._active():  # a number that overflows should say so before anything is written
                 self._update(m, _copy(m.param.new_empty(0), m.param), lambda t: t.new_empty(0))
         return fresh
@@ -76,9 +78,9 @@ class ReferenceRunner:
         norm = self._norm()
         skip = found_inf is not None and found_inf.item() != 0
         skip = skip or (self.settings.skip_nonfinite and not norm.isfinite())
-        for m in [] if skip else self._active():
-            gradient = reference.clipped(self._gradient(m, grad_scale), norm, self.groups[m.group])
-            updated, work = self._update(m, gradient, lambda t: t)
+        results = (self._result(m, norm, grad_scale) for m in ([] if skip else self._active()))
+        # A user's function may raise. All results come before the first write then: it takes a copy of everything.
+        for m, updated, work in list(results) if self.own else results:
             m.param.detach().copy_(updated)
             for name, value in work.items():
                 self.state[m.param][name].copy_(value)
@@ -109,6 +111,12 @@ class ReferenceRunner:
         assert m.param.grad is not None
         unscale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().float().item()
         return _copy(m.param.grad, m.param).mul_(unscale)
+
+    def _result(
+        self, m: BoundParam, norm: Tensor, grad_scale: Tensor | None
+    ) -> tuple[BoundParam, Tensor, dict[str, Any]]:
+        gradient = reference.clipped(self._gradient(m, grad_scale), norm, self.groups[m.group])
+        return (m, *self._update(m, gradient, lambda t: t))
 
     def _update(
         self, m: BoundParam, gradient: Tensor, part: Callable[[Tensor], Tensor]

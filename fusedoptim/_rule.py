@@ -119,7 +119,8 @@ class State:
 @dataclass(frozen=True)
 class Rule:
     """An update rule. Where kernels are compiled for it (csrc/rules), the names of ``hyper`` and ``states`` are theirs,
-    in their order: whoever makes a plan compares them. A rule without kernels is stepped with its ``reference``."""
+    in their order: whoever makes a plan compares them. A rule of one's own has none, and is stepped with its
+    ``reference``."""
 
     name: str
     reference: Reference

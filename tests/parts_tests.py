@@ -28,7 +28,7 @@ def ready(optimizer: fusedoptim.FusedOptimizer) -> Runner:
     assert optimizer._runners is not None
     (runner,) = optimizer._runners
     if not runner.refresh(optimizer.param_groups, optimizer.state):  # the reference's are good for one step
-        (runner,) = _prepare.make_runners(optimizer, Changes(optimizer.state))
+        (runner,) = _prepare.prepare(optimizer, Changes(optimizer.state))
     return runner
 
 

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,9 +48,7 @@ def test_a_step_that_dies_hangs_or_is_not_there_leaves_the_others_alone(
         shell("sees", f"grep -c ' not run$' {tmp_path}/summary.txt; echo $COLOUR"),
         shell("last", f"touch {tmp_path}/.x.json.partial"),
     ]
-    begun = time.monotonic()
     assert gpu_check.check("first", steps, "the head", tmp_path) == 5
-    assert time.monotonic() - begun < 15
     head, *lines, last = (tmp_path / "summary.txt").read_text().splitlines()
     found = {line[:14].strip(): (line[14:22].strip(), line.partition(" s  ")[2]) for line in lines}
     assert head == "the head" and re.match(r"GPU CHECK, first plan: 6 passed, 5 failed, \d+ s$", last)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from cases import assert_same_bits, parameters, set_gradients
 
-from fusedoptim import FusedOptimizer, Rule, State
+from fusedoptim import SGD, AdamW, FusedOptimizer, Rule, State, reference
 
 
 def lion(p: torch.Tensor, g: torch.Tensor, s: dict[str, Any], t: float, h: Any) -> None:
@@ -76,3 +77,65 @@ def test_a_backend_without_kernels_for_it_is_refused_and_nothing_changes() -> No
         optimizer.step()
     assert_same_bits(params[0].detach(), before)
     assert not optimizer.state
+
+
+def test_a_function_that_raises_leaves_everything_as_it_was() -> None:
+    def fails_at_three(p: torch.Tensor, g: torch.Tensor, s: dict[str, Any], t: float, h: Any) -> None:
+        p.add_(g / g.abs().max(), alpha=-h["lr"])  # not for empty tensors
+        if p.numel() == 3:
+            raise ZeroDivisionError("not for three")
+
+    class Picky(FusedOptimizer):
+        rule = Rule("picky", fails_at_three, states=(State("buffer"),))
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1}, {"backend": "reference"})
+
+    params = parameters([(5,), (3,)])
+    set_gradients(params, 0)
+    before = [p.detach().clone() for p in params]
+    optimizer = Picky(params)
+    with pytest.raises(ZeroDivisionError, match="not for three"):
+        optimizer.step()
+    for p, q in zip(params, before, strict=True):
+        assert_same_bits(p.detach(), q)
+    assert not optimizer.state
+    params[1].grad = None
+    optimizer.step()
+    assert not torch.equal(params[0].detach(), before[0])
+
+
+def test_a_changed_function_of_a_compiled_rule_is_not_stepped_with_its_kernels() -> None:
+    called = []
+
+    def mine(*args: Any) -> None:
+        called.append(args)
+        reference.adam(*args)
+
+    class Mine(AdamW):
+        rule = dataclasses.replace(AdamW.rule, reference=mine)
+
+    params, others = parameters([(5,)]), parameters([(5,)])
+    set_gradients(params, 0)
+    set_gradients(others, 0)
+    with pytest.warns(UserWarning, match="no kernels are compiled for the rule 'adam'"):
+        Mine(params).step()
+    AdamW(others).step()
+    assert len(called) == 1
+    assert_same_bits(params[0].detach(), others[0].detach())
+
+
+def test_a_users_class_changes_no_other_optimizers_checkpoints() -> None:
+    class Sign(FusedOptimizer):
+        rule = Rule("sign", lambda p, g, s, t, h: None)  # its states, step alone, are many an optimizer's
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1}, {})
+
+    target = SGD(parameters([(5,)]), momentum=0.9)
+    content = target.state_dict()
+    content["state"] = {0: {"momentum_buffer": torch.ones(5), "step": torch.tensor(3.0)}}
+    target.load_state_dict(content)
+    with pytest.raises(ValueError, match="it looks like one of Adam"):
+        content["state"] = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(5)}}
+        target.load_state_dict(content)
