@@ -13,6 +13,7 @@
 #include "python/plan.h"
 #include "python/pybind.h"
 #include "python/version_probe.h"
+#include "rules/builtin.h"
 
 namespace py = pybind11;
 using namespace fusedoptim;
@@ -50,7 +51,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("number", &Plan::number)
       .def_property_readonly("captured", &Plan::captured);
   py::class_<Clipper>(m, "Clipper")
-      .def(py::init<const py::object&, int64_t, int64_t>())
+      .def(py::init<const py::object&, int64_t, py::object>())
       .def("run", &Clipper::run)
       .def_property_readonly("number", &Clipper::number);
   py::class_<VersionProbe>(m, "VersionProbe")

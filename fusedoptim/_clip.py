@@ -123,7 +123,7 @@ def _clip(grads: list[Tensor], backend: str | None, max_norm: float | None, limi
     stats = torch.empty(2, dtype=torch.float64, device=device)
     with device_guard(device):
         sums = torch.empty(len(grads), dtype=torch.float64, device=device)
-        clipper = _native._C.Clipper(make_launcher(chosen, device), stats.data_ptr(), sums.data_ptr())
+        clipper = _native._C.Clipper(make_launcher(chosen, device), stats.data_ptr(), sums)
         torch.ops.fusedoptim._hand_over(grads, clipper.number)
         scales = max_norm is not None and max_norm != math.inf
         clipper.run(

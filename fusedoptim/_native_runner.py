@@ -92,7 +92,7 @@ class NativeRunner:
             bindings.append(m.first)
         counted = None if _versions.find_counters() else tensors
         self.sums = torch.zeros(starts[-1], dtype=torch.float64, device=self.device)
-        self.plan.build(groups, state, bindings, list(dormant), counted, self.sums.data_ptr())
+        self.plan.build(groups, state, bindings, list(dormant), counted, self.sums)
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
 

@@ -11,7 +11,7 @@ import torch
 from cases import ALL, BY_NAME, FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
 
 import fusedoptim
-from fusedoptim import _prepare
+from fusedoptim import _prepare, _versions
 from fusedoptim._runners import Runner
 from fusedoptim._states import Changes
 
@@ -112,3 +112,40 @@ def test_a_norm_that_is_not_finite_skips_the_update(kernels: Any) -> None:
     assert optimizer.skipped_steps == 1
     for p, q in zip(params, before, strict=True):
         assert_same_bits(p.detach(), q)
+
+
+def test_sums_of_tensors_without_a_gradient_here(kernels: Any) -> None:
+    """What is added to them counts, as where another process has that gradient, and is gone at the next step."""
+    params, optimizer = make(kernels, BY_NAME["adamw"], torch.float32, max_grad_norm=math.inf)
+    set_gradients(params, 0)
+    params[4].grad = None  # nor ever before, so that no state and no table knows it
+    optimizer.step()
+    norm = float(optimizer.last_grad_norm)
+    for _ in range(2):
+        runner = ready(optimizer)
+        runner.measure()
+        assert runner.sums[4] == 0
+        runner.sums[4] = 3 * norm**2
+        runner.reduce()
+        assert float(optimizer.last_grad_norm) == pytest.approx(2 * norm)
+        runner.update()
+
+
+@pytest.mark.parametrize("counted", ["in the library", "by torch"])
+def test_versions_of_what_an_update_writes(kernels: Any, counted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if counted == "by torch":
+        monkeypatch.setattr(_versions, "find_counters", lambda: False)
+    params, optimizer = make(kernels, BY_NAME["sgd_momentum"], torch.float32)
+    set_gradients(params, 0)
+    optimizer.step()
+    set_gradients(params, 1)
+    params[0].grad = None
+    written = [(p, optimizer.state[p]["momentum_buffer"]) for p in params]
+    before = [[t._version for t in tensors] for tensors in written]
+    runner = ready(optimizer)
+    runner.measure()
+    assert [[t._version for t in tensors] for tensors in written] == before
+    runner.update()
+    after = [[t._version for t in tensors] for tensors in written]
+    assert after[0] == before[0]
+    assert all(now > then for p, q in zip(after[1:], before[1:], strict=True) for now, then in zip(p, q, strict=True))

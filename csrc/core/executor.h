@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <vector>
 
 #include "tensor_table.h"
 
@@ -47,7 +46,7 @@ class Executor {
   // The parts of a step, for whoever has something to do between them, as adding the sums of other processes:
   // writes every active entry's sum of squares to table.sums, and 0 for all others; reduces as well, if it is told to;
   virtual void measure(StepTable& table, const LaunchInputs& inputs, Gradients which, bool reduces) = 0;
-  // makes the norm of all gradients of table.sums, and counts a step that is to be skipped for it;
+  // makes the norm of all gradients of all of table.sums, and counts a step that is to be skipped for it;
   virtual void reduce(StepTable& table, const LaunchInputs& inputs) = 0;
   // updates all active entries and their step counts, with that norm, and for a rule of norms with table.sums.
   virtual void update(StepTable& table, const LaunchInputs& inputs) = 0;

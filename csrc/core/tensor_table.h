@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "layout.h"
@@ -45,6 +46,7 @@ struct StepTable {
   std::vector<Entry> entries;
   std::vector<HyperRow> rows;
   double* sums = nullptr;  // of squares, of each entry's gradient: in memory on the device, 0 where it has none
+  std::shared_ptr<void> sums_owner;
 
   // Whether the norm of all gradients is kept in fp64.
   bool norm_in_f64() const {

@@ -41,14 +41,14 @@ FUSEDOPTIM_INLINE void store(const Operand& o, int64_t i, int n, typename M::V v
   for (int k = 0; k < (full ? M::width : n); ++k) store_element<T>(o.data, d, i + k, x[k]);
 }
 
-// A value as it reads once it was stored.
+// A parameter as it reads once it was stored.
 template <class M>
 FUSEDOPTIM_INLINE typename M::V as_stored(typename M::V v, DType d) {
-  if (d == kCompute<typename M::T>) return v;
-  alignas(64) uint16_t x[4 * M::width];
-  const Operand o{x, nullptr, d};
-  store<M, kAnyDType, true>(o, 0, M::width, v);
-  return load<M, kAnyDType, true>(o, 0, M::width);
+  if constexpr (sizeof(typename M::T) == 4) {
+    if (d == DType::bf16) return M::as_bf16(v);
+    if (d == DType::f16) return M::as_f16(v);
+  }
+  return v;
 }
 
 }  // namespace fusedoptim

@@ -95,7 +95,7 @@ void CpuExecutor::set_transforms(const StepTable& table, const LaunchInputs& inp
   const float unscale = unscale_by(number(inputs.grad_scale));
   transforms_.assign(table.rows.size(), GroupTransforms::unscaled(unscale));
   if (which == Gradients::unscaled) return;
-  const bool in_f64 = table.norm_in_f64();
+  const bool in_f64 = table.needs_global_norm(settings_) && table.norm_in_f64();
   for (size_t i = 0; i < table.rows.size(); ++i) {
     const double* h = table.rows[i].value;
     transforms_[i] = GroupTransforms::of({h[kMaxGradNorm], h[kClipGradValue], h[kEmaDecay]}, unscale,
@@ -133,11 +133,10 @@ void CpuExecutor::measure(StepTable& table, const LaunchInputs& inputs, Gradient
 
 // ---- reduce ----
 
-// The sums of all tensors are added in the order of the parameters.
+// The sums of all tensors are added in the order of the parameters, those without a gradient here as well.
 void CpuExecutor::reduce(StepTable& table, const LaunchInputs&) {
   double sum = 0;
-  for (size_t i = 0; i < table.entries.size(); ++i)
-    if (table.entries[i].active) sum += table.sums[i];
+  for (size_t i = 0; i < table.entries.size(); ++i) sum += table.sums[i];
   settings_.norm_stats->norm = norm_of(sum, table.norm_in_f64());
   if (settings_.skip_nonfinite && !is_finite(settings_.norm_stats->norm)) settings_.norm_stats->skipped += 1;
 }

@@ -42,6 +42,9 @@ struct F32 {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
   }
+  FUSEDOPTIM_INLINE static V as_bf16(V v) {
+    return _mm256_castsi256_ps(_mm256_and_si256(round_bf16(v), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   // 2*width values at once, those of even index and those of odd: one shift or mask each, and no lane changes place.
   static constexpr bool has_pairs = true;
   FUSEDOPTIM_INLINE static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
@@ -59,6 +62,7 @@ struct F32 {
   FUSEDOPTIM_INLINE static void store_f16(uint16_t* x, V v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  FUSEDOPTIM_INLINE static V as_f16(V v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 };
 
 struct F64 {

@@ -40,6 +40,9 @@ struct F32 {
     const __m512i r = _mm512_srli_epi32(round_bf16(v), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(r));
   }
+  FUSEDOPTIM_INLINE static V as_bf16(V v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(round_bf16(v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   // 2*width values at once, those of even index and those of odd: one shift or mask each, and no lane changes place.
   static constexpr bool has_pairs = true;
   FUSEDOPTIM_INLINE static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
@@ -57,6 +60,7 @@ struct F32 {
   FUSEDOPTIM_INLINE static void store_f16(uint16_t* x, V v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  FUSEDOPTIM_INLINE static V as_f16(V v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 };
 
 struct F64 {

@@ -24,6 +24,8 @@ struct Lane {
   FUSEDOPTIM_INLINE static void store(T* x, V v) { *x = v; }
   FUSEDOPTIM_INLINE static V load_bf16(const uint16_t* x) { return bf16_to_f32(*x); }
   FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) { *x = f32_to_bf16(v); }
+  FUSEDOPTIM_INLINE static V as_bf16(V v) { return bf16_to_f32(f32_to_bf16(v)); }
+  FUSEDOPTIM_INLINE static V as_f16(V v) { return f16_to_f32(f32_to_f16(v)); }
   FUSEDOPTIM_INLINE static V load_f16(const uint16_t* x) { return f16_to_f32(*x); }
   FUSEDOPTIM_INLINE static void store_f16(uint16_t* x, V v) { *x = f32_to_f16(v); }
 };

@@ -14,7 +14,7 @@ double tile_sum(const Entry& e, int64_t tile, const GroupTransforms& t) {
   using T = typename M::T;
   const int64_t start = tile * kTile, left = e.numel - start, n = left < kTile ? left : kTile;
   const auto transform = GradTransform<T>::of(t);
-  const bool as_it_is = transform.unscale == 1 && transform.coefficient == 1 && transform.limit == T(INFINITY);
+  const bool as_it_is = t.leave_gradient();
   if (!e.sum_layout && e.grad().storage == kCompute<T> && n == kTile && as_it_is)
     return tile_sum_of_squares(static_cast<const T*>(e.grad().data) + start);
   alignas(64) T x[kTile] = {};

@@ -24,7 +24,7 @@ class Loop {
   FUSEDOPTIM_INLINE Loop(const Entry& e, const Scalars& c, const GroupTransforms& t, DType param_storage)
       : e_(e),
         c_(c),
-        t_(Transforms<T>::of(t)),
+        t_(without_asking(Transforms<T>::of(t))),
         average_(around == Around::everything && e.state(kAverage).data && t.ema_decay >= 0),
         param_storage_(param_storage) {}
 
@@ -39,7 +39,8 @@ class Loop {
   }
 
  private:
-  // The last n < width elements go through the same lanes as all others, hence have the same bits.
+  // The last n < width elements go through the same lanes as all others, hence have the same bits, but perhaps for the
+  // sign of a NaN.
   template <bool full>
   FUSEDOPTIM_INLINE void step(int64_t i, int n) const {
     Element<V> y[1], &x = y[0];
@@ -75,6 +76,12 @@ class Loop {
   FUSEDOPTIM_INLINE void update(Element<V> (&x)[n]) const {
     step_elements<Rule, variant, M, around>(x, t_, average_, c_,
                                             [this](V param) { return as_stored<M>(param, param_storage_); });
+  }
+
+  // In a loop that does everything, transforming costs less than asking whether to.
+  static FUSEDOPTIM_INLINE Transforms<T> without_asking(Transforms<T> t) {
+    if (around == Around::everything) t.leave_gradient = false;
+    return t;
   }
 
   static constexpr int kAverageStorage = static_cast<int>(kCompute<T>);

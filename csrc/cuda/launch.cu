@@ -1,7 +1,6 @@
 // Launches, copies and questions to the driver.
 #include <cstring>
 #include <mutex>
-#include <string>
 #include <vector>
 
 #include "../rules/all.h"

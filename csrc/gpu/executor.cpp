@@ -2,7 +2,6 @@
 #include "executor.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 
 #include "packer.h"
@@ -45,22 +44,29 @@ void GpuExecutor::find_steppable(const StepTable& table) {
 }
 
 void GpuExecutor::make_work_lists(const std::vector<Entry>& entries) {
-  std::vector<Sized> sized[2];
+  std::vector<Sized> sized[2], others;
   int64_t elements = 0;
   for (size_t i = 0; i < entries.size(); ++i) {
     const Entry& e = entries[i];
     elements += e.numel;
+    const auto index = static_cast<int32_t>(i);
     if (steppable_[i].can)
-      sized[steppable_[i].wide].push_back({static_cast<int32_t>(i), e.numel, e.numel * size_of(e.grad().storage)});
+      sized[steppable_[i].wide].push_back({index, e.numel, e.numel * size_of(e.grad().storage)});
+    else
+      others.push_back({index, 0, 0});
   }
   args_.chunk = kSmallestChunk;
   while (args_.chunk < kLargestChunk && elements / args_.chunk > device_->multiprocessors() * kChunksPerMultiprocessor)
     args_.chunk *= 2;
   args_.entries = static_cast<int32_t>(entries.size());
-  args_.tensors = static_cast<int32_t>(sized[0].size() + sized[1].size());
+  args_.tensors = static_cast<int32_t>(entries.size());
   for (Ready& ready : ready_) ready = Ready{};
   for (int wide = 0; wide < 2; ++wide) {
-    if (measures_) add_sums(ready_[kMeasure + wide].list, sized[wide]);
+    if (!measures_) continue;
+    add_sums(ready_[kMeasure + wide].list, sized[wide]);
+    if (wide == (sized[0].empty() && !sized[1].empty())) add_sums(ready_[kMeasure + wide].list, others);  // each is 0
+  }
+  for (int wide = 0; wide < 2; ++wide) {
     if (rule_.needs_norm)
       add_sums_and_updates(ready_[kUpdate + wide].list, sized[wide],
                            device_->l2_bytes() / std::max<int64_t>(tuning.norm_windows, 1));
@@ -155,8 +161,8 @@ void GpuExecutor::make_tables(const StepTable& table, void* stream) {
   const std::vector<Entry>& entries = table.entries;
   if (capturing_)
     throw std::runtime_error(
-        "this step cannot be captured in a CUDA graph, because it sets up tables: take a step before the capture, and "
-        "none that changes dtypes or memory layouts in between");
+        "this step cannot be captured in a CUDA graph, because it sets up tables: take a step like it before the "
+        "capture, and none that changes dtypes or memory layouts in between");
   if (!tables_.control || (measures_ && !control_measures_)) make_control(entries, stream);
   if (captured_any_) captured_.push_back(std::move(table_memory_));
   find_steppable(table);

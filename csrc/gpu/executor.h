@@ -2,6 +2,7 @@
 // over, by value where they fit.
 #pragma once
 
+#include <initializer_list>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -65,7 +66,7 @@ class GpuExecutor : public Executor {
   bool measures_ = false;          // the tables serve what measures, too
   bool control_measures_ = false;  // and so do the counters
   Tables tables_{};
-  Memory table_memory_, control_memory_, words_memory_;
+  Memory table_memory_, control_memory_, words_memory_, sums_memory_;
   bool capturing_ = false, captured_any_ = false;
   std::vector<Memory> captured_;        // tables of captured steps, which a graph may read as long as this lives
   std::vector<int64_t> first_partial_;  // of each entry, in elements

@@ -1,6 +1,5 @@
 // What a step on a GPU does once its tables are made.
 #include <cstring>
-#include <stdexcept>
 
 #include "executor.h"
 #include "tuning.h"
@@ -123,7 +122,9 @@ const StepHeader* GpuExecutor::begin(StepTable& table, const LaunchInputs& input
   measures_ = measures_ || measures;
   if (!tables_valid_) make_tables(table, stream);
   captured_any_ = captured_any_ || capturing_;
-  for (Memory* memory : {&table_memory_, &control_memory_, &words_memory_}) {
+  if (sums_memory_.owner != table.sums_owner)
+    sums_memory_ = {table.sums_owner, reinterpret_cast<char*>(table.sums), stream, {}};
+  for (Memory* memory : {&table_memory_, &control_memory_, &words_memory_, &sums_memory_}) {
     note_use(*memory, stream);
     if (capturing_) note_use(*memory, nullptr);  // where a graph is usually replayed
   }

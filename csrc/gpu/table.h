@@ -3,7 +3,6 @@
 // compiler and nvcc; Triton kernels get their offsets from table_layout.h.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 

@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-#include "../rules/builtin.h"
+#include "../core/rule_handle.h"
 #include "table.h"
 
 namespace fusedoptim::gpu {
@@ -88,7 +88,7 @@ inline std::map<std::string, int64_t> table_layout() {
   std::map<std::string, int64_t> out(offsets.begin(), offsets.end());
   out["ADDRESS"] = static_cast<int64_t>(kAddress);
   out["FIRST"] = static_cast<int64_t>(kFirst);
-  for (const auto& [name, work] : {std::pair{"UPDATE", Work::update}, {"SUM", Work::sum}, {"APPLY", Work::apply}})
+  for (const auto& [name, work] : {std::pair{"SUM", Work::sum}, {"APPLY", Work::apply}})
     out[std::string("WORK_") + name] = static_cast<int64_t>(work);
   for (const auto& [name, d] :
        {std::pair{"F32", DType::f32}, {"F64", DType::f64}, {"BF16", DType::bf16}, {"F16", DType::f16}}) {

@@ -8,17 +8,15 @@
 
 namespace fusedoptim {
 
-Clipper::Clipper(const py::object& launcher, int64_t norm_stats, int64_t sums)
-    : launcher_(launcher),
-      norm_stats_(reinterpret_cast<NormStats*>(norm_stats)),
-      sums_(reinterpret_cast<double*>(sums)) {}
+Clipper::Clipper(const py::object& launcher, int64_t norm_stats, py::object sums)
+    : launcher_(launcher), norm_stats_(reinterpret_cast<NormStats*>(norm_stats)), sums_(std::move(sums)) {}
 
 void Clipper::run(int64_t stream, bool measure, double max_norm, double limit) {
   StepSettings settings;
   settings.norm_stats = norm_stats_;
   const bool scales = max_norm >= 0 || limit >= 0;
   StepTable table;
-  table.sums = sums_;
+  PythonMemory::keep_sums(table, sums_);
   table.rows.resize(1);
   table.rows[0].value[kMaxGradNorm] = measure && max_norm < 0 ? INFINITY : max_norm;
   table.rows[0].value[kClipGradValue] = limit;

@@ -16,8 +16,8 @@ namespace fusedoptim {
 class Clipper {
  public:
   // launcher: see make_executor.h. norm_stats: the address of a NormStats on the tensors' device.
-  // sums: of an fp64 number per tensor.
-  Clipper(const pybind11::object& launcher, int64_t norm_stats, int64_t sums);
+  // sums: a tensor of an fp64 number for each that is handed over.
+  Clipper(const pybind11::object& launcher, int64_t norm_stats, pybind11::object sums);
 
   // Under which the tensors are handed over: tensor_hand_over.h.
   int64_t number() const { return hand_over_.number(); }
@@ -29,7 +29,7 @@ class Clipper {
  private:
   const pybind11::object launcher_;
   NormStats* const norm_stats_;
-  double* const sums_;
+  const pybind11::object sums_;
   std::vector<torch::stable::Tensor> tensors_;
   TensorHandOver hand_over_{[this](const TensorHandOver::Tensors& tensors) { tensors_ = tensors; }};
 };

@@ -24,7 +24,6 @@ class MemoryRanges {
     const auto begin = reinterpret_cast<uintptr_t>(data);
     ranges_.push_back({begin, begin + static_cast<uintptr_t>(elements * size_of(dtype))});
   }
-  void reserve(size_t n) { ranges_.reserve(n); }
   void clear() {
     ranges_.clear();
     dense_ = true;

@@ -50,8 +50,8 @@ void Plan::check_names(const std::vector<HyperArgs>& hyper, const std::vector<st
 }
 
 void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
-                 std::optional<py::list> counted, int64_t sums) {
-  table_.sums = reinterpret_cast<double*>(sums);
+                 std::optional<py::list> counted, py::object sums) {
+  PythonMemory::keep_sums(table_, std::move(sums));
   if (!counted && !VersionCounters::known()) throw std::runtime_error("nobody has looked for the version counters yet");
   counted_ = std::move(counted);
   groups_ = groups;

@@ -49,9 +49,9 @@ class Plan {
   // where there is none (param, slots..., ema, step, scalar_state), then 1 if its states count as absent in the coming
   // step. dormant: parameters that no plan steps, for as long as they have no gradient.
   // counted: that list, to have torch's own function raise their version counters; None if they can be raised here.
-  // sums: the address of an fp64 number per parameter, on the device: see StepTable.
+  // sums: a tensor with an fp64 number per parameter, on the device: see StepTable.
   void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
-             std::optional<py::list> counted, int64_t sums);
+             std::optional<py::list> counted, py::object sums);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.

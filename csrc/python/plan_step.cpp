@@ -1,5 +1,6 @@
 // How a plan runs a step, or its parts.
 #include <functional>
+#include <optional>
 
 #include "plan.h"
 
@@ -47,9 +48,8 @@ void Plan::run_counted(const Run& run) {
       if (plan.zero_grad_) plan.counted_now_ = py::object();
     }
   } running(*this);
-  // Gradients may be other objects in the same memory.
-  if (zero_grad_ || (counted_ && activity_changed_)) counted_now_ = counted_by_torch();
   const bool is_long = begin_part();
+  if (zero_grad_) counted_now_ = counted_by_torch();  // gradients may be other objects in the same memory
   py::object result = py::none();
   const std::function<void()> raise = [&] {
     if (!counted_) raise_versions();
@@ -70,7 +70,10 @@ void Plan::run_counted(const Run& run) {
 
 // Whether the coming part of a step may take long.
 bool Plan::begin_part() {
-  if (activity_changed_) executor_->activity_changed();
+  if (activity_changed_) {
+    executor_->activity_changed();
+    if (counted_) counted_now_ = counted_by_torch();
+  }
   activity_changed_ = false;
   return executor_->begin_step(table_);
 }
@@ -83,14 +86,21 @@ void Plan::run(int64_t stream, int64_t grad_scale, int64_t found_inf) {
 
 void Plan::update(int64_t stream, int64_t grad_scale, int64_t found_inf) {
   run_counted([&](const std::function<void()>& on_caller) {
-    on_caller();
     executor_->update(table_, {stream, grad_scale, found_inf});
+    on_caller();
   });
 }
 
 void Plan::measure(bool transformed, int64_t stream, int64_t grad_scale) {
   if (!refreshed_) throw std::runtime_error("measure() must follow a refresh() that returned True");
-  begin_part();
+  const bool is_long = begin_part();
+  running_ = true;
+  struct Done {
+    Plan& plan;
+    ~Done() { plan.running_ = false; }
+  } done{*this};
+  std::optional<py::gil_scoped_release> release;
+  if (is_long) release.emplace();
   executor_->measure(table_, {stream, grad_scale, 0}, transformed ? Gradients::transformed : Gradients::unscaled,
                      false);
 }

@@ -18,8 +18,8 @@ WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 #: Of the size that addresses have.
 ANY_ADDRESS = 1 << 40
-#: Captured steps that may follow each other without an ordinary one in between.
-SPARE = 4
+#: Captured launches that may follow each other without an ordinary step in between: a step has one, in parts three.
+SPARE = 12
 
 
 def block(threads_per_warp: int) -> int:
@@ -122,9 +122,9 @@ def kernel_for(purpose: str, rule: str, kinds: tuple[Any, ...], block: int) -> t
     """A kernel, and its constants behind the header."""
     if purpose == "reduce":
         return reduce_kernel, (DIGEST,)
+    if purpose == "measure":  # looks at parameters and gradients alone: one kernel serves every rule
+        return measure_kernel, (tuple((storages[:2],) for storages, *_ in kinds), DIGEST)
     of_kernel = tuple(map(_kind, kinds))
-    if purpose == "measure":
-        return measure_kernel, (of_kernel, DIGEST)
     functions = functions_of(rule)
     kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
     return kernel, (*functions, of_kernel, block, DIGEST)

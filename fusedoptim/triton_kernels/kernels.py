@@ -9,7 +9,7 @@ from . import layout as L
 from .codec import load_f64, load_i32, load_i64
 from .norm import leave_sum, part_sums, publish_sum, reduce_sums, reduce_up, sum_of, wait_for_sum
 from .transforms import has_flag, is_skipped, measured, transforms_of
-from .update import STORAGES, update_range, zero_gradient
+from .update import update_range, zero_gradient
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def step_kernel(
     BLOCK: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """An elementwise rule. header: the address of a StepHeader; KINDS: of all entries; LAYOUT: tables.DIGEST."""
+    """An elementwise rule. header: the address of a StepHeader; KINDS: of all entries; LAYOUT: layout.DIGEST."""
     skip = is_skipped(header)
     if (skip == 0) | has_flag(header, L.ZERO_GRAD):
         index, _, items, item, grad = item_of(header, tl.program_id(0))
@@ -49,7 +49,7 @@ def step_kernel(
             for k in tl.static_range(len(KINDS)):
                 if kind == k:
                     if skip:
-                        zero_gradient(header, entry, grad, begin, end, KINDS[k][STORAGES][L.GRAD], BLOCK)
+                        zero_gradient(header, entry, grad, begin, end, KINDS[k][L.STORAGES][L.GRAD], BLOCK)
                     else:
                         update_range(
                             header, entry, control, grad, begin, end, items, transforms_of(header, entry), none,
@@ -93,7 +93,7 @@ def norm_step_kernel(
                 if kind == k:
                     if skip:
                         if work != L.WORK_SUM:
-                            zero_gradient(header, entry, grad, begin, end, KINDS[k][STORAGES][L.GRAD], BLOCK)
+                            zero_gradient(header, entry, grad, begin, end, KINDS[k][L.STORAGES][L.GRAD], BLOCK)
                     elif work == L.WORK_SUM:
                         if given == 0:
                             sums = partials + begin // L.TILE * 8

@@ -24,6 +24,8 @@ def of_rule(name: str) -> ModuleType:
     return found
 
 
+#: Places in an entry's kind, as kernels take it: see update.py.
+STORAGES, USED, STEP, VARIANT = (tl.constexpr(k) for k in range(4))
 #: How many of an entry's operands are states.
 STATES = _LAYOUT["OPERANDS"] - _LAYOUT["FIRST_STATE"]
 #: An argument of every kernel: Triton's cache on disk sees the names of offsets, but not their values.

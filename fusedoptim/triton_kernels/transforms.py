@@ -88,11 +88,10 @@ def transforms_of(header, entry):
 @triton.jit
 def measured(header, entry):
     """What is done to a gradient before its squares are summed: all, or, for the norm of all gradients, unscaling."""
-    unscale, coefficient, limit, ema_decay, zero_grad = transforms_of(header, entry)
-    transformed = has_flag(header, L.TRANSFORMED)
-    coefficient = tl.where(transformed, coefficient, double(1.0))
-    limit = tl.where(transformed, limit, double(float("inf")))
-    return unscale, coefficient, limit, ema_decay, zero_grad
+    coefficient, limit = double(1.0), double(float("inf"))
+    if has_flag(header, L.TRANSFORMED):
+        _, coefficient, limit, _, _ = transforms_of(header, entry)
+    return unscale_by(header), coefficient, limit, double(-1.0), has_flag(header, L.ZERO_GRAD)
 
 
 @triton.jit

@@ -23,26 +23,23 @@ from .codec import (
 )
 from .transforms import grad_transform, row_of, transform_grad
 
-#: Places in a kind.
-STORAGES, USED, STEP, VARIANT = (tl.constexpr(k) for k in range(4))
-
-
 # ---- the order of work, as in csrc/core/step_element.h ----
 
 
 @triton.jit
 def step_element(
-    x, grad_transform, toward_param, from_average, c, KIND: tl.constexpr, UPDATE: tl.constexpr, T: tl.constexpr
+    x, transform, toward_param, from_average, c, KIND: tl.constexpr, UPDATE: tl.constexpr, T: tl.constexpr
 ):
     """The new values of all operands, but for the gradient, of which nothing stays."""
-    F: tl.constexpr = L.FIRST_STATE
     A: tl.constexpr = L.FIRST_STATE + L.AVERAGE
-    slots = (x[F], x[F + 1], x[F + 2])
-    p, slots = UPDATE(x[L.PARAM], transform_grad(x[L.GRAD], grad_transform), slots, c, KIND[VARIANT])
+    slots = (x[L.FIRST_STATE],)
+    for k in tl.static_range(1, L.MAX_SLOTS):
+        slots = slots + (x[L.FIRST_STATE + k],)
+    p, slots = UPDATE(x[L.PARAM], transform_grad(x[L.GRAD], transform), slots, c, KIND[L.VARIANT])
     average = x[A]
-    if KIND[USED][A]:
-        average = lerp(average, as_stored(p, KIND[STORAGES][L.PARAM], T), toward_param, from_average)
-    return p, x[L.GRAD], slots[0], slots[1], slots[2], average
+    if KIND[L.USED][A]:
+        average = lerp(average, as_stored(p, KIND[L.STORAGES][L.PARAM], T), toward_param, from_average)
+    return (p, x[L.GRAD]) + slots + (average,)
 
 
 # ---- all operands, between memory and registers: what is not used is like the parameter ----
@@ -58,10 +55,10 @@ def addresses_of(entry, grad):
 
 @triton.jit
 def load_tiles(addresses, tile, KIND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    found = (load_tile(addresses[0], tile, KIND[STORAGES][0], T, BLOCK),)
+    found = (load_tile(addresses[0], tile, KIND[L.STORAGES][0], T, BLOCK),)
     for k in tl.static_range(1, L.OPERANDS):
-        if KIND[USED][k]:
-            found = found + (load_tile(addresses[k], tile, KIND[STORAGES][k], T, BLOCK),)
+        if KIND[L.USED][k]:
+            found = found + (load_tile(addresses[k], tile, KIND[L.STORAGES][k], T, BLOCK),)
         else:
             found = found + (found[0],)
     return found
@@ -72,9 +69,9 @@ def store_tiles(addresses, tile, x, zero_grad, KIND: tl.constexpr, T: tl.constex
     for k in tl.static_range(L.OPERANDS):
         if k == L.GRAD:
             if zero_grad:
-                store_tile(addresses[k], tile, tl.zeros((BLOCK,), T), KIND[STORAGES][k], BLOCK)
-        elif KIND[USED][k]:
-            store_tile(addresses[k], tile, x[k], KIND[STORAGES][k], BLOCK)
+                store_tile(addresses[k], tile, tl.zeros((BLOCK,), T), KIND[L.STORAGES][k], BLOCK)
+        elif KIND[L.USED][k]:
+            store_tile(addresses[k], tile, x[k], KIND[L.STORAGES][k], BLOCK)
 
 
 @triton.jit
@@ -90,7 +87,7 @@ def offset_of(header, layout, i, K: tl.constexpr):
 def offsets_of(header, layout, i, KIND: tl.constexpr):
     found = (offset_of(header, layout, i, 0),)
     for k in tl.static_range(1, L.OPERANDS):
-        if KIND[USED][k]:
+        if KIND[L.USED][k]:
             found = found + (offset_of(header, layout, i, k),)
         else:
             found = found + (found[0],)
@@ -99,10 +96,10 @@ def offsets_of(header, layout, i, KIND: tl.constexpr):
 
 @triton.jit
 def load_elements(addresses, offsets, inside, KIND: tl.constexpr, T: tl.constexpr):
-    found = (load_where(addresses[0], offsets[0], inside, KIND[STORAGES][0], T),)
+    found = (load_where(addresses[0], offsets[0], inside, KIND[L.STORAGES][0], T),)
     for k in tl.static_range(1, L.OPERANDS):
-        if KIND[USED][k]:
-            found = found + (load_where(addresses[k], offsets[k], inside, KIND[STORAGES][k], T),)
+        if KIND[L.USED][k]:
+            found = found + (load_where(addresses[k], offsets[k], inside, KIND[L.STORAGES][k], T),)
         else:
             found = found + (found[0],)
     return found
@@ -113,9 +110,9 @@ def store_elements(addresses, offsets, inside, x, zero_grad, KIND: tl.constexpr,
     for k in tl.static_range(L.OPERANDS):
         if k == L.GRAD:
             if zero_grad:
-                store_where(addresses[k], offsets[k], inside, tl.zeros((N,), T), KIND[STORAGES][k])
-        elif KIND[USED][k]:
-            store_where(addresses[k], offsets[k], inside, x[k], KIND[STORAGES][k])
+                store_where(addresses[k], offsets[k], inside, tl.zeros((N,), T), KIND[L.STORAGES][k])
+        elif KIND[L.USED][k]:
+            store_where(addresses[k], offsets[k], inside, x[k], KIND[L.STORAGES][k])
 
 
 # ---- scalars, and what is counted ----
@@ -188,9 +185,9 @@ def update_range(
     header, entry, control, grad, begin, end, items, transforms, sum_of_squares,
     KIND: tl.constexpr, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    T: tl.constexpr = tl.float64 if KIND[STORAGES][0] == L.F64 else tl.float32
+    T: tl.constexpr = tl.float64 if KIND[L.STORAGES][0] == L.F64 else tl.float32
     first = (grad & L.FIRST) != 0
-    c = scalars(header, entry, control, items, first, sum_of_squares, PREPARE, NEXT_STATE, KIND[STEP], T)
+    c = scalars(header, entry, control, items, first, sum_of_squares, PREPARE, NEXT_STATE, KIND[L.STEP], T)
     _, _, _, ema_decay, zero_grad = transforms
     transform = grad_transform(transforms, T)
     toward_param, from_average = lerp_weight(1.0 - ema_decay, T)
