@@ -1,5 +1,5 @@
 // The order of work in a step, for one element: once for every rule and loop. Loops load what it takes, and store what
-// it leaves. (M: see rules/common.h.)
+// it leaves, of the first half before they begin the second: registers are few. (M: see rules/common.h.)
 #pragma once
 
 #include "../rules/common.h"
@@ -56,22 +56,10 @@ FUSEDOPTIM_HD void update_elements(Element<typename M::V> (&x)[n], const Transfo
   for (int j = 0; j < n; ++j) Rule::template update<variant, M>(x[j].param, x[j].grad, x[j].state, c);
 }
 
-// The second: the moving average, if there is one, and the gradient's zeros. param: as it reads once it was stored.
+// The second: the moving average. param: as it reads once it was stored. (Then come zeros in the gradient's place.)
 template <class M>
-FUSEDOPTIM_HD void finish_element(Element<typename M::V>& x, const Transforms<typename M::T>& t, bool average,
-                                  typename M::V param) {
-  if (average) x.state[kAverage] = lerp<M>(x.state[kAverage], param, t.toward_param);
-  if (t.zero_grad) x.grad = M::set(0);
-}
-
-// Both. as_stored(param) is the parameter as it reads once it was stored.
-template <class Rule, int variant, class M, Around around, int n, class AsStored>
-FUSEDOPTIM_HD void step_elements(Element<typename M::V> (&x)[n], const Transforms<typename M::T>& t, bool average,
-                                 const typename Rule::template Scalars<typename M::T>& c, const AsStored& as_stored) {
-  update_elements<Rule, variant, M, around>(x, t, c);
-  if (around != Around::everything) return;
-  FUSEDOPTIM_UNROLL
-  for (int j = 0; j < n; ++j) finish_element<M>(x[j], t, average, average ? as_stored(x[j].param) : x[j].param);
+FUSEDOPTIM_HD void average_element(Element<typename M::V>& x, const Transforms<typename M::T>& t, typename M::V param) {
+  x.state[kAverage] = lerp<M>(x.state[kAverage], param, t.toward_param);
 }
 
 }  // namespace fusedoptim

@@ -42,8 +42,9 @@ FUSEDOPTIM_INLINE void store(const Operand& o, int64_t i, int n, typename M::V v
 }
 
 // A parameter as it reads once it was stored.
-template <class M>
+template <class M, int fixed>
 FUSEDOPTIM_INLINE typename M::V as_stored(typename M::V v, DType d) {
+  if constexpr (fixed != kAnyDType) d = static_cast<DType>(fixed);
   if constexpr (sizeof(typename M::T) == 4) {
     if (d == DType::bf16) return M::as_bf16(v);
     if (d == DType::f16) return M::as_f16(v);

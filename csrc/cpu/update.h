@@ -26,6 +26,7 @@ class Loop {
         c_(c),
         t_(without_asking(Transforms<T>::of(t))),
         average_(around == Around::everything && e.state(kAverage).data && t.ema_decay >= 0),
+        zero_grad_(around == Around::everything && t.zero_grad),
         param_storage_(param_storage) {}
 
   FUSEDOPTIM_INLINE void run(int64_t begin, int64_t end) const {
@@ -48,13 +49,16 @@ class Loop {
     x.grad = load<M, fixed, full>(e_.grad(), i, n);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) x.state[k] = load<M, fixed_state, full>(e_.state(k), i, n);
-    if (average_) x.state[kAverage] = load<M, kAverageStorage, full>(e_.state(kAverage), i, n);
-    update(y);
+    update_elements<Rule, variant, M, around>(y, t_, c_);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) store<M, fixed_state, full>(e_.state(k), i, n, x.state[k]);
     store<M, fixed, full>(e_.param(), i, n, x.param);
-    if (average_) store<M, kAverageStorage, full>(e_.state(kAverage), i, n, x.state[kAverage]);
-    if (around == Around::everything && t_.zero_grad) store<M, fixed, full>(e_.grad(), i, n, x.grad);
+    if (average_) {
+      x.state[kAverage] = load<M, kAverageStorage, full>(e_.state(kAverage), i, n);
+      average_element<M>(x, t_, as_stored<M, kParamStorage>(x.param, param_storage_));
+      store<M, kAverageStorage, full>(e_.state(kAverage), i, n, x.state[kAverage]);
+    }
+    if (zero_grad_) store<M, fixed, full>(e_.grad(), i, n, M::set(0));
   }
 
   // All operands bf16: 2*width elements at once.
@@ -65,17 +69,11 @@ class Loop {
     M::load_bf16_pair(at(e_.grad()), x[0].grad, x[1].grad);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::load_bf16_pair(at(e_.state(k)), x[0].state[k], x[1].state[k]);
-    update(x);
+    update_elements<Rule, variant, M, around>(x, t_, c_);
     for (int k = 0; k < Rule::kSlots; ++k)
       if (Rule::uses(variant, k)) M::store_bf16_pair(at(e_.state(k)), x[0].state[k], x[1].state[k]);
     M::store_bf16_pair(at(e_.param()), x[0].param, x[1].param);
-    if (around == Around::everything && t_.zero_grad) M::store_bf16_pair(at(e_.grad()), x[0].grad, x[1].grad);
-  }
-
-  template <int n>
-  FUSEDOPTIM_INLINE void update(Element<V> (&x)[n]) const {
-    step_elements<Rule, variant, M, around>(x, t_, average_, c_,
-                                            [this](V param) { return as_stored<M>(param, param_storage_); });
+    if (zero_grad_) M::store_bf16_pair(at(e_.grad()), M::set(0), M::set(0));
   }
 
   // In a loop that does everything, transforming costs less than asking whether to.
@@ -84,11 +82,13 @@ class Loop {
     return t;
   }
 
+  // Elements of the compute type may be those of a tile, and the parameter of any.
+  static constexpr int kParamStorage = fixed == static_cast<int>(kCompute<T>) ? kAnyDType : fixed;
   static constexpr int kAverageStorage = static_cast<int>(kCompute<T>);
   const Entry e_;  // copies, whose fields no store can alias
   const Scalars c_;
   const Transforms<T> t_;
-  const bool average_;
+  const bool average_, zero_grad_;
   const DType param_storage_;
 };
 

@@ -75,9 +75,10 @@ __device__ __forceinline__ void load_operands(Single<T>& x, const BlockWork& wor
 template <class Rule, int variant, class T, bool wide>
 __device__ __forceinline__ void update_operands(Single<T>& x, const BlockWork& work,
                                                 const typename Rule::template Scalars<T>& c) {
-  step_elements<Rule, variant, Lane<T>, Around::everything>(
-      x.value, work.transforms<T>(), work.average(), c,
-      [&](T param) { return as_stored(param, work.storage(kParam)); });
+  update_elements<Rule, variant, Lane<T>, Around::before>(x.value, work.transforms<T>(), c);
+  if (work.average())
+    average_element<Lane<T>>(x.value[0], work.transforms<T>(), as_stored(x.value[0].param, work.storage(kParam)));
+  if (work.zero_grad()) x.value[0].grad = T(0);
 #pragma unroll
   for (int k = 0; k < kOperands; ++k) {
     if (k == kGrad ? work.zero_grad() : uses<Rule, variant>(k))
@@ -162,7 +163,7 @@ __device__ __forceinline__ void finish_group(const Group& x, const BlockWork& wo
     for (int j = 0; j < kGroup; ++j) {
       Element<T> e;
       e.state[kAverage] = averages[j];
-      finish_element<Lane<T>>(e, t, true, params[j]);
+      average_element<Lane<T>>(e, t, params[j]);
       averages[j] = e.state[kAverage];
     }
     encode<kGroup>(raw, averages, kCompute<T>);
