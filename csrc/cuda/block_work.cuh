@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../core/step_element.h"
-#include "../core/tensor_table.h"
 #include "codec.cuh"
 #include "lanes.cuh"
 #include "tuning.h"

@@ -61,10 +61,13 @@ void GpuExecutor::make_work_lists(const std::vector<Entry>& entries) {
   args_.entries = static_cast<int32_t>(entries.size());
   args_.tensors = static_cast<int32_t>(entries.size());
   for (Ready& ready : ready_) ready = Ready{};
-  for (int wide = 0; wide < 2; ++wide) {
-    if (!measures_) continue;
-    add_sums(ready_[kMeasure + wide].list, sized[wide]);
-    if (wide == (sized[0].empty() && !sized[1].empty())) add_sums(ready_[kMeasure + wide].list, others);  // each is 0
+  if (measures_) {
+    for (int wide = 0; wide < 2; ++wide) add_sums(ready_[kMeasure + wide].list, sized[wide]);
+    for (const Launch k : {kMeasure, kMeasureWide})
+      if (ready_[k].list.items > 0) {  // each is 0, and takes no launch of its own
+        add_sums(ready_[k].list, others);
+        break;
+      }
   }
   for (int wide = 0; wide < 2; ++wide) {
     if (rule_.needs_norm)
@@ -161,7 +164,7 @@ void GpuExecutor::make_tables(const StepTable& table, void* stream) {
   const std::vector<Entry>& entries = table.entries;
   if (capturing_)
     throw std::runtime_error(
-        "this step cannot be captured in a CUDA graph, because it sets up tables: take a step like it before the "
+        "this step cannot be captured in a CUDA graph, because it sets up tables: take a step before the "
         "capture, and none that changes dtypes or memory layouts in between");
   if (!tables_.control || (measures_ && !control_measures_)) make_control(entries, stream);
   if (captured_any_) captured_.push_back(std::move(table_memory_));
