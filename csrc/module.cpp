@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "cpu/builtin_rules.h"
 #include "cpu/capability.h"
 #include "cuda/cuda_device.h"
 #include "fusedoptim_sources.h"  // made by setup.py
@@ -13,7 +14,6 @@
 #include "python/plan.h"
 #include "python/pybind.h"
 #include "python/version_probe.h"
-#include "rules/builtin.h"
 
 namespace py = pybind11;
 using namespace fusedoptim;

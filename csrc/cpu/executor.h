@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../core/executor.h"
-#include "../core/rule_handle.h"
+#include "../rules/rule_handle.h"
 #include "kernels.h"
 #include "schedule.h"
 

@@ -1,8 +1,8 @@
 // The compiled kernels of each instruction set: of every rule in the list, in its order, and those that know no rule.
 #pragma once
 
-#include "../core/rule_handle.h"
 #include "../rules/all.h"
+#include "../rules/rule_handle.h"
 
 namespace fusedoptim {
 

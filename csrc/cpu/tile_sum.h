@@ -1,10 +1,10 @@
 // The sums of squares of tiles of a gradient, as core/sum_of_squares.h defines them.
 #pragma once
 
-#include "../core/step_element.h"
 #include "../core/strided.h"
 #include "../core/sum_of_squares.h"
 #include "../core/tensor_table.h"
+#include "../rules/step_element.h"
 #include "codec.h"
 
 namespace fusedoptim {

@@ -1,12 +1,12 @@
 // The loops that update elements, once for every rule, variant, compute type and instruction set: they load, have
-// core/step_element.h do the work, and store.
+// rules/step_element.h do the work, and store.
 //
 // Cost: a step waits for memory (28 bytes per element for AdamW in fp32), and has about 30 cycles per 16 elements and
 // core to spare for arithmetic. Storages that all agree get a loop of their own.
 #pragma once
 
-#include "../core/step_element.h"
 #include "../core/strided.h"
+#include "../rules/step_element.h"
 #include "codec.h"
 #include "kernels.h"
 

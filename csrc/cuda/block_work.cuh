@@ -1,7 +1,7 @@
 // One block's piece of a step.
 #pragma once
 
-#include "../core/step_element.h"
+#include "../rules/step_element.h"
 #include "codec.cuh"
 #include "lanes.cuh"
 #include "tuning.h"

@@ -1,5 +1,5 @@
 // The elementwise update of a range of one tensor by one block: the loops, once for every rule, variant and storage.
-// They load, have core/step_element.h do the work, and store.
+// They load, have rules/step_element.h do the work, and store.
 #pragma once
 
 #include <type_traits>

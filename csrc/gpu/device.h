@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "../core/rule_handle.h"
+#include "../rules/rule_handle.h"
 #include "table.h"
 
 namespace fusedoptim::gpu {

@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-#include "../core/rule_handle.h"
+#include "../rules/rule_handle.h"
 #include "table.h"
 
 namespace fusedoptim::gpu {

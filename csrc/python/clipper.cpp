@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "../rules/builtin.h"
+#include "../cpu/builtin_rules.h"
 #include "make_executor.h"
 #include "tensor_facts.h"
 

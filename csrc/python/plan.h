@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../core/executor.h"
-#include "../core/rule_handle.h"
+#include "../rules/rule_handle.h"
 #include "dict_version.h"
 #include "memory_ranges.h"
 #include "prefetch.h"

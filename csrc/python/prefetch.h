@@ -23,24 +23,24 @@ inline const char* tensor_memory(AtenTensorHandle handle) {
   return inside > memory && inside < memory + kTensorBytes ? memory : nullptr;
 }
 
-FUSEDOPTIM_HD void prefetch_tensor(const char* memory) {
+FUSEDOPTIM_INLINE void prefetch_tensor(const char* memory) {
   if (!memory) return;
   for (int line = 0; line < kTensorBytes; line += 64) __builtin_prefetch(memory + line);
 }
 
 // The words of a living tensor object that today point at its storage and its autograd metadata. They are prefetched
 // and never read: should they mean something else one day, the hint is wasted.
-FUSEDOPTIM_HD void prefetch_word(const char* memory, int word) {
+FUSEDOPTIM_INLINE void prefetch_word(const char* memory, int word) {
   if (!memory) return;
   const char* target = reinterpret_cast<const char* const*>(memory)[word];
   __builtin_prefetch(target);
   __builtin_prefetch(target + 64);
 }
-FUSEDOPTIM_HD void prefetch_storage(const char* memory) { prefetch_word(memory, 2); }
-FUSEDOPTIM_HD void prefetch_autograd(const char* memory) { prefetch_word(memory, 3); }
+FUSEDOPTIM_INLINE void prefetch_storage(const char* memory) { prefetch_word(memory, 2); }
+FUSEDOPTIM_INLINE void prefetch_autograd(const char* memory) { prefetch_word(memory, 3); }
 
-FUSEDOPTIM_HD void prefetch_dict(PyObject* dict) { __builtin_prefetch(dict); }
-FUSEDOPTIM_HD void prefetch_dict_keys(PyObject* dict) {
+FUSEDOPTIM_INLINE void prefetch_dict(PyObject* dict) { __builtin_prefetch(dict); }
+FUSEDOPTIM_INLINE void prefetch_dict_keys(PyObject* dict) {
   const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
   __builtin_prefetch(keys);
   __builtin_prefetch(keys + 64);

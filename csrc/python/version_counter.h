@@ -40,18 +40,18 @@ class VersionRaiser {
   explicit VersionRaiser(VersionLayout layout = VersionCounters::layout()) : layout_(layout) {}
 
   // Without a number: an inference tensor, which has none.
-  FUSEDOPTIM_HD void raise(const char* object) const {
+  FUSEDOPTIM_INLINE void raise(const char* object) const {
     char* const counter = pointer(object);
     if (!counter) return;
     static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t) && std::atomic<uint32_t>::is_always_lock_free);
     reinterpret_cast<std::atomic<uint32_t>*>(counter + layout_.number)->fetch_add(1, std::memory_order_relaxed);
   }
   // See prefetch.h.
-  FUSEDOPTIM_HD void prefetch_object(const char* object) const { __builtin_prefetch(object + layout_.pointer); }
-  FUSEDOPTIM_HD void prefetch_counter(const char* object) const { __builtin_prefetch(pointer(object), 1); }
+  FUSEDOPTIM_INLINE void prefetch_object(const char* object) const { __builtin_prefetch(object + layout_.pointer); }
+  FUSEDOPTIM_INLINE void prefetch_counter(const char* object) const { __builtin_prefetch(pointer(object), 1); }
 
  private:
-  FUSEDOPTIM_HD char* pointer(const char* object) const {
+  FUSEDOPTIM_INLINE char* pointer(const char* object) const {
     return *reinterpret_cast<char* const*>(object + layout_.pointer);
   }
 

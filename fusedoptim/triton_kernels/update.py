@@ -23,7 +23,7 @@ from .codec import (
 )
 from .transforms import grad_transform, row_of, transform_grad
 
-# ---- the order of work, as in csrc/core/step_element.h ----
+# ---- the order of work, as in csrc/rules/step_element.h ----
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 // The order of work in a step, for one element: once for every rule and loop. Loops load what it takes, and store what
-// it leaves, of the first half before they begin the second: registers are few. (M: see rules/common.h.)
+// it leaves, of the first half before they begin the second: registers are few. (M: see common.h.)
 #pragma once
 
-#include "../rules/common.h"
-#include "operand.h"
-#include "transforms.h"
+#include "../core/operand.h"
+#include "../core/transforms.h"
+#include "common.h"
 
 namespace fusedoptim {
 

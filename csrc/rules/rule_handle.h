@@ -2,10 +2,10 @@
 // give.
 #pragma once
 
-#include "../rules/common.h"
-#include "operand.h"
-#include "row.h"
-#include "tensor_table.h"
+#include "../core/operand.h"
+#include "../core/row.h"
+#include "../core/tensor_table.h"
+#include "common.h"
 
 namespace fusedoptim {
 

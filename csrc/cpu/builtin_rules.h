@@ -5,8 +5,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../core/rule_handle.h"
-#include "all.h"
+#include "../rules/all.h"
+#include "../rules/rule_handle.h"
 
 namespace fusedoptim {
 

@@ -1,6 +1,6 @@
-#include "builtin.h"
+#include "builtin_rules.h"
 
-#include "../cpu/kernels.h"
+#include "kernels.h"
 
 namespace fusedoptim {
 namespace {
