@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from .._device_memory import DeviceMemory
+from .codec import INTERPRETED
 from .kernels import measure_kernel, norm_step_kernel, reduce_kernel, step_kernel
-from .layout import DIGEST, STATES
+from .layout import BITS, DIGEST, STATES
 
 WARPS = 4
 #: Contraction would change results.
@@ -107,15 +109,17 @@ class TritonDevice(DeviceMemory):
         return launch
 
 
-#: As kernels take it: see update.py.
-Kind = tuple[tuple[int, ...], tuple[bool, ...], int, int]
-
-
-def _kind(kind: tuple[tuple[int, ...], int, int, int]) -> Kind:
+def _kind(kind: tuple[tuple[int, ...], int, int, int]) -> int:
+    """As kernels take it: see update.py."""
     storages, step, variant, states = kind
-    always = len(storages) - STATES
-    used = tuple(k < always or bool(states >> (k - always) & 1) for k in range(len(storages)))
-    return storages, used, step, variant
+    fields: int = sum(value << BITS * k for k, value in enumerate((*storages, step, variant)))
+    always: int = len(storages) - STATES  # parameter and gradient
+    return fields | ((states << always) | ((1 << always) - 1)) << BITS * (len(storages) + 2)
+
+
+def _constant(kind: int) -> Any:
+    """Triton's interpreter takes numbers as they are, and its constants then do no arithmetic with them."""
+    return tl.constexpr(kind) if INTERPRETED.value else kind
 
 
 def kernel_for(purpose: str, rule: str, kinds: tuple[Any, ...], block: int) -> tuple[Any, tuple[Any, ...]]:
@@ -123,8 +127,8 @@ def kernel_for(purpose: str, rule: str, kinds: tuple[Any, ...], block: int) -> t
     if purpose == "reduce":
         return reduce_kernel, (DIGEST,)
     if purpose == "measure":  # looks at parameters and gradients alone: one kernel serves every rule
-        return measure_kernel, (tuple((storages[:2],) for storages, *_ in kinds), DIGEST)
-    of_kernel = tuple(map(_kind, kinds))
+        return measure_kernel, (tuple(_constant(storages[0] | storages[1] << BITS) for storages, *_ in kinds), DIGEST)
+    of_kernel = tuple(_constant(_kind(kind)) for kind in kinds)
     functions = functions_of(rule)
     kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
     return kernel, (*functions, of_kernel, block, DIGEST)

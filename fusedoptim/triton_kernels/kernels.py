@@ -49,7 +49,15 @@ def step_kernel(
             for k in tl.static_range(len(KINDS)):
                 if kind == k:
                     if skip:
-                        zero_gradient(header, entry, grad, begin, end, KINDS[k][L.STORAGES][L.GRAD], BLOCK)
+                        zero_gradient(
+                            header,
+                            entry,
+                            grad,
+                            begin,
+                            end,
+                            (KINDS[k] >> L.WIDTH * L.GRAD) & L.MASK,
+                            BLOCK,
+                        )
                     else:
                         update_range(
                             header, entry, control, grad, begin, end, items, transforms_of(header, entry), none,
@@ -93,7 +101,15 @@ def norm_step_kernel(
                 if kind == k:
                     if skip:
                         if work != L.WORK_SUM:
-                            zero_gradient(header, entry, grad, begin, end, KINDS[k][L.STORAGES][L.GRAD], BLOCK)
+                            zero_gradient(
+                                header,
+                                entry,
+                                grad,
+                                begin,
+                                end,
+                                (KINDS[k] >> L.WIDTH * L.GRAD) & L.MASK,
+                                BLOCK,
+                            )
                     elif work == L.WORK_SUM:
                         if given == 0:
                             sums = partials + begin // L.TILE * 8

@@ -24,8 +24,10 @@ def of_rule(name: str) -> ModuleType:
     return found
 
 
-#: Places in an entry's kind, as kernels take it: see update.py.
-STORAGES, USED, STEP, VARIANT = (tl.constexpr(k) for k in range(4))
+#: An entry's kind, as kernels take it (update.py): the width of its first fields, and where the others begin.
+BITS, _OPERANDS = 4, _LAYOUT["OPERANDS"]
+WIDTH, MASK = tl.constexpr(BITS), tl.constexpr((1 << BITS) - 1)
+STEP, VARIANT, USED = (tl.constexpr(BITS * (_OPERANDS + k)) for k in range(3))
 #: How many of an entry's operands are states.
 STATES = _LAYOUT["OPERANDS"] - _LAYOUT["FIRST_STATE"]
 #: An argument of every kernel: Triton's cache on disk sees the names of offsets, but not their values.

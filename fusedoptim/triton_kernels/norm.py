@@ -41,8 +41,8 @@ def squares(x, transform):
 @triton.jit
 def part_sums(header, entry, grad, begin, end, transforms, sums, KIND: tl.constexpr):
     """Writes the tile sums of a part of the gradient that the rule gets to consecutive places in memory."""
-    D: tl.constexpr = KIND[L.STORAGES][L.GRAD]
-    T: tl.constexpr = tl.float64 if KIND[L.STORAGES][L.PARAM] == L.F64 else tl.float32
+    D: tl.constexpr = (KIND >> L.WIDTH * L.GRAD) & L.MASK
+    T: tl.constexpr = tl.float64 if ((KIND >> L.WIDTH * L.PARAM) & L.MASK) == L.F64 else tl.float32
     TILES: tl.constexpr = 4
     transform = grad_transform(transforms, T)
     grad = grad & L.ADDRESS

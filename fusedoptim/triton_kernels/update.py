@@ -1,7 +1,8 @@
 """The update of a range of one tensor: the loops, once for every rule, variant and storage. They load, have
 :func:`step_element` do the work, and store.
 
-An entry's kind is a tuple: the storages of all operands, whether each is used, the dtype of the step, the variant."""
+An entry's kind is one number, because kernels may have no tuples in tuples before Triton 3.8: four bits each for the
+storages of all operands, the dtype of the step and the variant; then a bit for each operand that is used."""
 
 from __future__ import annotations
 
@@ -35,10 +36,10 @@ def step_element(
     slots = (x[L.FIRST_STATE],)
     for k in tl.static_range(1, L.MAX_SLOTS):
         slots = slots + (x[L.FIRST_STATE + k],)
-    p, slots = UPDATE(x[L.PARAM], transform_grad(x[L.GRAD], transform), slots, c, KIND[L.VARIANT])
+    p, slots = UPDATE(x[L.PARAM], transform_grad(x[L.GRAD], transform), slots, c, (KIND >> L.VARIANT) & L.MASK)
     average = x[A]
-    if KIND[L.USED][A]:
-        average = lerp(average, as_stored(p, KIND[L.STORAGES][L.PARAM], T), toward_param, from_average)
+    if (KIND >> L.USED + A) & 1:
+        average = lerp(average, as_stored(p, (KIND >> L.WIDTH * L.PARAM) & L.MASK, T), toward_param, from_average)
     return (p, x[L.GRAD]) + slots + (average,)
 
 
@@ -55,10 +56,10 @@ def addresses_of(entry, grad):
 
 @triton.jit
 def load_tiles(addresses, tile, KIND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    found = (load_tile(addresses[0], tile, KIND[L.STORAGES][0], T, BLOCK),)
+    found = (load_tile(addresses[0], tile, (KIND >> L.WIDTH * 0) & L.MASK, T, BLOCK),)
     for k in tl.static_range(1, L.OPERANDS):
-        if KIND[L.USED][k]:
-            found = found + (load_tile(addresses[k], tile, KIND[L.STORAGES][k], T, BLOCK),)
+        if (KIND >> L.USED + k) & 1:
+            found = found + (load_tile(addresses[k], tile, (KIND >> L.WIDTH * k) & L.MASK, T, BLOCK),)
         else:
             found = found + (found[0],)
     return found
@@ -69,9 +70,9 @@ def store_tiles(addresses, tile, x, zero_grad, KIND: tl.constexpr, T: tl.constex
     for k in tl.static_range(L.OPERANDS):
         if k == L.GRAD:
             if zero_grad:
-                store_tile(addresses[k], tile, tl.zeros((BLOCK,), T), KIND[L.STORAGES][k], BLOCK)
-        elif KIND[L.USED][k]:
-            store_tile(addresses[k], tile, x[k], KIND[L.STORAGES][k], BLOCK)
+                store_tile(addresses[k], tile, tl.zeros((BLOCK,), T), (KIND >> L.WIDTH * k) & L.MASK, BLOCK)
+        elif (KIND >> L.USED + k) & 1:
+            store_tile(addresses[k], tile, x[k], (KIND >> L.WIDTH * k) & L.MASK, BLOCK)
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def offset_of(header, layout, i, K: tl.constexpr):
 def offsets_of(header, layout, i, KIND: tl.constexpr):
     found = (offset_of(header, layout, i, 0),)
     for k in tl.static_range(1, L.OPERANDS):
-        if KIND[L.USED][k]:
+        if (KIND >> L.USED + k) & 1:
             found = found + (offset_of(header, layout, i, k),)
         else:
             found = found + (found[0],)
@@ -96,10 +97,10 @@ def offsets_of(header, layout, i, KIND: tl.constexpr):
 
 @triton.jit
 def load_elements(addresses, offsets, inside, KIND: tl.constexpr, T: tl.constexpr):
-    found = (load_where(addresses[0], offsets[0], inside, KIND[L.STORAGES][0], T),)
+    found = (load_where(addresses[0], offsets[0], inside, (KIND >> L.WIDTH * 0) & L.MASK, T),)
     for k in tl.static_range(1, L.OPERANDS):
-        if KIND[L.USED][k]:
-            found = found + (load_where(addresses[k], offsets[k], inside, KIND[L.STORAGES][k], T),)
+        if (KIND >> L.USED + k) & 1:
+            found = found + (load_where(addresses[k], offsets[k], inside, (KIND >> L.WIDTH * k) & L.MASK, T),)
         else:
             found = found + (found[0],)
     return found
@@ -110,9 +111,9 @@ def store_elements(addresses, offsets, inside, x, zero_grad, KIND: tl.constexpr,
     for k in tl.static_range(L.OPERANDS):
         if k == L.GRAD:
             if zero_grad:
-                store_where(addresses[k], offsets[k], inside, tl.zeros((N,), T), KIND[L.STORAGES][k])
-        elif KIND[L.USED][k]:
-            store_where(addresses[k], offsets[k], inside, x[k], KIND[L.STORAGES][k])
+                store_where(addresses[k], offsets[k], inside, tl.zeros((N,), T), (KIND >> L.WIDTH * k) & L.MASK)
+        elif (KIND >> L.USED + k) & 1:
+            store_where(addresses[k], offsets[k], inside, x[k], (KIND >> L.WIDTH * k) & L.MASK)
 
 
 # ---- scalars, and what is counted ----
@@ -185,9 +186,9 @@ def update_range(
     header, entry, control, grad, begin, end, items, transforms, sum_of_squares,
     KIND: tl.constexpr, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    T: tl.constexpr = tl.float64 if KIND[L.STORAGES][0] == L.F64 else tl.float32
+    T: tl.constexpr = tl.float64 if ((KIND >> L.WIDTH * 0) & L.MASK) == L.F64 else tl.float32
     first = (grad & L.FIRST) != 0
-    c = scalars(header, entry, control, items, first, sum_of_squares, PREPARE, NEXT_STATE, KIND[L.STEP], T)
+    c = scalars(header, entry, control, items, first, sum_of_squares, PREPARE, NEXT_STATE, (KIND >> L.STEP) & L.MASK, T)
     _, _, _, ema_decay, zero_grad = transforms
     transform = grad_transform(transforms, T)
     toward_param, from_average = lerp_weight(1.0 - ema_decay, T)
