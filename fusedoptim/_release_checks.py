@@ -30,6 +30,11 @@ def check_all(optimizer: FusedOptimizer) -> None:
                     f"{describe(group, index, i)} has no memory yet, hence cannot be hooked: run the model "
                     "once before, or materialise it with to_empty()"
                 )
+            if getattr(p, "_is_flat_param", False):
+                raise ValueError(
+                    f"{describe(group, index, i)} is a flat parameter of FullyShardedDataParallel, which averages "
+                    "gradients after the hooks of parameters: use FSDP2 (fully_shard), or step after the pass"
+                )
 
     def steps(p: Tensor) -> bool:
         return p.requires_grad and is_materialised(p) and not is_fake(p)
