@@ -40,6 +40,7 @@ class Part:
         self.group: dict[str, Any] = {"params": [param]}
         self.optimizer = twin(owner.optimizer, [self.group], defaultdict(dict))
         self.optimizer._lent = owner.optimizer._lent  # each takes over its own
+        self.optimizer._options["norm_group"] = None  # whose processes may have other parameters, in another order
         #: Whether it was seen among what DistributedDataParallel averages.
         self.averaged = False
         frozen = not param.requires_grad

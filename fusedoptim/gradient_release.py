@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _torch_compile
 from ._base import FusedOptimizer
 from ._check_tensors import describe
-from ._release_checks import can_be_hooked, check_all, check_combination
+from ._release_checks import agreement, can_be_hooked, check_all, check_combination
 from ._release_part import Part, is_hooked
 
 if TYPE_CHECKING:
@@ -57,6 +57,10 @@ def step_in_backward(optimizer: FusedOptimizer, *, ddp: DistributedDataParallel 
     a GPU, a process waits for its result if one of the bucket's parameters has no gradient there. ``backward()``
     refuses to step within ``ddp.join()``.
 
+    DTensors, as FSDP2 and tensor parallelism make them, are stepped when their gradients are summed over the processes;
+    every process must reach the same parameters. The original parameters of FullyShardedDataParallel keep their
+    gradients, for ``optimizer.step()``.
+
     Step post-hooks run where ``optimizer.step()`` is called, after all parameters have been stepped. A value or
     gradient that cannot be stepped raises from ``backward()``, and leaves its own parameter as it was; others may have
     been stepped before. With ``ddp`` all others are: it raises at the end of the pass, so that no process waits for
@@ -76,9 +80,10 @@ def step_in_backward(optimizer: FusedOptimizer, *, ddp: DistributedDataParallel 
         TypeError: for another optimizer, and for another wrapper as ``ddp``.
         ValueError: for what cannot be combined with it: ``max_grad_norm`` in a group, ``skip_nonfinite``,
             ``zero_grad_in_step``, step pre-hooks, ``amp_in_step``, parameters that are stepped in the
-            backward pass already, or that ``ddp`` does not average; a ``ddp`` that has a communication hook; and for
-            parameters and values that cannot be stepped. The optimizer is as it was then. Where one of these is set
-            later, ``backward()`` raises it.
+            backward pass already, or that ``ddp`` does not average; flat parameters of FullyShardedDataParallel; a
+            ``ddp`` that has a communication hook; and for parameters and values that cannot be stepped. The optimizer
+            is as it was then. Where one of these is set later, ``backward()`` raises it.
+        RuntimeError: if another rank raised one of these for DTensors that it shares.
     """
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
@@ -92,19 +97,20 @@ class StepInBackward:
     """What :func:`step_in_backward` returns. Use that to make one."""
 
     def __init__(self, optimizer: FusedOptimizer, ddp: DistributedDataParallel | None = None) -> None:
-        check_all(optimizer)
         self.optimizer = optimizer
         self.parts: dict[Tensor, Part] = {}
         self.count = 0
         self._attaching = threading.Lock()  # a backward pass has a thread per device
         self._ddp = None if ddp is None else weakref.ref(_release_ddp().check(ddp))
-        self.attach()
-        if ddp is not None:
-            try:
-                _release_ddp().buckets_of(ddp).add(self)
-            except ValueError:
-                self.remove()
-                raise
+        try:
+            with agreement(optimizer):
+                check_all(optimizer)
+                self.attach()
+                if ddp is not None:
+                    _release_ddp().buckets_of(ddp).add(self)
+        except Exception:
+            self.remove()
+            raise
         # Kept by the optimizer, because hooks must not (see Hook).
         vars(optimizer)["_step_in_backward"] = self
         vars(optimizer)["add_param_group"] = self._add_param_group
