@@ -243,12 +243,13 @@ class FusedOptimizer(Optimizer):
         of the parameters. A replayed CUDA graph of a step within it is undone at its end.
 
         Args:
-            model: needed for FSDP2 (``fully_shard``), whose root keeps whole parameters after an evaluation and would
-                go on using these: it is resharded at the beginning and at the end, by every process.
+            model: needed for FSDP2 (``fully_shard``) and FullyShardedDataParallel, whose root keeps whole parameters
+                after an evaluation and would go on using these: it is resharded at the beginning and at the end.
 
         Raises:
             RuntimeError: if there are no averages yet, for a step within, if used within itself, and if sharded
-                parameters may be those of a module of FSDP2 that is not in ``model``; nothing is written then.
+                parameters may be those of an FSDP module that is not in ``model``; nothing is written then.
+            TypeError: if ``model`` is no module.
         """
         if self._averaging:
             raise RuntimeError("ema_weights() is active already: the parameters are their moving averages")
