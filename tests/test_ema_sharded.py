@@ -143,6 +143,30 @@ def can_reset() -> bool:
     return hasattr(FSDPModule, "reset_iter_state")
 
 
+def without_reset() -> str:
+    """As with a torch that cannot reset an interrupted forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    reset = FSDPModule.__dict__.get("reset_iter_state")
+    if reset is not None:
+        del FSDPModule.reset_iter_state
+    try:
+        model = fsdp2(make())
+        optimizer = stepped(model)
+        with pytest.raises(RuntimeError) as error, torch.no_grad(), optimizer.ema_weights(model):
+            interrupted(model, x_of(0, torch.float32))
+        assert isinstance(error.value.__context__, Interruption)
+        return str(error.value)
+    finally:
+        if reset is not None:
+            FSDPModule.reset_iter_state = reset
+
+
+def test_a_model_that_keeps_the_averages_is_reported() -> None:
+    for text in ranks.run(2, without_reset):
+        assert text.startswith("the forward of an FSDP2 model was interrupted within ema_weights()")
+
+
 def stepped(model: nn.Module) -> fusedoptim.FusedOptimizer:
     optimizer = fusedoptim.SGD(model.parameters(), lr=0.1, ema_decay=0.5)
     model(x_of(0, torch.float32)).sum().backward()
