@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import FULL, Case, assert_same_bits
+from ranks import run
 from stacks import batch, make_model, two_groups
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,10 +59,9 @@ def train_product(model: nn.Module, case: Case, rows: list[Tensor]) -> tuple[tor
     return optimizer, gradients
 
 
-def work(rank: int, folder: str) -> None:
-    """What each of the processes does: trains with every optimizer, and writes what came of it."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def work() -> dict:
+    """What each of the processes does: trains with every optimizer, and tells what came of it."""
+    rank = dist.get_rank()
     results = {}
     for case in FULL:
         for views in (False, True):  # True makes every gradient a piece of a bucket, aligned to nothing
@@ -80,15 +80,12 @@ def work(rank: int, folder: str) -> None:
                 optimizer.state_dict(),
                 gradients,
             )
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def results() -> list[dict]:
+    return run(WORLD, work)
 
 
 def assert_same(left: object, right: object, what: str) -> None:
