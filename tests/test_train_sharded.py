@@ -132,6 +132,15 @@ def test_any_number_of_processes_goes_on_with_a_checkpoint(folder: Path, compare
             assert of == pytest.approx(to, rel=1e-5), name
 
 
+def test_averages_of_shards(folder: Path) -> None:
+    """They are validated, not the weights that the last validation has left gathered."""
+    kinds = ["ddp", "fsdp2", "hsdp"]
+    run_all(2, {kind: [*command(folder, f"averaged {kind}", kind), "--ema", "0.8"] for kind in kinds})
+    found = [json.loads((folder / f"averaged {kind}" / "history.json").read_text())["validation"] for kind in kinds]
+    assert found[0] == found[1] == found[2]
+    assert all(v["loss"] != v["loss_of_averages"] for v in found[0]) and len(found[0]) == 2
+
+
 def test_under_torchrun(tmp_path: Path) -> None:
     """The command itself, of which no warning comes, beside a single process."""
     together, alone = tmp_path / "together", tmp_path / "alone"

@@ -80,7 +80,7 @@ class Run:
         best = min((v["loss"] for v in progress.validation), default=math.inf)
         progress.validation.append({"step": progress.step, "loss": learner.validate(self.text)})
         if args.ema is not None:
-            with learner.optimizer.ema_weights():
+            with learner.optimizer.ema_weights(learner.model):
                 progress.validation[-1]["loss_of_averages"] = learner.validate(self.text)
         states = learner.states()
         if not parallel.is_first():

@@ -19,14 +19,13 @@ def gathered(tree: Any) -> Any:
     return tree.full_tensor() if is_dtensor(tree) else tree
 
 
-def placed(whole: Any, like: Tensor) -> Any:
-    """A whole tensor as ``like``, which has its shape, is placed. Every process has the whole one, so none is sent."""
-    if not is_dtensor(like) or not isinstance(whole, Tensor) or whole.shape != like.shape:
+def placed(whole: Tensor, like: Any) -> Tensor:
+    """A whole tensor as ``like`` is placed. Every process has the whole one, so none is sent."""
+    if not is_dtensor(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
-    place: Any = like
-    return distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def states(model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -40,11 +39,7 @@ def states(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def load(states: dict[str, Any], model: nn.Module, optimizer: Any) -> None:
-    weights, of_optimizer = states["model"], states["optimizer"]
+    """fusedoptim's optimizers cut whole states as their parameters are cut; a model does not."""
+    weights = states["model"]
     model.load_state_dict({name: placed(weights[name], of) for name, of in model.state_dict().items()})
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        index: {name: placed(value, params[index]) for name, value in values.items()}
-        for index, values in of_optimizer["state"].items()
-    }
-    optimizer.load_state_dict({**of_optimizer, "state": state})
+    optimizer.load_state_dict(states["optimizer"])
