@@ -20,6 +20,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
+from benchmarks import witness
 from benchmarks.train import checkpoint
 from benchmarks.train.__main__ import main
 
@@ -101,6 +102,18 @@ def test_losses_are_those_of_torch(kind: str, compared: dict[str, str]) -> None:
     assert all("(p50)" in line and "(minimum)" in line for line in (ours, theirs))
 
 
+def train_with_another_root(options: list[str]) -> int:
+    with mock.patch.object(witness, "ieee_sqrt", contextlib.nullcontext):
+        [(code, _, _)] = train([options])
+    return code
+
+
+def test_a_difference_is_noticed(folder: Path) -> None:
+    """By the process that says so; with torch's own square root."""
+    options = [*command(folder, "different", "fsdp2"), "--steps", "20", "--compare"]
+    assert ranks.run(2, train_with_another_root, options) == [1, 0]
+
+
 def test_any_kind_goes_on_with_a_checkpoint(folder: Path, compared: dict[str, str]) -> None:
     """With the losses of the run that went on. The mean of two processes' gradients has one rounding in any kind, and
     their norm's bits agree in fp32, so that the losses of all kinds are the same, too."""
@@ -119,8 +132,11 @@ def test_any_kind_goes_on_with_a_checkpoint(folder: Path, compared: dict[str, st
 
 def test_any_number_of_processes_goes_on_with_a_checkpoint(folder: Path, compared: dict[str, str]) -> None:
     """2 to 4, 4 to 2, 2 to 1. The means over other numbers of processes round otherwise."""
-    four = {"four": command(folder, "four", "hsdp"), "to four": command(folder, "to four", "fsdp2", source="zero")}
-    run_all(4, four)
+    four = {
+        "four": [*command(folder, "four", "hsdp"), "--compare"],
+        "to four": command(folder, "to four", "fsdp2", source="zero"),
+    }
+    assert run_all(4, four)["four"].endswith("losses identical: yes\n")
     run_all(2, {"from four": command(folder, "from four", "fsdp2", source="four")})
     torch.set_num_threads(1)
     assert main([*OPTIONS, "--out", str(folder / "to one"), "--resume", str(folder / "fsdp2" / "kept.pt")]) == 0
@@ -141,6 +157,7 @@ def test_averages_of_shards(folder: Path) -> None:
     assert all(v["loss"] != v["loss_of_averages"] for v in found[0]) and len(found[0]) == 2
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path: Path) -> None:
     """The command itself, of which no warning comes, beside a single process."""
     together, alone = tmp_path / "together", tmp_path / "alone"
