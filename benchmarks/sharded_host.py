@@ -8,6 +8,7 @@ that all steps are host time.
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -144,18 +145,18 @@ def measure(seconds: float, at_least: int = 3, steps: int = 5) -> list[Row]:
                 call = make(params)
                 sample(call, [], 3)
                 turns.append((call, row.us[kind]))
-        share, gone = seconds * 1e6 / len(turns), gc.isenabled()
+        share, collecting = seconds * 1e6 / len(turns), gc.isenabled()
         gc.collect()
         gc.disable()
         try:
-            for number in range(1 << 30):
+            for number in itertools.count():
                 going = [(call, us) for call, us in turns if number < at_least or sum(us) < share]
                 if not going:
                     break
                 for call, us in going:
                     sample(call, us, steps)
         finally:
-            if gone:
+            if collecting:
                 gc.enable()
     return rows
 
