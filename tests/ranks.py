@@ -107,9 +107,8 @@ class Ranks:
             if not ready:
                 raise RankFailure(self._who_waits(list(silent.values()), outcomes))
             for connection in ready:
-                outcomes[silent[connection]] = self._receive(silent[connection], connection)
-                if outcomes[silent[connection]].bad:
-                    end = min(end, time.monotonic() + grace)
+                outcomes[silent[connection]] = outcome = self._receive(silent[connection], connection)
+                end = min(end, time.monotonic() + grace) if outcome.bad else end
         return [outcomes[rank] for rank in range(len(outcomes))]
 
     def _receive(self, rank: int, connection: Any) -> Outcome:
@@ -125,8 +124,7 @@ class Ranks:
             os.kill(self.processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
         parts = [_tell(rank, o, self.written(rank, "out")) for rank, o in sorted(outcomes.items())]
-        parts += [f"rank {rank} did not answer; it stands at\n{self.written(rank, 'stack')}" for rank in silent]
-        return "\n".join(parts)
+        return "\n".join(parts + [f"rank {r} did not answer; it stands at\n{self.written(r, 'stack')}" for r in silent])
 
     def written(self, rank: int, kind: str) -> str:
         path = Path(self.folder.name, f"{rank}.{kind}")
@@ -154,14 +152,15 @@ def _stop_all() -> None:
 def _context() -> Any:
     """Processes come from one that has imported torch and started no thread: 0.1 s instead of 3."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "fusedoptim"])
+    context.set_forkserver_preload(
+        ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "fusedoptim", "pytest"]
+    )
     return context
 
 
 def _tell(rank: int, outcome: Outcome, output: str) -> str:
-    if outcome.error is not None:
-        return f"rank {rank} raised {outcome.trace}"
-    return f"rank {rank} " + (f"ended with exit code {outcome.exit_code}: {output}" if outcome.bad else "returned")
+    ended = f"ended with exit code {outcome.exit_code}: {output}" if outcome.bad else "returned"
+    return f"rank {rank} " + (ended if outcome.error is None else f"raised {outcome.trace}")
 
 
 def _pack(x: object) -> bytes:

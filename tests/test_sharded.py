@@ -3,12 +3,11 @@ norm is needed, because a process sees a part of every tensor."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
 from cases import FULL
+from ranks import run
 from stacks import batch, make_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -57,12 +56,10 @@ def later(model: nn.Module) -> None:
     optimizer.step()
 
 
-def work(rank: int, folder: str) -> None:
+def work() -> dict:
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     results: dict[str, object] = {}
     for original in (False, True):
         for case in ELEMENTWISE:
@@ -85,17 +82,12 @@ def work(rank: int, folder: str) -> None:
         options = {"optimizer_class": getattr(fusedoptim, case.optimizer), **case.options}
         train(model, ZeroRedundancyOptimizer(model.parameters(), **options))
         results[f"{case} zero"] = [p.detach().clone() for p in model.parameters()]
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # now and then gloo's threads end a process that runs down with an abort
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("fsdp")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def results() -> list[dict]:
+    return run(WORLD, work)
 
 
 @pytest.mark.parametrize("original", [False, True])
