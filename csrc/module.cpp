@@ -51,8 +51,11 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("number", &Plan::number)
       .def_property_readonly("captured", &Plan::captured);
   py::class_<Clipper>(m, "Clipper")
-      .def(py::init<const py::object&, int64_t, py::object>())
+      .def(py::init<const py::object&, int64_t, py::object, std::vector<int64_t>, int64_t, bool>())
       .def("run", &Clipper::run)
+      .def("measure", &Clipper::measure)
+      .def("reduce", &Clipper::reduce)
+      .def("update", &Clipper::update)
       .def_property_readonly("number", &Clipper::number);
   py::class_<VersionProbe>(m, "VersionProbe")
       .def(py::init<>())

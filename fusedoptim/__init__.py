@@ -1,7 +1,7 @@
 """The torch.optim optimizers as one kernel launch per step, with the same bits on every backend."""
 
 from ._base import FusedOptimizer
-from ._clip import clip_grad_norm_, clip_grad_value_
+from ._clip import clip_grad_norm_, clip_grad_value_, grad_norm
 from ._options import StepOptions
 from ._rule import Rule, State
 from .adagrad import Adagrad
@@ -28,6 +28,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "decay_groups",
+    "grad_norm",
     "layerwise_groups",
     "step_in_backward",
     "warmup_cosine",

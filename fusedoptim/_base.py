@@ -28,10 +28,11 @@ from . import (
 from ._check_tensors import check_early
 from ._check_values import check_common
 from ._modes import PRE_DISPATCH, count_modes
-from ._norms import NormResults, norm_is_measured
+from ._norm_groups import norm_groups
+from ._norms import NormResults, given_norm, norm_is_measured
 from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options, scales_in_step
 from ._rule import Group, Rule
-from ._runners import Runner
+from ._runners import Steps
 
 __all__ = ["FusedOptimizer"]
 
@@ -79,6 +80,7 @@ class FusedOptimizer(Optimizer):
         _group_keys.switch_off(defaults, self.rule)
         self._check_group(defaults)
         self._options: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
+        self._options["norm_group"] = norm_groups(options.get("norm_group")) or None
         self._begin()
         super().__init__(params, defaults)
         if self.rule.states_at_construction:
@@ -88,30 +90,36 @@ class FusedOptimizer(Optimizer):
         """Sets what no pickle and no copy takes along."""
         self._norms = NormResults()
         self._has_no_norm = False
+        self._agreed = False
         self._averaging = False  # within ema_weights()
         #: States that a loaded state_dict may hold, too: see _lending.take_over.
         self._lent: dict[Tensor, _lending.Lent] = {}
         self._loader: _checkpoint.Loader | None = None
         if scales_in_step(self._options):
             self._step_supports_amp_scaling = True
-        self._runners: list[Runner] | None = None
-        self._captured: list[Runner] = []
+        self._runners: list[Steps] | None = None
+        self._captured: list[Steps] = []
         _torch_compile.register(self)
 
     # ---- the step ----
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, grad_norm: Tensor | float | None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, grad_norm: Tensor | float | None = None) -> float: ...
 
     @_hooks.with_hooks
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(
+        self, closure: Callable[[], float] | None = None, *, grad_norm: Tensor | float | None = None
+    ) -> float | None:
         """Performs one optimization step.
 
         Args:
             closure: reevaluates the model and returns the loss.
+            grad_norm: what ``max_grad_norm`` and ``skip_nonfinite`` go by, instead of a norm that the step measures:
+                that of several optimizers' gradients, say, from :func:`fusedoptim.grad_norm`. A number or a tensor of
+                one element, unscaled. Not for steps that are traced or watched by a TorchDispatchMode.
 
         Returns:
             What the closure returned, else None.
@@ -124,7 +132,14 @@ class FusedOptimizer(Optimizer):
             self._check_not_averaging()
             with torch.enable_grad():
                 loss = closure()
-        if is_compiling():
+        if grad_norm is not None:
+            if is_compiling() or count_modes() or PRE_DISPATCH[0]:
+                raise RuntimeError(
+                    "step(grad_norm=...) cannot be traced, nor watched by a TorchDispatchMode: call it outside of "
+                    "that, or let the step measure the norm"
+                )
+            self._step(grad_norm=given_norm(grad_norm, self._options, self.param_groups))
+        elif is_compiling():
             _torch_compile.trace(self)
         elif _hooks.profiling():
             n = sum(p.grad is not None for group in self.param_groups for p in group["params"])
@@ -138,7 +153,7 @@ class FusedOptimizer(Optimizer):
     # trace, unless this says that it notes it already.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _step(self, in_operator: bool = False) -> None:
+    def _step(self, in_operator: bool = False, grad_norm: Tensor | None = None) -> None:
         if self._averaging:  # asked here, because a call takes a thirtieth of a small step
             self._check_not_averaging()
         self._opt_called = True
@@ -146,7 +161,7 @@ class FusedOptimizer(Optimizer):
             _modes.step(self)
             return
         runners = self._runners
-        if self._has_no_norm and norm_is_measured(self._options, self.param_groups):
+        if self._has_no_norm and grad_norm is None and norm_is_measured(self._options, self.param_groups):
             runners = None  # to be refused
         if runners:
             for runner in runners:
@@ -154,10 +169,9 @@ class FusedOptimizer(Optimizer):
                     runners = None
                     break
         if not runners:  # none yet, none that fits, or no parameters so far
-            self._step_afresh()
-        elif hasattr(self, "found_inf"):  # GradScaler sets this and grad_scale, for the duration of this call
-            for runner in runners:
-                runner.run_scaled(getattr(self, "grad_scale", None), self.found_inf)
+            self._step_afresh(grad_norm)
+        elif grad_norm is not None or hasattr(self, "found_inf"):  # GradScaler sets it, for the duration of this call
+            _prepare.run(runners, self, grad_norm)
         else:
             for runner in runners:
                 runner.run()
@@ -166,11 +180,11 @@ class FusedOptimizer(Optimizer):
         if self._averaging:
             raise RuntimeError("step() within ema_weights(), whose end would undo it: step after it")
 
-    def _step_afresh(self) -> None:
+    def _step_afresh(self, grad_norm: Tensor | None = None) -> None:
         """Validates everything, makes missing states and runners, and steps; or raises, having changed nothing."""
         if _modes.is_transformed():  # what is made here would be wrapped, and of no use outside
             with _modes.untransformed():
-                self._step_afresh()
+                self._step_afresh(grad_norm)
             return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise RuntimeError(
@@ -183,7 +197,7 @@ class FusedOptimizer(Optimizer):
         self._drop_runners()
         _torch_compile.note_params(self)
         _lending.take_over(self._lent, self.state)
-        self._runners = _prepare.step_afresh(self)
+        self._runners = _prepare.step_afresh(self, grad_norm)
 
     def _drop_runners(self) -> None:
         """Forgets the runners, but for the tables that a CUDA graph reads at every replay."""

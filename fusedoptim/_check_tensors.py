@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._dtensor import is_dtensor, local, same_layout
 from ._dtypes import DTYPES, NAMES, compute_dtype
 from ._fakes import is_fake
 from ._overlap import overlaps_itself
@@ -40,14 +41,11 @@ def check_param(p: Tensor, who: str, optimizer: str) -> None:
         raise ValueError(f"{who} has an unsupported dtype: it must be {NAMES}")
     if p.layout != torch.strided:
         raise ValueError(f"{who} has layout {p.layout}: only dense (torch.strided) parameters can be updated")
+    if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
+        raise ValueError(f"{who} is a DTensor with Partial placements, hence a sum to come: use redistribute()")
+    p = local(p)
     if is_traceable_wrapper_subclass(p):
         kind = type(p).__name__
-        if kind == "DTensor":  # stepping its local tensors would make states that checkpoints take for replicated ones
-            raise ValueError(
-                f"{who} is a DTensor, as FSDP2 (fully_shard) and tensor parallelism make them: they are not supported "
-                f"yet. DistributedDataParallel, FullyShardedDataParallel and ZeroRedundancyOptimizer are; for DTensors "
-                f"use {torchs(optimizer)}"
-            )
         raise ValueError(f"{who} is a {kind}, which keeps its numbers in other tensors: use {torchs(optimizer)}")
     if p.is_neg():
         raise ValueError(f"{who} is negated lazily, which its memory does not show: use resolve_neg()")
@@ -77,7 +75,15 @@ def check_grad(p: Tensor, who: str, rule: Rule) -> None:
             f"{who} has a sparse gradient ({g.layout}): use torch.optim.{rule.sparse_alternative} for it, or "
             "Embedding(sparse=False)"
         )
-    if is_traceable_wrapper_subclass(g) or g._is_zerotensor() or is_fake(g):
+    if is_dtensor(p) and (not is_dtensor(g) or g.device_mesh != p.device_mesh):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{who} is a DTensor, and its gradient is none on its device mesh, but a {type(g).__name__}: give it one "
+            "with DTensor.from_local or distribute_tensor"
+        )
+    shard = local(g) if is_dtensor(p) else g
+    if hasattr(shard, "wait") and hasattr(shard, "elem"):  # an AsyncCollectiveTensor: see usual_grad
+        shard = shard.elem
+    if is_traceable_wrapper_subclass(shard) or shard._is_zerotensor() or is_fake(g):
         raise ValueError(f"{who} has a gradient without memory of its own ({type(g).__name__}): give it a plain tensor")
     if g.is_complex() or g.dtype not in DTYPES:
         raise ValueError(f"{who} has a gradient of unsupported dtype {g.dtype}: it must be {NAMES}")
@@ -120,6 +126,10 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
             raise ValueError(f"state {name!r} of {who} is on {value.device}: move it with .to({str(p.device)!r})")
         if is_fake(value) and not is_fake(p):
             raise ValueError(f"state {name!r} of {who} is a fake tensor, which has no memory: {remedy}")
+        if not scalar and (is_dtensor(value) or is_dtensor(p)) and devices:
+            if not (is_dtensor(value) and is_dtensor(p) and same_layout(value, p)):
+                raise ValueError(f"state {name!r} of {who} is not placed as its parameter is: {remedy}")
+            value = local(value)
         if value.layout != torch.strided or overlaps_itself(value) or value.is_neg():
             raise ValueError(f"state {name!r} of {who} has no dense memory of its own: use .contiguous()")
 

@@ -20,10 +20,10 @@ def sharded_by_fsdp1(params: Iterable[Tensor]) -> bool:
 
 def refuse_norm_of_shards(what: str, for_clipping: bool = True) -> None:
     remedy = (
-        "call model.clip_grad_norm_(max_norm), FSDP's own, before the step: it returns the norm of whole gradients, by "
-        "which to skip a step"
+        "pass norm_group=, the process group over which the model is sharded (torch.distributed.group.WORLD, unless "
+        "you gave FSDP another), or call model.clip_grad_norm_(max_norm), FSDP's own, before the step"
         if for_clipping
-        else "train with DistributedDataParallel, or with another optimizer"
+        else "train with FSDP2 (fully_shard), with DistributedDataParallel, or with another optimizer"
     )
     raise ValueError(
         f"{what} needs the norm of whole gradients, of which FullyShardedDataParallel leaves a part in each process, "

@@ -44,12 +44,19 @@ def same_layout(a: Any, b: Any) -> bool:
 @torch.no_grad()
 def aligned(p: Any, g: Any) -> Any:
     """A parameter's gradient, with its placements. Others are redistributed, a collective that every rank takes part
-    in: norms of a sequence-parallel model have gradients that are ``Partial`` and parameters that are ``Replicate``."""
+    in: norms of a sequence-parallel model have gradients that are ``Partial`` and parameters that are ``Replicate``.
+    None if it cannot be: of another shape, or on another mesh."""
+    if not is_dtensor(g) or g.shape != p.shape or g.device_mesh != p.device_mesh:
+        return None
     if not same_layout(p, g):
         g = g.redistribute(p.device_mesh, p.placements)
     shard = local(g)
     wait = getattr(shard, "wait", None)  # of an AsyncCollectiveTensor, which is still on its way
-    return g if wait is None else alike(p, wait())
+    if wait is not None:
+        shard = wait()
+    if shard.is_neg():  # lazily, which memory does not show
+        shard = shard.resolve_neg()
+    return g if shard is local(g) else alike(p, shard)
 
 
 def alike(p: Any, shard: Tensor) -> Any:
@@ -58,3 +65,8 @@ def alike(p: Any, shard: Tensor) -> Any:
         shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
     return found
+
+
+def whole(t: Tensor) -> Tensor:
+    """A plain tensor with all elements: all ranks have to ask for it."""
+    return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._dtensor import local
 from ._states import HasStates, StateMaker
 
 
@@ -102,7 +103,7 @@ def _to_come(optimizer: HasStates) -> dict[str, int]:
             for p in group["params"]:
                 if not p.requires_grad or is_lazy(p) or p.layout != torch.strided:
                     continue
-                like = torch.empty_like(p, device="meta")
+                like = torch.empty_like(local(p), device="meta")
                 for name, value in maker.missing(names, like, optimizer.state.get(p, {})):
                     sizes[name] += sum(part.untyped_storage().nbytes() for part in _parts(value))
     return dict(sizes)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _check_tensors, _native
 from ._check_values import check_lists, check_step_values
+from ._dtensor import aligned, is_dtensor, local
 from ._ema import is_early, new_average
 from ._fakes import is_fake
 from ._overlap import sharing
@@ -43,18 +44,30 @@ class Conversion(NamedTuple):
     states: dict[str, Any]
     #: By name, those that take the place of others.
     new: dict[str, Tensor]
-    #: What takes the place of its gradient, if that is negated lazily, which memory does not show.
-    grad: Tensor | None
+    #: Whether its gradient is such that another takes its place: see :func:`usual_grad`.
+    grad: bool
 
     @property
     def is_needed(self) -> bool:
-        return bool(self.new) or self.grad is not None
+        return bool(self.new) or self.grad
 
     def apply(self, changes: Changes) -> None:
-        if self.grad is not None:
-            self.param.grad = self.grad
+        if self.grad and (grad := usual_grad(self.param)) is not self.param.grad:
+            self.param.grad = grad
         for name, value in self.new.items():
             changes.put(self.states, name, value)
+
+
+def usual_grad(p: Tensor) -> Tensor | None:
+    """A parameter's gradient as kernels can read it: not negated lazily, which memory does not show, and placed as the
+    parameter is, for which all ranks may have to communicate."""
+    g = p.grad
+    if g is None:
+        return None
+    if is_dtensor(p):
+        placed: Tensor | None = aligned(p, g)
+        return placed
+    return g.resolve_neg()
 
 
 @dataclass
@@ -73,13 +86,6 @@ class Found:
     conversions: list[Conversion] = field(default_factory=list)
     #: Whether it is known that no two tensors that are written to share memory.
     apart: bool = False
-
-    def leave_alone_devices_without_gradients(self) -> None:
-        """One device is kept in any case."""
-        devices = {m.param.device: None for m in self.ready if has_gradient(m.param)}
-        kept = devices or {m.param.device: None for m in self.ready[:1]}
-        self.dormant += [m.param for m in self.ready if m.param.device not in kept]
-        self.ready = [m for m in self.ready if m.param.device in kept]
 
     def by_device(self) -> dict[torch.device, list[BoundParam]]:
         found: dict[torch.device, list[BoundParam]] = {}
@@ -173,13 +179,13 @@ def _check(optimizer: HasStates, index: int, i: int) -> Conversion:
     _check_tensors.check_param(p, who, name)
     if is_fake(p):
         raise ValueError(f"{who} is a fake tensor, which has no memory")
-    resolved = None
+    unusual = False
     if p.grad is not None:
         _check_tensors.check_grad(p, who, rule)
-        if p.grad.is_neg():
-            resolved = p.grad.resolve_neg()  # a copy with memory of its own
-        elif optimizer._options["zero_grad_in_step"]:
-            _check_tensors.check_written_grad(p.grad, who)
+        if is_dtensor(p) or p.grad.is_neg():
+            unusual = True  # the new one has memory of its own
+        if optimizer._options["zero_grad_in_step"] and not p.grad.is_neg():
+            _check_tensors.check_written_grad(local(p.grad), who)
     values = optimizer.state.get(p, {})
     if not isinstance(values, dict):
         raise ValueError(f"the state of {who} must be a dict, but is {values!r}")
@@ -187,7 +193,7 @@ def _check(optimizer: HasStates, index: int, i: int) -> Conversion:
     there = {**values, **new}
     _check_tensors.check_states(p, there, rule, who)
     _check_tensors.check_complete(there, rule, who)
-    return Conversion(p, values, new, resolved)
+    return Conversion(p, values, new, unusual)
 
 
 # ---- memory ----
@@ -215,7 +221,7 @@ def keep_apart(found: Found, optimizer: HasStates, steps: Callable[[Tensor], boo
 
 def _common_memory(ready: list[BoundParam], optimizer: HasStates) -> list[str] | None:
     """Two tensors with memory in common, in words."""
-    found = sharing(t for _, _, t in _written(ready, optimizer))
+    found = sharing(local(t) for _, _, t in _written(ready, optimizer))
     if found is None:
         return None
     groups = optimizer.param_groups

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, _versions
+from . import _dtensor, _native, _versions
 from ._devices import current_index_of, device_guard, make_launcher, stream_of
-from ._members import BoundParam
+from ._members import BoundParam, has_gradient
 from ._rule import EMA, Rule
 from ._runners import Groups, States, StepSettings
 
@@ -72,7 +72,18 @@ class NativeRunner:
         """A number as a kernel reads it, without waiting. To be kept until the kernel is launched."""
         return None if t is None else t.to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
 
-    def build(self, groups: Groups, state: States, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
+    @property
+    def sums(self) -> Tensor:
+        return self.numbers[:-1]
+
+    def build(
+        self,
+        groups: Groups,
+        state: States,
+        members: Sequence[BoundParam],
+        dormant: Sequence[Tensor],
+        wide: bool = False,
+    ) -> None:
         tensors: list[Tensor] = []
         # What lacks a state has no gradient yet.
         names = [*(s.name for s in self.rule.states), EMA, "step" if self.rule.has_step else None]
@@ -90,9 +101,14 @@ class NativeRunner:
                     bindings.append(len(tensors))
                     tensors.append(value)
             bindings.append(m.first)
+        shards = None
+        if any(_dtensor.is_dtensor(m.param) for m in members):
+            dtensors = [t if _dtensor.is_dtensor(t) else None for t in tensors]
+            shards = (_dtensor.dtensor_class(), _dtensor.aligned, dtensors)
+            tensors = [_dtensor.local(t) for t in tensors]
         counted = None if _versions.find_counters() else tensors
-        self.sums = torch.zeros(starts[-1], dtype=torch.float64, device=self.device)
-        self.plan.build(groups, state, bindings, list(dormant), counted, self.sums)
+        self.numbers = torch.zeros(starts[-1] + 1, dtype=torch.float64, device=self.device)
+        self.plan.build(groups, state, bindings, list(dormant), counted, self.numbers, wide, shards)
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
 
@@ -124,7 +140,20 @@ class GpuRunner(NativeRunner):
         with device_guard(self.device):
             super().run_scaled(grad_scale, found_inf)
 
+    def build(
+        self,
+        groups: Groups,
+        state: States,
+        members: Sequence[BoundParam],
+        dormant: Sequence[Tensor],
+        wide: bool = False,
+    ) -> None:
+        super().build(groups, state, members, dormant, wide)
+        self._may_be_idle = not any(has_gradient(m.param) for m in members)
+
     def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+        if self._may_be_idle:  # where no tensor has its states so far, nothing is launched that would write sums
+            self.numbers.zero_()
         with device_guard(self.device):
             super().measure(transformed, grad_scale)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._distributed import refuse_norm_of_shards
+from ._dtensor import whole
 from ._members import BoundParam, has_gradient
 from ._rule import Group, Rule
 from ._states import HasStates
@@ -19,8 +20,10 @@ class HasNorms(HasStates, Protocol):
     """What an optimizer has whose steps measure norms."""
 
     _norms: NormResults
-    #: Whether no step can: parameters are parts of tensors, or on several devices.
+    #: Whether no step can: parameters are parts of tensors, and nothing says where the others are.
     _has_no_norm: bool
+    #: Whether all ranks have found together that a step can be made.
+    _agreed: bool
 
 
 def norm_is_measured(options: Mapping[str, Any], groups: Iterable[Group]) -> bool:
@@ -28,7 +31,11 @@ def norm_is_measured(options: Mapping[str, Any], groups: Iterable[Group]) -> boo
 
 
 def check_whole_tensors(rule: Rule, optimizer: str, measured: bool) -> None:
-    """Of parameters that are parts of tensors, nobody has a norm.
+    """Of parameters that are parts of tensors, nobody has a norm: no rule can have each tensor's, and nobody that of
+    all, unless process groups say where the other parts are.
+
+    Args:
+        measured: whether a step measures that of all in this process alone.
 
     Raises:
         ValueError: if a step needs one.
@@ -36,16 +43,6 @@ def check_whole_tensors(rule: Rule, optimizer: str, measured: bool) -> None:
     if measured or rule.uses_norm:
         what = optimizer if rule.uses_norm else "max_grad_norm, as skip_nonfinite,"
         refuse_norm_of_shards(what, for_clipping=not rule.uses_norm)
-
-
-def check_one_device(devices: Iterable[torch.device]) -> None:
-    """A norm is measured on one device, or there would be one for each."""
-    names = sorted(map(str, devices))
-    if len(names) > 1:
-        raise ValueError(
-            f"max_grad_norm and skip_nonfinite need all parameters on one device, but they are on {', '.join(names)}: "
-            "use torch.nn.utils.clip_grad_norm_ before the step"
-        )
 
 
 class NormResults:
@@ -80,7 +77,7 @@ class NormResults:
 
     def last(self, params: Iterable[Tensor]) -> Tensor:
         """The norm, fp32, or fp64 if a parameter has it. There must be one."""
-        stats = next(iter(self.by_device.values()))  # one, or of several devices, on which none was measured
+        stats = next(iter(self.by_device.values()))  # all devices have the same
         wide = any(p.dtype == torch.float64 for p in params)
         return stats[0].to(torch.float64 if wide else torch.float32, copy=True)
 
@@ -92,3 +89,20 @@ class NormResults:
     def are_finite(self) -> bool:
         """Waits for the devices."""
         return all(math.isfinite(stats[0].item()) for stats in self.by_device.values())
+
+
+def given_norm(norm: Tensor | float, options: Mapping[str, Any], groups: Iterable[Group]) -> Tensor:
+    """A norm that somebody else measured, as steps take it: 0-dim.
+
+    Raises:
+        ValueError: if it is none, or if no step asks for one.
+    """
+    if not norm_is_measured(options, groups):
+        raise ValueError(
+            "grad_norm= is for max_grad_norm and skip_nonfinite, and this optimizer has neither: set one of them, or "
+            "leave it out"
+        )
+    value = norm if isinstance(norm, Tensor) else torch.tensor(float(norm), dtype=torch.float64, device="cpu")
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(f"grad_norm must be one number, but is a tensor of shape {tuple(value.shape)}, {value.dtype}")
+    return whole(value.detach()).reshape(())

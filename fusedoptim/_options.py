@@ -28,9 +28,9 @@ class StepOptions(TypedDict, total=False):
 
     Args:
         max_grad_norm: scales a group's gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, where norm is that of
-            the gradients of *all* groups of this optimizer in this process, then in ``optimizer.last_grad_norm``. Above
-            0; infinity measures only; None is off. In memory they stay as they are. Bits:
-            :func:`fusedoptim.clip_grad_norm_`.
+            the gradients of *all* groups of this optimizer, then in ``optimizer.last_grad_norm``; where parameters are
+            DTensors, that of the whole tensors. Above 0; infinity measures only; None is off. In memory gradients stay
+            as they are. Bits: :func:`fusedoptim.clip_grad_norm_`.
         clip_grad_value: holds every element of a group's gradients within ``[-clip_grad_value, clip_grad_value]``,
             after ``max_grad_norm``. None is off.
         ema_decay: keeps a state ``ema``, in fp32 (fp64 for fp64 parameters): it starts as the parameter before the
@@ -42,6 +42,9 @@ class StepOptions(TypedDict, total=False):
             A GradScaler then has to leave skipping to the step, as with ``amp_in_step``.
         amp_in_step: has a GradScaler leave unscaling and skipping to the step, which need not wait for the device then.
             By default, as with torch's optimizers unless they are fused, the scaler does both before it.
+        norm_group: a process group, or several, over which the sum of squares of that norm is added, where tensors do
+            not show that other processes have others: FSDP1's flat parameters, ZeroRedundancyOptimizer, the stages of a
+            pipeline, experts that are not DTensors. None of them may have the same tensor as another.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
         state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16, or None for the
             parameter's own. Whatever it is, a 16-bit parameter is not moved by an update of less than half a unit in
@@ -55,6 +58,7 @@ class StepOptions(TypedDict, total=False):
     skip_nonfinite: bool
     zero_grad_in_step: bool
     amp_in_step: bool
+    norm_group: Any
     backend: str | None
     state_dtype: torch.dtype | None
 
@@ -65,6 +69,7 @@ DEFAULTS: dict[str, Any] = {
     "skip_nonfinite": False,
     "zero_grad_in_step": False,
     "amp_in_step": False,
+    "norm_group": None,
     "backend": None,
     "state_dtype": None,
 }

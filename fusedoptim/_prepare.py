@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,12 +13,15 @@ from torch import Tensor
 from . import _backends, _members
 from ._check_tensors import can_have_states
 from ._distributed import sharded_by_fsdp1
+from ._dtensor import aligned, is_dtensor
+from ._exchange import Exchange, RankError, refusal
 from ._fakes import alike
+from ._joint_runner import JointRunner, RefusedElsewhere
 from ._native_runner import GpuRunner, NativeRunner
-from ._norms import HasNorms, check_one_device, check_whole_tensors, norm_is_measured
+from ._norms import HasNorms, check_whole_tensors, norm_is_measured
 from ._reference_runner import ReferenceRunner
 from ._rule import Rule
-from ._runners import Runner, StepSettings
+from ._runners import Runner, Steps, StepSettings
 from ._states import Changes, HasStates, StateMaker, move_steps
 
 
@@ -37,32 +40,75 @@ def scaling_of(optimizer: object) -> Scaling | None:
     return Scaling(getattr(optimizer, "grad_scale", None), optimizer.found_inf)
 
 
-def step_afresh(optimizer: HasNorms) -> list[Runner] | None:
+def step_afresh(optimizer: HasNorms, grad_norm: Tensor | None = None) -> list[Steps] | None:
     """Validates everything, makes missing states and runners, and steps; or raises, having changed nothing.
+
+    Args:
+        grad_norm: of all gradients, if it is not to be measured.
 
     Returns:
         The runners, for the next steps; None if this one was skipped.
     """
     scaling = scaling_of(optimizer)
     changes = Changes(optimizer.state)
-    ran = 0
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    exchange = Exchange(params, optimizer._options["norm_group"] or ())
     try:
         with without_garbage_collection():
-            runners = prepare(optimizer, changes)
-        for runner in runners:  # one that raises has written nothing
-            if scaling is None:
-                runner.run()
-            else:
-                runner.run_scaled(scaling.grad_scale, scaling.found_inf)
-            ran += 1
+            runners = prepare(optimizer, changes, exchange, grad_norm is not None)
+    except BaseException as error:
+        changes.undo()
+        if isinstance(error, Exception):
+            _refuse(optimizer, exchange, params, error, grad_norm is not None)
+        raise
+    try:
+        run(runners, optimizer, grad_norm)
     except BaseException:
-        if ran == 0:
+        if not any(isinstance(one, JointRunner) and one.has_written for one in runners):
             changes.undo()
         raise
     if _was_skipped(optimizer, scaling):
         changes.undo()
         return None
     return runners
+
+
+def run(steps: Sequence[Steps], optimizer: HasNorms, grad_norm: Tensor | None = None) -> None:
+    """Runs what is ready.
+
+    Args:
+        grad_norm: of all gradients, if it is not to be measured.
+    """
+    grad_scale, found_inf = scaling_of(optimizer) or (None, None)
+    for one in steps:
+        if grad_norm is None:
+            one.run_scaled(grad_scale, found_inf)
+            continue
+        if not isinstance(one, JointRunner):
+            one = JointRunner([cast(Runner, one)], None, optimizer.rule, optimizer._options)
+        one.run_scaled(grad_scale, found_inf, grad_norm)
+
+
+def _refuse(
+    optimizer: HasNorms, exchange: Exchange, params: list[Tensor], error: Exception, norm_is_given: bool
+) -> None:
+    """Takes part, with a refusal, in what the other ranks do in this step, so that they raise and none waits."""
+    if isinstance(error, RankError):  # which they know of
+        return
+    if not optimizer._agreed:
+        exchange.agree(True)
+        return
+    measured = norm_is_measured(optimizer._options, optimizer.param_groups) and not norm_is_given
+    by_tensor = optimizer.rule.uses_norm and bool(exchange.rounds)
+    if not exchange.adds or not (measured or by_tensor):
+        return
+    for p in params:
+        if is_dtensor(p) and p.grad is not None and (grad := aligned(p, p.grad)) is not None:
+            p.grad = grad
+    numbers = refusal(params)
+    exchange.add(numbers, of_tensors=not measured)
+    if measured and by_tensor and numbers.device.type != "cpu":  # where nobody waits to see this, all add up twice
+        exchange.add(numbers, of_tensors=True)
 
 
 def _was_skipped(optimizer: HasNorms, scaling: Scaling | None) -> bool:
@@ -72,25 +118,31 @@ def _was_skipped(optimizer: HasNorms, scaling: Scaling | None) -> bool:
     return bool(optimizer._options["skip_nonfinite"]) and not optimizer._norms.are_finite()
 
 
-def prepare(optimizer: HasNorms, changes: Changes) -> list[Runner]:
+def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_given: bool = False) -> list[Steps]:
     """Makes runners that are ready to run, with all that they need. What is changed in the states is noted."""
     groups, rule, options = optimizer.param_groups, optimizer.rule, optimizer._options
     measured = norm_is_measured(options, groups)
     in_parts = sharded_by_fsdp1(p for group in groups for p in group["params"])
     if in_parts:
-        check_whole_tensors(rule, type(optimizer).__name__, measured)
+        alone = measured and not norm_is_given and not options["norm_group"]
+        check_whole_tensors(rule, type(optimizer).__name__, alone)
     found = _members.find(optimizer)
+    if not optimizer._agreed:
+        if exchange.agree(False):
+            raise RefusedElsewhere
+        optimizer._agreed = True
     _members.convert(found, changes)
     _members.keep_apart(found, optimizer)
     _members.make_states(found, optimizer, changes)
-    if measured:
-        found.leave_alone_devices_without_gradients()
     members = found.by_device()
-    if measured:
-        check_one_device(members)
-    optimizer._has_no_norm = in_parts or len(members) > 1
+    if not members and exchange.adds and (measured or rule.uses_norm):  # this rank has nothing to step, and takes part
+        members = {next((p.device for group in groups for p in group["params"]), torch.device("cpu")): []}
+    optimizer._has_no_norm = in_parts and not options["norm_group"]
     optimizer._norms.make_for(members, measured)
-    runners = []
+    wide = (exchange.adds or len(members) > 1) and any(
+        p.dtype == torch.float64 for group in groups for p in group["params"]
+    )
+    runners: list[Runner] = []
     for device, of_device in members.items():
         backend = _backends.choose(options["backend"], device, rule)
         if rule.has_step and _backends.BACKENDS[backend].steps_on_device:
@@ -98,11 +150,15 @@ def prepare(optimizer: HasNorms, changes: Changes) -> list[Runner]:
         stats = optimizer._norms.by_device[device]
         settings = StepSettings(stats, options["skip_nonfinite"], options["zero_grad_in_step"])
         runner = make_runner(backend, rule, device, settings)
-        runner.build(groups, optimizer.state, of_device, found.dormant)
-        if not runner.refresh(groups, optimizer.state):
-            raise RuntimeError(f"a plan does not fit what it was made from ({runner.reason}): please report this")
+        runner.build(groups, optimizer.state, of_device, found.dormant, wide)
         runners.append(runner)
-    return runners
+    steps: list[Steps] = [*runners]
+    if len(runners) > 1 or exchange.adds:
+        steps = [JointRunner(runners, exchange if exchange.adds else None, rule, options)]
+    for one in steps:
+        if not one.refresh(groups, optimizer.state):
+            raise RuntimeError(f"a plan does not fit what it was made from ({one.reason}): please report this")
+    return steps
 
 
 def make_runner(backend: str, rule: Rule, device: torch.device, settings: StepSettings) -> Runner:

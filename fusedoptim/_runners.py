@@ -25,7 +25,9 @@ class StepSettings:
     zero_grad: bool
 
 
-class Runner(Protocol):
+class Steps(Protocol):
+    """What an optimizer keeps for its next steps."""
+
     @property
     def reason(self) -> str:
         """Why refresh() returned False."""
@@ -37,9 +39,6 @@ class Runner(Protocol):
     def retire(self) -> None:
         """Lets go of everything else. It is not used again."""
 
-    def build(self, groups: Groups, state: States, members: Sequence[BoundParam], dormant: Sequence[Tensor]) -> None:
-        """Prepares to step the members, once, for as long as the dormant parameters have no gradient."""
-
     def refresh(self, groups: Groups, state: States) -> bool:
         """Looks up gradients and hyper-parameters; False if another runner has to be built. Writes nothing."""
 
@@ -49,8 +48,33 @@ class Runner(Protocol):
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """The same with gradients divided by the scale; changes nothing if found_inf is not 0."""
 
-    # The parts of a step, for whoever has something to do between them, as adding the sums of other processes. run() is
-    # all of them, with as few launches as it takes.
+
+class Runner(Steps, Protocol):
+    """Steps the parameters on one device.
+
+    The parts of a step are for whoever has something to do between them, as adding the sums of other processes. run()
+    is all of them, with as few launches as it takes.
+    """
+
+    settings: StepSettings
+
+    def build(
+        self,
+        groups: Groups,
+        state: States,
+        members: Sequence[BoundParam],
+        dormant: Sequence[Tensor],
+        wide: bool = False,
+    ) -> None:
+        """Prepares to step the members, once, for as long as the dormant parameters have no gradient.
+
+        Args:
+            wide: whether the norm of all gradients is kept in fp64 in any case: a tensor that is elsewhere has it.
+        """
+
+    @property
+    def numbers(self) -> Tensor:
+        """The sums, and one more that is 0: for how many ranks refuse the step (_exchange.py)."""
 
     @property
     def sums(self) -> Tensor:

@@ -112,6 +112,7 @@ def twin(optimizer: AnyTraceable, groups: list[dict[str, Any]], state: dict[Any,
     """As a copy of the optimizer would be, with other groups and states. A copy proper would walk over all its own."""
     other = type(optimizer).__new__(type(optimizer))
     other.__setstate__({**optimizer.__getstate__(), "state": state, "param_groups": groups})
+    other._agreed = True  # it steps a part of what all ranks step
     return other
 
 

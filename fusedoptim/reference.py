@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 States = dict[str, Any]
+#: The key under which a group has the sum of squares of the whole gradient, where ``g`` is a process's part of it.
+SUM_OF_SQUARES = "sum_of_squares"
 
 
 def adam(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
@@ -111,7 +113,8 @@ def norm_adaptive(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
     ``p = p*(1 - lr*weight_decay) - (lr/(a+eps))*g``, where the quotient is 0 if its divisor is. Scalars in double,
     rounded once to fp32."""
     lr, beta = float(h["lr"]), h["beta"]
-    norm = to_fp32(float(sum_of_squares(g)) ** 0.5)
+    total = h[SUM_OF_SQUARES] if SUM_OF_SQUARES in h else sum_of_squares(g)
+    norm = to_fp32(float(total) ** 0.5)
     average = to_fp32(beta * s["avg_grad_norm"].item() + (1 - beta) * norm)
     divisor = average + h["eps"]
     s["avg_grad_norm"].fill_(average)

@@ -6,6 +6,7 @@ import inspect
 import pydoc
 import re
 import typing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from typing_extensions import Unpack
 
 import fusedoptim
 from fusedoptim import AdamW, StepOptions
+from fusedoptim._norm_groups import norm_groups
 from fusedoptim._options import DEFAULTS
 
 OPTIONS = list(StepOptions.__annotations__)
@@ -149,6 +151,7 @@ def test_repr_shows_the_options_in_use() -> None:
 
 def test_repr_shows_each_option_of_the_whole() -> None:
     for name, default in DEFAULTS.items():
-        value = {"backend": "cpu", "state_dtype": torch.bfloat16}.get(name, True)
+        group = norm_groups(SimpleNamespace(group_name="stages"))
+        value = {"backend": "cpu", "state_dtype": torch.bfloat16, "norm_group": group}.get(name, True)
         assert value != default
         assert lines(AdamW(parameters([(2,)]), **{name: value}))[1] == f"    {name}: {value}"  # type: ignore[misc]

@@ -141,7 +141,7 @@ def test_what_schedulers_warn_of(cls: Class, hooks: bool) -> None:
 def test_what_a_grad_scaler_looks_at(cls: Class) -> None:
     """It reads the step's signature, and does not call a step whose gradients are not finite."""
     params, o = make(cls)
-    assert list(inspect.signature(o.step).parameters) == ["closure"]
+    assert "grad_scaler" not in inspect.signature(o.step).parameters
     calls = count(o)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for value in (1.0, float("inf"), 2.0):

@@ -47,9 +47,11 @@ struct StepTable {
   std::vector<HyperRow> rows;
   double* sums = nullptr;  // of squares, of each entry's gradient: in memory on the device, 0 where it has none
   std::shared_ptr<void> sums_owner;
+  bool wide = false;  // whether a tensor that is elsewhere, on another device or rank, has fp64
 
   // Whether the norm of all gradients is kept in fp64.
   bool norm_in_f64() const {
+    if (wide) return true;
     for (const Entry& e : entries)
       if (e.active && e.compute_dtype() == DType::f64) return true;
     return false;

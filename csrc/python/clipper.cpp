@@ -7,50 +7,77 @@
 #include "tensor_facts.h"
 
 namespace fusedoptim {
+namespace {
 
-Clipper::Clipper(const py::object& launcher, int64_t norm_stats, py::object sums)
-    : launcher_(launcher), norm_stats_(reinterpret_cast<NormStats*>(norm_stats)), sums_(std::move(sums)) {}
-
-void Clipper::run(int64_t stream, bool measure, double max_norm, double limit) {
+StepSettings settings_with(int64_t norm_stats) {
   StepSettings settings;
-  settings.norm_stats = norm_stats_;
-  const bool scales = max_norm >= 0 || limit >= 0;
-  StepTable table;
-  PythonMemory::keep_sums(table, sums_);
-  table.rows.resize(1);
-  table.rows[0].value[kMaxGradNorm] = measure && max_norm < 0 ? INFINITY : max_norm;
-  table.rows[0].value[kClipGradValue] = limit;
-  const std::unique_ptr<Executor> executor = make_executor(*find_rule(Clip::name), launcher_, settings);
-  executor->sync_threads_and_isa();
-  table.entries.resize(tensors_.size());
-  std::vector<std::unique_ptr<Layout>> layouts(tensors_.size());
+  settings.norm_stats = reinterpret_cast<NormStats*>(norm_stats);
+  return settings;
+}
+
+}  // namespace
+
+Clipper::Clipper(const py::object& launcher, int64_t norm_stats, py::object sums, std::vector<int64_t> places,
+                 int64_t size, bool wide)
+    : places_(std::move(places)),
+      executor_(make_executor(*find_rule(Clip::name), launcher, settings_with(norm_stats))) {
+  PythonMemory::keep_sums(table_, std::move(sums));
+  table_.rows.resize(1);
+  table_.entries.resize(size);
+  table_.wide = wide;
+}
+
+void Clipper::bind(const TensorHandOver::Tensors& tensors) {
+  tensors_ = tensors;
+  executor_->sync_threads_and_isa();
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const torch::stable::Tensor& t = tensors_[i];
     const auto sizes = to_vector(t.sizes()), strides = to_vector(t.strides());
-    Entry& e = table.entries[i];
+    Entry& e = table_.entries.at(places_.at(i));
     e.param() = e.grad() = {t.mutable_data_ptr(), nullptr, dtype_of(t)};
     e.numel = t.numel();
     e.active = true;
     if (e.numel > 1 && !row_major(sizes, strides)) {
-      layouts[i] = std::make_unique<Layout>(Layout{sizes, {strides, strides}});
-      layouts[i]->simplify();
-      e.sum_layout = layouts[i].get();
-      if (!dense(sizes, strides)) e.layout = layouts[i].get();
+      layouts_.push_back(std::make_unique<Layout>(Layout{sizes, {strides, strides}}));
+      layouts_.back()->simplify();
+      e.sum_layout = layouts_.back().get();
+      if (!dense(sizes, strides)) e.layout = layouts_.back().get();
     }
-    executor->prepare(e, {});
+    executor_->prepare(e, {});
   }
-  executor->activity_changed();
-  const LaunchInputs inputs{stream, 0, 0};
-  const auto clip = [&] {
-    if (scales) return executor->run(table, inputs, [] {});
-    executor->measure(table, inputs, Gradients::unscaled, true);
-  };
-  if (executor->begin_step(table)) {
+  executor_->activity_changed();
+}
+
+template <class F>
+void Clipper::call(double max_norm, double limit, const F& part) {
+  table_.rows[0].value[kMaxGradNorm] = max_norm;
+  table_.rows[0].value[kClipGradValue] = limit;
+  if (executor_->begin_step(table_)) {
     py::gil_scoped_release release;
-    clip();
+    part();
   } else {
-    clip();
+    part();
   }
+}
+
+void Clipper::run(int64_t stream, bool measures, double max_norm, double limit) {
+  const bool scales = max_norm >= 0 || limit >= 0;
+  call(measures && max_norm < 0 ? INFINITY : max_norm, limit, [&] {
+    if (scales) return executor_->run(table_, {stream, 0, 0}, [] {});
+    executor_->measure(table_, {stream, 0, 0}, Gradients::unscaled, true);
+  });
+}
+
+void Clipper::measure(int64_t stream) {
+  call(INFINITY, -1, [&] { executor_->measure(table_, {stream, 0, 0}, Gradients::unscaled, false); });
+}
+
+void Clipper::reduce(int64_t stream) {
+  call(INFINITY, -1, [&] { executor_->reduce(table_, {stream, 0, 0}); });
+}
+
+void Clipper::update(int64_t stream, double max_norm, double limit) {
+  call(max_norm, limit, [&] { executor_->update(table_, {stream, 0, 0}); });
 }
 
 }  // namespace fusedoptim

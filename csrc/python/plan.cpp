@@ -50,8 +50,10 @@ void Plan::check_names(const std::vector<HyperArgs>& hyper, const std::vector<st
 }
 
 void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
-                 std::optional<py::list> counted, py::object sums) {
+                 std::optional<py::list> counted, py::object sums, bool wide, std::optional<ShardArgs> shards) {
   PythonMemory::keep_sums(table_, std::move(sums));
+  table_.wide = wide;
+  if (shards) take_shards(*shards);
   if (!counted && !VersionCounters::known()) throw std::runtime_error("nobody has looked for the version counters yet");
   counted_ = std::move(counted);
   groups_ = groups;
@@ -91,10 +93,31 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
   }
   snapshot_.take(state);
   const TensorReader& reader = TensorReader::get();
-  for (const py::object& x : snapshot_.held())
-    plain_ = plain_ && (reader.is_plain(x.ptr()) || !reader.is_tensor(x.ptr()));
-  for (size_t i = 0; i < params_.size(); ++i)
-    plain_ = plain_ && (bindings_[i].empty() || reader.is_plain(params_[i].ptr()));
+  const auto is_plain = [&](PyObject* x) { return reader.is_plain(x) || shard_reader_.is_dtensor(x); };
+  for (const py::object& x : snapshot_.held()) plain_ = plain_ && (is_plain(x.ptr()) || !reader.is_tensor(x.ptr()));
+  for (const Shard& s : shards_) plain_ = plain_ && (!s.local || reader.is_plain(s.local.ptr()));
+  for (size_t i = 0; i < params_.size(); ++i) plain_ = plain_ && (bindings_[i].empty() || is_plain(params_[i].ptr()));
+}
+
+void Plan::take_shards(const ShardArgs& args) {
+  const auto& [cls, align, dtensors] = args;
+  shard_reader_ = ShardReader(cls, align);
+  for (py::handle x : dtensors) {
+    Shard s{};
+    if (!x.is_none()) {
+      s.dtensor = py::reinterpret_borrow<py::object>(x);
+      s.local = shard_reader_.local(x.ptr());
+      s.spec = shard_reader_.spec(x.ptr());
+      s.object = reinterpret_cast<const char*>(x.attr("_cdata").cast<uintptr_t>());
+    }
+    shards_.push_back(std::move(s));
+  }
+}
+
+// A DTensor and its shard have version counters of their own.
+void Plan::writes(AtenTensorHandle tensor, int index) {
+  written_.push_back({VersionCounters::object(tensor), index});
+  if (!shards_.empty() && shards_[index].object) written_.push_back({shards_[index].object, -1 - index});
 }
 
 void Plan::bind(const std::vector<StableTensor>& tensors) {
@@ -123,8 +146,12 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   if (zero_grad_) kept_.add(e.param().data, e.param().storage, m.ndim, m.shape, m.shape + m.ndim);
   m.memory = tensor_memory(p.get());
   m.written_begin = static_cast<int64_t>(written_.size());
-  const auto writes = [&](int at) { written_.push_back({VersionCounters::object(tensors.at(at).get()), at}); };
+  const auto writes = [&](int at) { this->writes(tensors.at(at).get(), at); };
   writes(binding[0]);
+  if (!shards_.empty() && shards_[binding[0]].object) {
+    m.sharded = true;
+    m.spec = shards_[binding[0]].spec.ptr();
+  }
   const Variant variant = group_[e.group].variant;
   m.linear = e.numel <= 1 || dense(sizes, strides);
   m.logical = e.numel <= 1 || row_major(sizes, strides);
@@ -175,6 +202,9 @@ int Plan::traverse(visitproc visit, void* arg) const {
     if (const int stop = visit_all(g.items)) return stop;
   }
   if (counted_) Py_VISIT(counted_->ptr());
+  for (const Shard& s : shards_)
+    for (const py::object* x : {&s.dtensor, &s.local, &s.spec}) Py_VISIT(x->ptr());
+  for (const Member& m : member_) Py_VISIT(m.grad_spec.ptr());
   if (const int stop = visit_all(params_)) return stop;
   if (const int stop = visit_all(grads_)) return stop;
   return visit_all(snapshot_.held());
@@ -194,6 +224,8 @@ void Plan::clear() {
   params_.clear();
   grads_.clear();
   written_.clear();
+  shards_.clear();
+  shard_reader_ = ShardReader();
   snapshot_.clear();
 }
 

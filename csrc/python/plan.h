@@ -21,6 +21,7 @@
 #include "memory_ranges.h"
 #include "prefetch.h"
 #include "pybind.h"
+#include "shard_reader.h"
 #include "state_snapshot.h"
 #include "storage_watch.h"
 #include "tensor_hand_over.h"
@@ -36,6 +37,7 @@ class Plan {
   // A group's key, the index into its value or -1, the least and the largest number that is accepted, and the number of
   // a group without the key, if there may be such.
   using HyperArgs = std::tuple<std::string, int, double, double, std::optional<double>>;
+  using ShardArgs = std::tuple<py::object, py::object, py::list>;
   // hyper: all that a step reads of a group, in the order of a rule's rows, which have lr's dtype after lr; states: the
   // rule's, with the parameter's shape. Their names have to be the compiled rule's.
   // device: whose tensors it steps, as DLPack names it. launcher: see make_executor.h.
@@ -49,9 +51,10 @@ class Plan {
   // where there is none (param, slots..., ema, step, scalar_state), then 1 if its states count as absent in the coming
   // step. dormant: parameters that no plan steps, for as long as they have no gradient.
   // counted: that list, to have torch's own function raise their version counters; None if they can be raised here.
-  // sums: a tensor with an fp64 number per parameter, on the device: see StepTable.
+  // sums, wide: see StepTable. The former is a tensor with an fp64 number per parameter, on the device.
+  // shards: for parameters that are DTensors: see ShardReader, and for each tensor in that list its DTensor or None.
   void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
-             std::optional<py::list> counted, py::object sums);
+             std::optional<py::list> counted, py::object sums, bool wide, std::optional<ShardArgs> shards);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
@@ -86,6 +89,9 @@ class Plan {
     const int64_t* last_grad_sizes = nullptr;  // likewise
     int32_t ndim = 0;
     int64_t written_begin = 0, written_end = 0;  // in written_: what a step writes to
+    PyObject* spec = nullptr;                    // of a DTensor: how it is placed
+    py::object grad_spec;                        // of its last gradient, which was placed alike
+    bool sharded = false;                        // a DTensor
     bool on_device = false;                      // in this plan's table
     bool dormant = false;                        // in no plan's
     bool ready = false;                          // its states exist
@@ -108,7 +114,11 @@ class Plan {
   };
   struct Written {
     const char* object;  // see VersionCounters
-    int index;           // in counted_
+    int index;           // of the tensor that was handed over; below 0, -1 - index, of its DTensor
+  };
+  struct Shard {
+    py::object dtensor, local, spec;
+    const char* object;  // the DTensor's
   };
   struct Group {
     py::object dict, params;
@@ -123,6 +133,11 @@ class Plan {
   bool refresh_python(py::handle groups, py::handle state);
   bool refresh_group(Group&, HyperRow&);
   bool refresh_gradient(int64_t i, const TensorView&);
+  py::object shard_of_gradient(int64_t i);
+  py::object local_gradient(int64_t i) const;
+  bool shards_unchanged() const;
+  void take_shards(const ShardArgs& args);
+  void writes(AtenTensorHandle tensor, int index);
   bool written_apart();
   bool read_hyper(PyObject* dict, const Hyper&, double* row, bool& immutable);
   bool read_number(PyObject* value, const Hyper&, double* row);
@@ -161,7 +176,9 @@ class Plan {
   std::vector<Written> written_;
   std::optional<py::list> counted_;
   py::object counted_now_;  // what increment_version_ is told of in the coming step
-  bool plain_ = true;       // no parameter or state is of a subclass, whose sizes may be Python code
+  ShardReader shard_reader_;
+  std::vector<Shard> shards_;  // by the tensor that was handed over; empty if there is no DTensor
+  bool plain_ = true;          // no tensor that was handed over is of a subclass, whose sizes may be Python code
   bool activity_changed_ = true, refreshed_ = false, running_ = false;
   // For gradients that are written to. Who makes a plan has looked at those of its first step.
   bool grads_checked_ = true, grads_moved_ = false;

@@ -64,13 +64,44 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   return true;
 }
 
+// A DTensor's gradient as its parameter is placed; what comes in another way is replaced by such. None if it cannot be.
+py::object Plan::shard_of_gradient(int64_t i) {
+  Member& m = member_[i];
+  py::object& grad = grads_[i];
+  const TensorReader& reader = TensorReader::get();
+  if (!shard_reader_.is_dtensor(grad.ptr())) return {};
+  py::object spec = shard_reader_.spec(grad.ptr()), shard = shard_reader_.local(grad.ptr());
+  const bool known = spec && (spec.ptr() == m.spec || spec.ptr() == m.grad_spec.ptr());
+  if (known && shard && reader.is_plain(shard.ptr())) return shard;
+  py::object aligned = shard_reader_.align(m.param, grad.ptr());
+  if (!shard_reader_.is_dtensor(aligned.ptr())) return {};
+  if (aligned.ptr() != grad.ptr()) {
+    reader.set_grad(m.param, aligned.ptr());
+    grad = std::move(aligned);
+  }
+  m.grad_spec = shard_reader_.spec(grad.ptr());
+  return shard_reader_.local(grad.ptr());
+}
+
+py::object Plan::local_gradient(int64_t i) const {
+  return member_[i].sharded ? shard_reader_.local(grads_[i].ptr()) : grads_[i];
+}
+
+bool Plan::shards_unchanged() const {
+  for (const Shard& s : shards_)
+    if (s.object && (!shard_reader_.has_local(s.dtensor.ptr(), s.local.ptr()) ||
+                     !shard_reader_.has_spec(s.dtensor.ptr(), s.spec.ptr())))
+      return false;
+  return true;
+}
+
 // What is written to may share no memory with anything else.
 bool Plan::written_apart() {
   written_ranges_.clear();
   for (size_t i = 0; i < member_.size(); ++i) {
     if (!table_.entries[i].active) continue;
     TensorView g;
-    if (!TensorReader::get().view(grads_[i].ptr(), g)) return false;
+    if (!TensorReader::get().view(local_gradient(static_cast<int64_t>(i)).ptr(), g)) return false;
     written_ranges_.add(g.data, g.dtype, g.ndim, g.sizes, g.strides);
   }
   written_ranges_.sort();
@@ -99,6 +130,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
       PyList_GET_SIZE(groups.ptr()) != static_cast<Py_ssize_t>(group_.size()))
     return stale("the groups or the state were replaced");
   if (!snapshot_.matches(state.ptr())) return stale("a state was replaced");
+  if (!shards_unchanged()) return stale("a DTensor has another shard");
   if (executor_->sync_threads_and_isa())
     for (Member& m : member_) m.prepared = false;
   const TensorReader& reader = TensorReader::get();
@@ -119,7 +151,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
       Entry& e = table_.entries[i];
       if (PyList_GET_ITEM(params, i - g.begin) != m.param) return stale("a group's parameters changed");
       if (!m.on_device && !m.dormant) continue;
-      grads_[i] = py::reinterpret_steal<py::object>(reader.grad(m.param));
+      grads_[i] = py::reinterpret_steal<py::object>(m.sharded ? reader.grad_of_dtensor(m.param) : reader.grad(m.param));
       if (!grads_[i]) {
         forget_python_error();
         return stale("a parameter's gradient cannot be read");
@@ -132,6 +164,12 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
       }
       if (active) {
         TensorView view;
+        py::object shard;  // which its DTensor holds, too
+        if (m.sharded) {
+          shard = shard_of_gradient(i);
+          if (!shard) return stale("a gradient is no DTensor on its parameter's mesh");
+          m.last_grad = shard.ptr();
+        }
         if (!reader.view(m.last_grad, view)) return stale("a gradient is not a strided tensor of a supported dtype");
         m.last_grad_sizes = view.sizes;
         // Such gradients are every second element of a complex tensor, so only unusual strides are worth the question.

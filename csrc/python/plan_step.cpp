@@ -27,8 +27,12 @@ py::list Plan::counted_by_torch() const {
     if (!table_.entries[i].active) continue;
     const Member& m = member_[i];
     if (counted_)
-      for (int64_t k = m.written_begin; k < m.written_end; ++k) all.append((*counted_)[written_[k].index]);
+      for (int64_t k = m.written_begin; k < m.written_end; ++k) {
+        const int index = written_[k].index;
+        all.append(index < 0 ? shards_[-1 - index].dtensor : py::object((*counted_)[index]));
+      }
     if (zero_grad_) all.append(grads_[i]);
+    if (zero_grad_ && m.sharded) all.append(local_gradient(static_cast<int64_t>(i)));
   }
   return all;
 }

@@ -23,8 +23,13 @@ class TensorReader {
 
   // A new reference to param.grad, or null with a Python error set.
   PyObject* grad(PyObject* param) const {
-    if (is_plain(param)) return grad_getter_->get(param, grad_getter_->closure);
+    if (is_plain(param)) return grad_of_dtensor(param);
     return PyObject_GetAttr(param, grad_name_);
+  }
+  // Likewise: for subclasses that leave attributes to torch.
+  PyObject* grad_of_dtensor(PyObject* param) const { return grad_getter_->get(param, grad_getter_->closure); }
+  void set_grad(PyObject* param, PyObject* grad) const {
+    if (PyObject_SetAttr(param, grad_name_, grad) != 0) throw pybind11::error_already_set();
   }
 
   // Whether torch still owes this tensor a negation (the imaginary part of a conjugate), which its memory does not

@@ -1,0 +1,182 @@
+"""Adds up, over processes, the sums of squares of tensors of which each process has a part.
+
+Every process gets every other's numbers and adds them itself, in one order. An all-reduce would need fewer bytes, but
+does not promise the same bits on every rank, and replicas would diverge. Beside the numbers travels one that says
+whether a process has to refuse the step, so that all refuse it and none waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._dtensor import is_dtensor
+
+
+def tree_sum(rows: Tensor) -> Tensor:
+    """The sum of rows, by halving, as within a tile (:func:`fusedoptim.reference.sum_of_squares`): with n rows, and h
+    the power of two below n, row i and row i+h, then again with h rows. Elementwise, hence with the same bits on every
+    device, in as many operations as n has binary digits. Overwrites the rows."""
+    n = rows.shape[0]
+    while n > 1:
+        half = 1 << (n - 1).bit_length() - 1
+        rows[: n - half] += rows[half:n]
+        n = half
+    return rows[0]
+
+
+class RankError(RuntimeError):
+    """What all ranks do together did not come about. All of them know."""
+
+
+class Round(NamedTuple):
+    """What one all-gather adds up."""
+
+    group: Any  # a ProcessGroup
+    ranks: int
+    #: The types of the devices that its backends take tensors from.
+    devices: tuple[str, ...]
+    #: The places of the numbers that it adds up, and that after the last, where the refusals are; None for all.
+    places: Tensor | None
+
+    def total(self, numbers: Tensor) -> Tensor:
+        mine = numbers.to(self.device_for(numbers)).contiguous()
+        rows = mine.new_zeros((self.ranks, *mine.shape))  # for a group that only simulates others, and fills in nothing
+        try:
+            all_gather(rows.view(-1), mine, self.group)
+        except RuntimeError as error:
+            raise RankError(
+                f"the {self.ranks} ranks of a process group could not add up their parts of the gradients' norm; "
+                "nothing was updated here. Each of them has to make this step: one may have ended, or not have called "
+                f"step() ({error})"
+            ) from error
+        return tree_sum(rows).to(numbers.device)
+
+    def device_for(self, numbers: Tensor) -> torch.device:
+        """Where they travel from: where they are, if a backend takes them there. Parameters may be on the CPU while
+        their mesh is one of GPUs."""
+        if numbers.device.type in self.devices:
+            return numbers.device
+        kind = self.devices[0]
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def all_gather(rows: Tensor, mine: Tensor, group: Any) -> None:
+    """On the current stream: the host does not wait for it, unless tensors are on the CPU."""
+    import torch.distributed as dist
+
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
+    gather(rows, mine, group=group)
+
+
+class Exchange:
+    """Of a list of parameters, some of which are parts of tensors.
+
+    Args:
+        params: all that a norm is of, in the same order on all ranks.
+        norm_groups: process groups over which the sum of all is added, for what tensors do not show.
+    """
+
+    def __init__(self, params: Sequence[Tensor], norm_groups: Sequence[Any]) -> None:
+        self.size = len(params)
+        #: One for each mesh dimension that shards.
+        self.rounds: list[Round] = []
+        #: All others of their meshes, over which parameters are replicated.
+        self.replicas: list[Round] = []
+        sharded: dict[str, tuple[Round, list[int]]] = {}
+        replicated: dict[str, Round] = {}
+        last: tuple[Any, Any, Any] = (None, None, None)
+        for i, p in enumerate(params):
+            if not is_dtensor(p):
+                continue
+            mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+            if mesh is last[0] and placements == last[1]:  # as neighbours usually are
+                names = last[2]
+            else:
+                names = _note_mesh(mesh, placements, sharded, replicated)
+                last = (mesh, placements, names)
+            for name in names:
+                sharded[name][1].append(i)
+        for name, (one, members) in sharded.items():
+            some = len(members) < self.size
+            places = torch.tensor([*members, self.size], device="cpu") if some else None
+            self.rounds.append(one._replace(places=places))
+            replicated.pop(name, None)
+        self.replicas = list(replicated.values())
+        self.norm_groups = [_round(group) for group in norm_groups]
+
+    @property
+    def adds(self) -> bool:
+        """Whether there is anything to add to what is measured here."""
+        return bool(self.rounds or self.norm_groups)
+
+    def add(self, numbers: Tensor, of_tensors: bool) -> None:
+        """Makes each of them, but for the last, that of the whole tensor, and the last that of all ranks.
+
+        Args:
+            numbers: one for each parameter, and the refusals; fp64.
+            of_tensors: for the norm of each tensor; else for that of all, as their sum is meant to have it.
+        """
+        for k, one in enumerate(self.rounds):
+            places = one.places
+            if places is None:
+                numbers.copy_(one.total(numbers))
+                continue
+            if places.device != numbers.device:
+                places = places.to(numbers.device)
+                self.rounds[k] = one._replace(places=places)
+            numbers.index_copy_(0, places, one.total(numbers.index_select(0, places)))
+        if of_tensors or not self.norm_groups:
+            return
+        both = torch.stack([tree_sum(numbers[:-1].clone()), numbers[-1]]) if self.size else numbers.new_zeros(2)
+        for one in self.norm_groups:
+            both = one.total(both)
+        numbers.zero_()
+        numbers[-1] = both[1]
+        if self.size:
+            numbers[0] = both[0]
+
+    def agree(self, refused: bool) -> bool:
+        """Whether any rank refuses. Waits for all."""
+        answer = torch.tensor([float(refused)], dtype=torch.float64, device="cpu")
+        for one in (*self.rounds, *self.replicas, *self.norm_groups):
+            answer = one.total(answer)
+        return bool(answer.item() != 0)
+
+
+def refusal(params: Sequence[Tensor]) -> Tensor:
+    """What a rank exchanges that refuses to go on with these parameters: see Exchange.add."""
+    home = next((p.device for p in params if p.device.type != "cpu"), torch.device("cpu"))
+    numbers = torch.zeros(len(params) + 1, dtype=torch.float64, device=home)
+    numbers[-1] = 1
+    return numbers
+
+
+def _note_mesh(
+    mesh: Any,
+    placements: Iterable[Any],
+    sharded: dict[str, tuple[Round, list[int]]],
+    replicated: dict[str, Round],
+) -> list[str]:
+    """The names of the groups over which a tensor is sharded."""
+    found = []
+    for d, placement in enumerate(placements):
+        if mesh.size(d) == 1:
+            continue
+        group = mesh.get_group(d)
+        name = group.group_name
+        if placement.is_replicate():
+            replicated[name] = _round(group, mesh.device_type)
+        else:
+            sharded.setdefault(name, (_round(group, mesh.device_type), []))
+            found.append(name)
+    return found
+
+
+def _round(group: Any, device: str = "cpu") -> Round:
+    """device: the type of one that its backends surely take tensors from."""
+    kinds = [found.type for found in getattr(group, "_device_types", ())]  # private
+    return Round(group, group.size(), tuple(sorted(kinds, key=lambda kind: kind != device)) or (device,), None)

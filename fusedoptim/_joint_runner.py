@@ -1,0 +1,151 @@
+"""Steps whose norms are those of tensors on several devices, or of tensors of which other processes have parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._exchange import Exchange, RankError
+from ._norms import norm_is_measured
+from ._rule import Rule
+from ._runners import Groups, Runner, States
+
+
+class RefusedElsewhere(RankError):
+    """Another rank refused what all do together."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another rank refused this step, for a reason that its own error gives: nothing was updated, on any rank"
+        )
+
+
+class HasSums(Protocol):
+    @property
+    def numbers(self) -> Tensor:
+        """See Runner."""
+
+
+def combine(parts: Sequence[HasSums], exchange: Exchange | None, of_tensors: bool) -> Tensor:
+    """Adds up what was measured on several devices and ranks, and gives all of them the result.
+
+    Returns:
+        How many ranks refuse: an fp64 number where the exchange took place.
+    """
+    home = next((part.numbers for part in parts if part.numbers.device.type != "cpu"), parts[0].numbers)
+    others = [part.numbers for part in parts if part.numbers is not home]
+    for other in others:
+        home += other.to(home.device)
+    if exchange is not None:
+        exchange.add(home, of_tensors)
+    for other in others:
+        other.copy_(home)
+    return home[-1]
+
+
+class JointRunner:
+    """Runs the parts of a step on every device, and adds up what they measure in between."""
+
+    def __init__(self, runners: Sequence[Runner], exchange: Exchange | None, rule: Rule, options: Mapping[str, Any]):
+        self.runners, self.exchange, self.rule, self.options = runners, exchange, rule, options
+        self.notice = Notice()
+        #: Whether the last step came so far, on any device, before it raised.
+        self.has_written = False
+
+    @property
+    def reason(self) -> str:
+        return ", ".join(filter(None, (runner.reason for runner in self.runners)))
+
+    @property
+    def captured(self) -> bool:
+        return any(runner.captured for runner in self.runners)
+
+    def retire(self) -> None:
+        for runner in self.runners:
+            runner.retire()
+
+    def refresh(self, groups: Groups, state: States) -> bool:
+        self.notice.look()
+        self.measures = norm_is_measured(self.options, groups)
+        return all(runner.refresh(groups, state) for runner in self.runners)
+
+    def run(self) -> None:
+        self.run_scaled(None, None)
+
+    def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None, norm: Tensor | None = None) -> None:
+        """norm: of all gradients, where somebody else has measured it."""
+        self.has_written = False
+        sharded = self.exchange is not None and bool(self.exchange.rounds)
+        alone = self.exchange is None and len(self.runners) == 1
+        if norm is None and (alone or not (self.measures or (self.rule.uses_norm and sharded))):
+            for runner in self.runners:
+                runner.run_scaled(grad_scale, found_inf)
+                self.has_written = True
+            return
+        if norm is not None:
+            for runner in self.runners:
+                take_norm(runner.settings.norm_stats, norm, self.options)
+        elif self.measures:
+            found_inf = self._measure(False, grad_scale, found_inf)
+            for runner in self.runners:
+                runner.reduce()
+        if self.rule.uses_norm:
+            found_inf = self._measure(True, grad_scale, found_inf)
+        for runner in self.runners:
+            runner.update(grad_scale, found_inf)
+            self.has_written = True
+
+    def _measure(self, of_tensors: bool, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+        """Returns what says that nothing is to be updated: on a GPU, where nobody waits for it, also that another rank
+        refuses.
+
+        Raises:
+            RefusedElsewhere: if one does, where that is known by now.
+        """
+        for runner in self.runners:
+            runner.measure(of_tensors, grad_scale)
+        refusals = combine(self.runners, self.exchange, of_tensors)
+        if self.exchange is None:
+            return found_inf
+        if refusals.device.type == "cpu":
+            if refusals.item() != 0:
+                refusals.zero_()
+                raise RefusedElsewhere
+            return found_inf
+        self.notice.send(refusals)
+        return refusals.float() if found_inf is None else refusals.float() + found_inf.to(refusals.device)
+
+
+def take_norm(stats: Tensor, norm: Tensor, options: Mapping[str, Any]) -> None:
+    """As reduce() writes it."""
+    stats[0].copy_(norm, non_blocking=True)
+    if options["skip_nonfinite"]:
+        stats[1] += ~stats[0].isfinite()
+
+
+class Notice:
+    """That another rank refused a step, for the host to find at a later one: it waits for no device."""
+
+    def __init__(self) -> None:
+        self._sent: tuple[Tensor, Any] | None = None
+
+    def send(self, refusals: Tensor) -> None:
+        module = torch.get_device_module(refusals.device)
+        if getattr(module, "is_current_stream_capturing", bool)():  # a graph's replays have nobody to tell
+            return
+        number = torch.empty((), dtype=refusals.dtype, pin_memory=True)
+        number.copy_(refusals, non_blocking=True)
+        event = module.Event()
+        event.record()
+        self._sent = number, event
+
+    def look(self) -> None:
+        """Raises RefusedElsewhere if it has arrived."""
+        if self._sent is None or not self._sent[1].query():
+            return
+        number, self._sent = self._sent[0], None
+        if number.item() != 0:
+            raise RefusedElsewhere
