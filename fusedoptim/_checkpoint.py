@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from ._check_tensors import check_states, describe, is_materialised
+from ._dtensor import is_dtensor, local
 from ._dtypes import DTYPES, compute_dtype
 from ._group_keys import completed
 from ._lending import Lent, can_be_lent, held_alone, is_large
+from ._placing import check_place, fits_in_place, placed
 from ._rule import EMA, Group, Rule
 from ._states import HasStates, scalars
 from ._warnings import warn
@@ -63,6 +65,8 @@ class Loader:
     ) -> None:
         self.groups, self.defaults, self.rule, self.dtype, self.name = groups, defaults, rule, dtype, name
         self.slots = {slot.name for slot in rule.states}
+        #: Those that lie where their parameter lies.
+        self.placed = self.slots | {EMA}
         self.widened: list[str] = []
 
     def prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -87,10 +91,12 @@ class Loader:
             group, index, i = owners[k]
             p = group["params"][i]
             lent = {name for name in values if alone and is_large(values[name]) and held_alone(values, name)}
-            known = {**values, **scalars(values, self.rule)}
+            known = {**values, **scalars({**values, **_whole_scalars(values, self.rule)}, self.rule)}
             if _is_stepped(p, known, self.rule):
                 who = describe(group, index, i)
                 self._check(known, who)
+                for name in filter(self.placed.__contains__, known):
+                    check_place(p, known[name], name, who)
                 check_states(p, known, self.rule, who, devices=False)
             kept[k] = {name: Kept(value, values if name in lent else None) for name, value in known.items()}
         if not any(kept.values()):
@@ -155,7 +161,7 @@ class Loader:
                 found[name] = value
                 lent.setdefault(p, Lent([kept.entry], set())).names.add(name)
             else:
-                found[name] = _copy(value.detach(), dtype, p)
+                found[name] = _copy(value.detach(), dtype, p, name in self.placed)
         return found
 
     def _note_wider(self, found: dict[str, Any], kept: dict[str, Kept], group: Group, index: int, i: int) -> None:
@@ -221,7 +227,7 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
 
 
 def _can_be_stepped(p: Tensor) -> bool:
-    if not is_materialised(p) or p.layout != torch.strided or is_traceable_wrapper_subclass(p):
+    if not is_materialised(p) or p.layout != torch.strided or is_traceable_wrapper_subclass(local(p)):
         return False
     return p.dtype in DTYPES
 
@@ -236,12 +242,20 @@ def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
     )
 
 
-def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor) -> Tensor:
-    """With memory of its own, on its parameter's device and, where it has its shape, in its memory order."""
+def _whole_scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
+    """Those states of one number that somebody distributed: the ranks have one number each."""
+    names = [name for name in ("step", rule.scalar_state) if is_dtensor(values.get(name or ""))]
+    return {name: values[name].full_tensor() for name in names if name}
+
+
+def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: bool = False) -> Tensor:
+    """With memory of its own, on its parameter's device and, where it has its shape, in its memory order; one that a
+    step reads is placed as the parameter is."""
     if not is_materialised(p):
         return saved.clone()
-    if _can_be_stepped(p) and saved.shape == p.shape and saved.is_floating_point() and saved.layout == torch.strided:
-        return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(saved)
+    plain = not (is_dtensor(saved) or is_dtensor(p))
+    if (of_step or plain) and _can_be_stepped(p) and saved.is_floating_point() and fits_in_place(p, saved):
+        return placed(p, saved, dtype)
     return saved.to(p.device, dtype, copy=True)
 
 

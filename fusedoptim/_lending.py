@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._dtensor import is_dtensor
+
 #: Bytes; see is_large.
 WORTH_LENDING = 1 << 14
 
@@ -61,6 +63,7 @@ def can_be_lent(saved: Tensor, p: Tensor) -> bool:
     a second copy of the states."""
     return bool(
         type(saved) is Tensor
+        and not is_dtensor(p)
         and not saved.requires_grad
         and not saved.is_inference()
         and saved.device == p.device
