@@ -272,6 +272,7 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does. Its values and parameters are checked first."""
         if isinstance(param_group, dict):
+            _group_keys.leave_out_options(param_group, self._options)
             _group_keys.switch_off(param_group, self.rule)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
