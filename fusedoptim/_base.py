@@ -63,6 +63,7 @@ class FusedOptimizer(Optimizer):
     _traced_steps: dict[Hashable, _torch_compile.Traced]
     _name: str
     _all_params: list[Tensor]
+    _sharded: list[bool]
     _unseen: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

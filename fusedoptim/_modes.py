@@ -18,8 +18,10 @@ from torch._functorch import pyfunctorch
 
 from . import _stateless, _torch_compile
 from ._backends import BACKENDS, is_own
+from ._dtensor import is_dtensor, local
 from ._dtypes import compute_dtype
 from ._fakes import alike, is_fake
+from ._members import usual_grad
 from ._states import HasStates, StateMaker
 from ._torch_compile import Traceable
 
@@ -59,7 +61,7 @@ def step(optimizer: Traceable) -> None:
         params = optimizer._all_params
         active = _with_gradients(params)
         watched = _torch_compile.Traced(optimizer, active)  # for the duration of this call
-        _torch_compile.call(optimizer, watched.number, [params[i] for i in active])
+        _call(optimizer, watched.number, [params[i] for i in active])
 
 
 def _with_gradients(params: list[Tensor]) -> tuple[int, ...]:
@@ -82,7 +84,14 @@ def _trace(optimizer: Traceable, params: list[Tensor], active: tuple[int, ...], 
     if any(map(is_fake, params)):
         optimizer._all_params = own
     number = _torch_compile.keep_first(optimizer, active, _torch_compile.Traced(optimizer, active)).number
-    _torch_compile.call(optimizer, number, [traced[i] for i in active])
+    _call(optimizer, number, [traced[i] for i in active])
+
+
+def _call(optimizer: Traceable, number: int, params: list[Tensor]) -> None:
+    with torch.no_grad():
+        grads = [usual_grad(p) if is_dtensor(p) else p.grad for p in params]
+        shards = [None if g is None else local(g) for g in grads]
+    _torch_compile.call(optimizer, number, [local(p) for p in params], shards)
 
 
 # ---- fake tensors ----

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._dtensor import alike, is_dtensor, local, same_layout
 from ._norms import HasNorms
 
 
@@ -30,6 +31,8 @@ class Traceable(HasNorms, Protocol):
     _name: str
     #: The parameters that a compiler may look at, as of the last look at the groups, which traced code must not touch.
     _all_params: list[Tensor]
+    #: Which of these are DTensors.
+    _sharded: list[bool]
     #: How many others there are.
     _unseen: int
 
@@ -70,7 +73,7 @@ def register(optimizer: Traceable) -> None:
     optimizer._name = f"{type(optimizer).__name__}-{next(_numbers)}"
     _optimizers[optimizer._name] = optimizer
     optimizer._traced_steps = {}
-    optimizer._all_params, optimizer._unseen = [], 0
+    optimizer._all_params, optimizer._sharded, optimizer._unseen = [], [], 0
 
 
 def keep_first(optimizer: Traceable, key: Hashable, new: Traced) -> Traced:
@@ -108,18 +111,27 @@ def _is_plain(p: Tensor) -> bool:
 def note_params(optimizer: Traceable) -> None:
     """For steps that will be traced."""
     optimizer._all_params = traceable(optimizer.param_groups)
+    optimizer._sharded = [is_dtensor(p) for p in optimizer._all_params]
     optimizer._unseen = sum(len(group["params"]) for group in optimizer.param_groups) - len(optimizer._all_params)
 
 
 def trace(optimizer: Traceable) -> None:
     """Puts the operator into the graph that is being traced."""
-    params, active = [], []
-    for i, p in enumerate(optimizer._all_params):
-        if p.grad is not None:
-            params.append(p)
+    params, grads, active = [], [], []
+    with torch.no_grad():
+        for i, p in enumerate(optimizer._all_params):
+            if p.grad is None:
+                continue
             active.append(i)
+            if optimizer._sharded[i]:
+                shard: Any = p
+                params.append(shard.to_local())
+                grads.append(shard.grad.redistribute(shard.device_mesh, shard.placements).to_local())
+            else:
+                params.append(p)
+                grads.append(p.grad)
     if active:
-        call(optimizer, _remember(optimizer._name, tuple(active)), params)
+        call(optimizer, _remember(optimizer._name, tuple(active)), params, grads)
     elif optimizer._unseen:  # no operator would be there to find a gradient of theirs
         raise RuntimeError(
             "no parameter has a gradient, but for frozen ones that a compiler cannot look at: step outside of the "
@@ -127,9 +139,14 @@ def trace(optimizer: Traceable) -> None:
         )
 
 
-def call(optimizer: Traceable, number: int, params: list[Tensor]) -> None:
-    """Calls the operator with parameters that have gradients: others may be of any kind, which no compiler takes."""
-    grads = [p.grad for p in params]
+def call(optimizer: Traceable, number: int, params: list[Tensor], grads: list[Tensor | None]) -> None:
+    """Calls the operator.
+
+    Args:
+        params: those that have gradients: others may be of any kind, which no compiler takes. Of DTensors the shards:
+            an operator of DTensors would need a rule for each of its placements.
+        grads: likewise, placed as the parameters are.
+    """
     with torch.no_grad():
         if optimizer._options["zero_grad_in_step"]:
             torch.ops.fusedoptim.step_and_zero_(number, params, grads)
@@ -158,8 +175,8 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
             "which compiles it for them, or, if one of a subclass thawed, step outside of the compiled function. "
             "add_param_group() makes such changes known at once"
         )
-    own = [every[i] for i in traced.active]
-    given = dict(zip(traced.active, grads, strict=True))
+    own = [local(every[i]) for i in traced.active]
+    given = {i: _gradient(every[i], g) for i, g in zip(traced.active, grads, strict=True)}
     before = [p.grad for p in every]
     # A compiler may hand over copies, to be written to in the parameters' stead.
     copies = [(p, q, p.detach().clone()) for p, q in zip(own, params, strict=True) if p is not q and not _same(p, q)]
@@ -177,6 +194,17 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
         for p, q, old in copies:
             q.copy_(p.detach())
             p.data.copy_(old)
+
+
+def _gradient(p: Tensor, g: Tensor) -> Tensor:
+    """Of the operator's shard of it, if the parameter is a DTensor."""
+    if not is_dtensor(p):
+        return g
+    there = p.grad
+    if is_dtensor(there) and same_layout(p, there) and _same(local(there), g):  # type: ignore[arg-type]
+        return there  # type: ignore[return-value]
+    placed: Tensor = alike(p, g)
+    return placed
 
 
 def _same(p: Tensor, q: Tensor) -> bool:

@@ -1,5 +1,5 @@
 """FullyShardedDataParallel and ZeroRedundancyOptimizer: the bits of one process. FSDP's parameters are refused where a
-norm is needed, because a process sees a part of every tensor."""
+norm is needed and no ``norm_group`` says who has the other parts of every tensor."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def refusals(model: nn.Module) -> dict[str, str]:
         "max_grad_norm": lambda: fusedoptim.AdamW(model.parameters(), max_grad_norm=1.0).step(),
         "skip_nonfinite": lambda: fusedoptim.SGD(model.parameters(), skip_nonfinite=True).step(),
         "NormAdaptive": lambda: fusedoptim.NormAdaptive(model.parameters()).step(),
+        "NormAdaptive with norm_group": lambda: fusedoptim.NormAdaptive(
+            model.parameters(), norm_group=dist.group.WORLD
+        ).step(),
         "clip_grad_norm_": lambda: fusedoptim.clip_grad_norm_(model.parameters(), 1.0),
         "later": lambda: later(model),
     }
@@ -118,9 +121,12 @@ def test_optimizers_that_have_some_of_the_tensors(case: object, results: list[di
 
 
 @pytest.mark.parametrize("original", [False, True])
-@pytest.mark.parametrize("what", ["max_grad_norm", "skip_nonfinite", "NormAdaptive", "clip_grad_norm_", "later"])
+@pytest.mark.parametrize(
+    "what",
+    ["max_grad_norm", "skip_nonfinite", "NormAdaptive", "NormAdaptive with norm_group", "clip_grad_norm_", "later"],
+)
 def test_norms_are_refused_in_every_process(what: str, original: bool, results: list[dict]) -> None:
     texts = [of_rank[f"refusals {original}"][what] for of_rank in results]
     assert texts[0] == texts[1]
-    remedy = "DistributedDataParallel" if what == "NormAdaptive" else "model.clip_grad_norm_"
+    remedy = "fully_shard" if "NormAdaptive" in what else "norm_group="
     assert "needs the norm of whole gradients" in texts[0] and remedy in texts[0]

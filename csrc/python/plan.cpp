@@ -114,10 +114,11 @@ void Plan::take_shards(const ShardArgs& args) {
   }
 }
 
-// A DTensor and its shard have version counters of their own.
-void Plan::writes(AtenTensorHandle tensor, int index) {
-  written_.push_back({VersionCounters::object(tensor), index});
-  if (!shards_.empty() && shards_[index].object) written_.push_back({shards_[index].object, -1 - index});
+// A DTensor and its shard have version counters of their own. Those of a state's shard nobody has seen.
+void Plan::writes(AtenTensorHandle tensor, int index, bool is_state) {
+  const bool sharded = !shards_.empty() && shards_[index].object;
+  if (!sharded || !is_state) written_.push_back({VersionCounters::object(tensor), index});
+  if (sharded) written_.push_back({shards_[index].object, -1 - index});
 }
 
 void Plan::bind(const std::vector<StableTensor>& tensors) {
@@ -146,10 +147,11 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   if (zero_grad_) kept_.add(e.param().data, e.param().storage, m.ndim, m.shape, m.shape + m.ndim);
   m.memory = tensor_memory(p.get());
   m.written_begin = static_cast<int64_t>(written_.size());
-  const auto writes = [&](int at) { this->writes(tensors.at(at).get(), at); };
+  const auto writes = [&](int at) { this->writes(tensors.at(at).get(), at, at != binding[0]); };
   writes(binding[0]);
   if (!shards_.empty() && shards_[binding[0]].object) {
     m.sharded = true;
+    m.memory = shards_[binding[0]].object;
     m.spec = shards_[binding[0]].spec.ptr();
   }
   const Variant variant = group_[e.group].variant;

@@ -87,6 +87,7 @@ class Plan {
     int64_t* shape = nullptr;                  // its sizes, then its strides
     PyObject* last_grad = nullptr;             // of the last step: perhaps gone, so only to be prefetched
     const int64_t* last_grad_sizes = nullptr;  // likewise
+    PyObject* last_dtensor = nullptr;          // likewise, if that was one's shard
     int32_t ndim = 0;
     int64_t written_begin = 0, written_end = 0;  // in written_: what a step writes to
     PyObject* spec = nullptr;                    // of a DTensor: how it is placed
@@ -137,7 +138,7 @@ class Plan {
   py::object local_gradient(int64_t i) const;
   bool shards_unchanged() const;
   void take_shards(const ShardArgs& args);
-  void writes(AtenTensorHandle tensor, int index);
+  void writes(AtenTensorHandle tensor, int index, bool is_state);
   bool written_apart();
   bool read_hyper(PyObject* dict, const Hyper&, double* row, bool& immutable);
   bool read_number(PyObject* value, const Hyper&, double* row);

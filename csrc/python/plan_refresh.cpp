@@ -88,10 +88,12 @@ py::object Plan::local_gradient(int64_t i) const {
 }
 
 bool Plan::shards_unchanged() const {
-  for (const Shard& s : shards_)
-    if (s.object && (!shard_reader_.has_local(s.dtensor.ptr(), s.local.ptr()) ||
-                     !shard_reader_.has_spec(s.dtensor.ptr(), s.spec.ptr())))
-      return false;
+  constexpr size_t kFar = 16;
+  for (size_t i = 0; i < shards_.size(); ++i) {
+    if (i + kFar < shards_.size()) shard_reader_.prefetch(shards_[i + kFar].dtensor.ptr());
+    const Shard& s = shards_[i];
+    if (s.object && !shard_reader_.has(s.dtensor.ptr(), s.local.ptr(), s.spec.ptr())) return false;
+  }
   return true;
 }
 
@@ -117,6 +119,7 @@ FUSEDOPTIM_INLINE void Plan::prefetch_gradients(int64_t i) const {
     __builtin_prefetch(m.param);
     prefetch_tensor(m.memory);
     __builtin_prefetch(m.last_grad);
+    if (m.sharded && m.last_dtensor) shard_reader_.prefetch(m.last_dtensor);
     __builtin_prefetch(m.last_grad_sizes);
     if (m.last_grad_sizes) __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
     __builtin_prefetch(&table_.entries[i + kFar]);
@@ -134,6 +137,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
   if (executor_->sync_threads_and_isa())
     for (Member& m : member_) m.prepared = false;
   const TensorReader& reader = TensorReader::get();
+  const WithoutTorchFunction of_dtensors(!shards_.empty());
   for (size_t gi = 0; gi < group_.size(); ++gi) {
     Group& g = group_[gi];
     if (gi + 4 < group_.size()) prefetch_dict(group_[gi + 4].dict.ptr());
@@ -168,6 +172,7 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
         if (m.sharded) {
           shard = shard_of_gradient(i);
           if (!shard) return stale("a gradient is no DTensor on its parameter's mesh");
+          m.last_dtensor = m.last_grad;
           m.last_grad = shard.ptr();
         }
         if (!reader.view(m.last_grad, view)) return stale("a gradient is not a strided tensor of a supported dtype");

@@ -8,10 +8,40 @@
 
 #include <utility>
 
+#include "../core/inline.h"
 #include "pybind.h"
 #include "python_errors.h"
 
 namespace fusedoptim {
+
+// While it lives, attributes of subclasses are read as those of a plain tensor: torch would ask every one by name
+// whether it has a __torch_function__, 100 ns each.
+class WithoutTorchFunction {
+ public:
+  explicit WithoutTorchFunction(bool active) {
+    if (!active) return;
+    static PyObject* const type =
+        pybind11::object(pybind11::module_::import("torch").attr("_C").attr("DisableTorchFunctionSubclass"))
+            .release()
+            .ptr();
+    guard_ = pybind11::handle(type)();
+    guard_.attr("__enter__")();
+  }
+  ~WithoutTorchFunction() {
+    if (!guard_) return;
+    const pybind11::error_scope kept;
+    try {
+      guard_.attr("__exit__")(pybind11::none(), pybind11::none(), pybind11::none());
+    } catch (pybind11::error_already_set& error) {
+      error.discard_as_unraisable("DisableTorchFunctionSubclass.__exit__");
+    }
+  }
+  WithoutTorchFunction(const WithoutTorchFunction&) = delete;
+  WithoutTorchFunction& operator=(const WithoutTorchFunction&) = delete;
+
+ private:
+  pybind11::object guard_;
+};
 
 class ShardReader {
  public:
@@ -27,9 +57,12 @@ class ShardReader {
   // New references; none, with no Python error left set, if there is no such attribute.
   pybind11::object local(PyObject* dtensor) const { return local_.get(dtensor); }
   pybind11::object spec(PyObject* dtensor) const { return spec_.get(dtensor); }
-  // Whether a DTensor still has what local() gave.
-  bool has_local(PyObject* dtensor, PyObject* shard) const { return local_.is(dtensor, shard); }
-  bool has_spec(PyObject* dtensor, PyObject* spec) const { return spec_.is(dtensor, spec); }
+  // Whether a DTensor still has what these gave.
+  bool has(PyObject* dtensor, PyObject* local, PyObject* spec) const {
+    return local_.is(dtensor, local) && spec_.is(dtensor, spec);
+  }
+  // See prefetch.h.
+  FUSEDOPTIM_INLINE void prefetch(PyObject* dtensor) const { local_.prefetch(dtensor); }
 
   pybind11::object align(PyObject* param, PyObject* grad) const {
     return align_(pybind11::handle(param), pybind11::handle(grad));
@@ -53,6 +86,9 @@ class ShardReader {
       return found;
     }
     bool is(PyObject* x, PyObject* value) const { return (offset_ > 0 ? at(x) : get(x).ptr()) == value; }
+    FUSEDOPTIM_INLINE void prefetch(PyObject* x) const {
+      __builtin_prefetch(reinterpret_cast<const char*>(x) + offset_);
+    }
 
    private:
     PyObject* at(PyObject* x) const { return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(x) + offset_); }
