@@ -69,7 +69,8 @@ def short_table(results: Results) -> str:
 def tables(results: Results) -> str:
     """Everything about the chosen rows."""
     rows = chosen(results)
-    parts = [comparison(results, rows, narrow=True), disturbed(rows), other_commits(results, rows)]
+    parts = [comparison(results, rows, narrow=True) if rows else ""]
+    parts += [disturbed(rows), other_commits(results, rows)]
     if results.environment["device"] == "cuda":
         parts = [f"**{results.environment['gpu']}**", *parts, unmeasured("cuda", rows)]
     parts += [device_details(rows), flat(results.host), scaling(results)]

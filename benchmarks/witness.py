@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
+from fusedoptim._dtensor import alike, is_dtensor, local
 from fusedoptim.reference import correctly_rounded_sqrt
 
 Root = Callable[[Tensor], Tensor]
@@ -29,6 +30,9 @@ def _with(sqrt: Root, sqrt_: Root) -> Iterator[None]:
 
 
 def _rounded(x: Tensor) -> Tensor:
+    """Of a DTensor, its shard's."""
+    if is_dtensor(x):
+        return alike(x, _rounded(local(x)))
     with _with(_sqrt, _sqrt_):  # which this is made of
         return correctly_rounded_sqrt(x)
 

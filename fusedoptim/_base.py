@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
@@ -237,14 +237,20 @@ class FusedOptimizer(Optimizer):
         return self._norms.skipped()
 
     @contextmanager
-    def ema_weights(self) -> Iterator[None]:
+    def ema_weights(self, model: nn.Module | None = None) -> Iterator[None]:
         """Within it the parameters have the values of their moving averages, rounded to their dtype.
 
         Parameters of groups without ``ema_decay`` stay as they are. Memory addresses stay; it takes memory for a copy
         of the parameters. A replayed CUDA graph of a step within it is undone at its end.
 
+        Args:
+            model: needed for FSDP2 (``fully_shard``) and FullyShardedDataParallel, whose root keeps whole parameters
+                after an evaluation and would go on using these: it is resharded at the beginning and at the end.
+
         Raises:
-            RuntimeError: if there are no averages yet, for a step within, and if used within itself.
+            RuntimeError: if there are no averages yet, for a step within, if used within itself, and if sharded
+                parameters may be those of an FSDP module that is not in ``model``; nothing is written then.
+            TypeError: if ``model`` is no module.
         """
         if self._averaging:
             raise RuntimeError("ema_weights() is active already: the parameters are their moving averages")
@@ -253,7 +259,7 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError("there are no moving averages: pass ema_decay= to the optimizer, and take a step first")
         self._averaging = True
         try:
-            with _ema.in_place(averages):
+            with _ema.in_place(averages, model):
                 yield
         finally:
             self._averaging = False

@@ -7,14 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
+from ._dtensor import alike, is_dtensor, local
 from ._dtypes import compute_dtype
+from ._resharding import Resharding
 from ._rule import EMA, Group, Rule
 
 
 def new_average(p: Tensor) -> Tensor:
     """A moving average starts as its parameter."""
+    if is_dtensor(p):
+        return alike(p, new_average(local(p)))  # type: ignore[no-any-return]
     return p.detach().to(compute_dtype(p), copy=True, memory_format=torch.preserve_format)
 
 
@@ -39,22 +44,31 @@ def averages(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> d
 
 
 @contextmanager
-def in_place(of_params: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def in_place(of_params: Mapping[Tensor, Tensor], model: nn.Module | None) -> Iterator[None]:
     """Within it the parameters have the averages' values, rounded to their dtype. Values are copied, so that addresses
-    stay; it takes memory for a copy of the parameters."""
+    stay; it takes memory for a copy of the parameters. A model of FSDP2 is resharded whenever they change."""
     params = list(of_params)
-    with torch.no_grad():
-        own = [p.detach().clone() for p in params]
+    resharding = Resharding(model, params)
+    own = [local(p).detach().clone() for p in params]
     try:
-        with torch.no_grad():
-            torch._foreach_copy_(params, list(of_params.values()))
+        _write(params, [local(average) for average in of_params.values()])
         yield
     finally:
-        with torch.no_grad():
-            try:
-                torch._foreach_copy_(params, own)
-            except RuntimeError:  # of one that was resized meanwhile: the others are to be restored
-                for p, value in zip(params, own, strict=True):
-                    if p.shape == value.shape:
-                        p.copy_(value)
-                raise
+        try:
+            _write(params, own)
+        finally:
+            resharding.again()
+
+
+@torch.no_grad()
+def _write(params: list[Tensor], values: list[Tensor]) -> None:
+    """Copies to the shards, and counts it as a write to the parameters, as autograd would."""
+    shards = [local(p) for p in params]
+    increment_version([p for p, shard in zip(params, shards, strict=True) if p is not shard])
+    try:
+        torch._foreach_copy_(shards, values)
+    except RuntimeError:  # of one that was resized meanwhile: the others are to be written
+        for shard, value in zip(shards, values, strict=True):
+            if shard.shape == value.shape:
+                shard.copy_(value)
+        raise

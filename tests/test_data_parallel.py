@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-ROOT = Path(__file__).parent.parent
 WORLD, STEPS, ROWS = 2, 5, 8
 
 
@@ -161,61 +156,6 @@ def test_otherwise_the_whole_batchs_gradients_differ_by_the_rounding_of_a_sum(re
 
 
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--eval-every", "5"]
-
-
-def torchrun(*command: object) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={WORLD}", "--standalone"]
-    return subprocess.run(
-        [*launcher, *map(str, command)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=3600,
-    )  # fmt: skip
-
-
-KEEP_STEP_5 = """
-import shutil, sys
-from benchmarks.train import checkpoint
-from benchmarks.train import __main__ as train
-
-save = checkpoint.save
-
-def save_and_keep(path, settings, progress, **parts):
-    save(path, settings, progress, **parts)
-    if progress.step == 5:
-        shutil.copy(path, path.with_name("kept.pt"))
-
-checkpoint.save = save_and_keep
-sys.exit(train.main())
-"""
-
-
-def test_the_training_program_under_torchrun(tmp_path: Path) -> None:
-    """Compared with torch.optim in the same processes, with a single process, and with a run resumed at step 5."""
-    from benchmarks.train.__main__ import main
-
-    straight, resumed, one = (tmp_path / name for name in ("straight", "resumed", "one"))
-    program = tmp_path / "keep_step_5.py"
-    program.write_text(KEEP_STEP_5)
-    options = [*TINY, "--steps", "10", "--accumulate", "2"]
-    result = torchrun(program, *options, "--compare", "--out", straight)
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[-1] == "losses identical: yes" and sum("M parameters" in line for line in lines) == 1
-    files = ["best.pt", "history.json", "kept.pt", "latest.pt", "loss.png"]
-    assert sorted(p.name for p in straight.iterdir()) == files
-
-    result = torchrun("-m", "benchmarks.train", *options, "--out", resumed, "--resume", straight / "kept.pt")
-    assert result.returncode == 0, result.stdout + result.stderr
-    contents = [torch.load(folder / "latest.pt", weights_only=True) for folder in (straight, resumed)]
-    for part in ("model", "optimizer", "schedule"):
-        assert_same(contents[0][part], contents[1][part], part)
-
-    torch.set_num_threads(1)
-    assert main([*options, "--out", str(one)]) == 0
-    parallel, single = (json.loads((folder / "history.json").read_text())["train"] for folder in (straight, one))
-    for a, b in zip(parallel, single, strict=True):  # the means of two halves round otherwise than those of the whole
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["lr"] == b["lr"]
-    assert parallel[0]["grad_norm"] == pytest.approx(single[0]["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -106,7 +106,7 @@ def test_errors_name_the_parameter_as_the_optimizer_has_it() -> None:
     params = parameters([(5,), (6,), (7,)])
     o = fusedoptim.AdamW([{"params": [("a", params[0])]}, {"params": [("b", params[1]), ("c", params[2])]}])
     step_in_backward(o)
-    assert all(len(part.group["param_names"]) == 1 for part in o._step_in_backward._parts.values())
+    assert all(len(part.group["param_names"]) == 1 for part in o._step_in_backward.parts.values())
     o.state[params[2]]["exp_avg"] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 'c' of group 1 \(shape \(7,\)"):
         loss_of(params, 0).backward()

@@ -3,7 +3,7 @@
 ``--compare`` trains a second model beside it with torch.optim, on the same batches, and says whether the losses are the
 same to the last bit. For the time, fusedoptim and the fastest that torch has step copies of the parameters, in turn;
 what torch.optim's second model takes is not measured, since its for-loop is there for its bits.
-Under ``torchrun --nproc_per_node N -m benchmarks.train`` N processes share every batch.
+Under ``torchrun --nproc_per_node N -m benchmarks.train`` N processes share every batch, and with ``--shard`` the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..common.arguments import UsageError
 from ..common.files import make_folder, write_atomically
 from ..text import Text, load_text
-from . import checkpoint, choices, options, parallel, times
+from . import checkpoint, choices, options, parallel, sharding, times
 from .comparison import Comparison
 from .gpt import GPT, GPTConfig
 from .learner import Learner, check_compiler, limit_of
@@ -57,7 +57,7 @@ class Run:
                 start = time.perf_counter()
                 learner.step()
                 seconds = time.perf_counter() - start
-                norm = float(learner.optimizer.last_grad_norm)
+                norm = float(sharding.own(learner.optimizer).last_grad_norm)
                 learner.schedule.step()
                 if comparison is not None:
                     comparison.time_steps(step)
@@ -80,13 +80,14 @@ class Run:
         best = min((v["loss"] for v in progress.validation), default=math.inf)
         progress.validation.append({"step": progress.step, "loss": learner.validate(self.text)})
         if args.ema is not None:
-            with learner.optimizer.ema_weights():
+            with learner.optimizer.ema_weights(learner.model):
                 progress.validation[-1]["loss_of_averages"] = learner.validate(self.text)
+        states = learner.states()
         if not parallel.is_first():
             return
         if progress.validation[-1]["loss"] < best:
-            checkpoint.save(args.out / "best.pt", self.settings, progress, **learner.parts)
-        checkpoint.save(args.out / "latest.pt", self.settings, progress, **learner.parts)
+            checkpoint.save(args.out / "best.pt", self.settings, progress, **states)
+        checkpoint.save(args.out / "latest.pt", self.settings, progress, **states)
         history = {"settings": self.settings, "unigram_entropy": self.entropy, "torch": torch.__version__}
         text = json.dumps(history | vars(progress)).encode()
         write_atomically(args.out / "history.json", lambda f: f.write(text))
@@ -117,20 +118,23 @@ def start(args: argparse.Namespace) -> int:
     text = load_text(args.text, args.context)
     make_folder(args.out, "--out")
     model = GPT(config, args.seed)
-    params = list(model.parameters())
-    optimizer = choices.make(args.optimizer, params, args.lr, max_grad_norm=limit_of(args), ema_decay=args.ema)
-    learner = Learner(model, optimizer, args)
+    sizes = [p.numel() for p in model.parameters()]
+    norm: Any = {"max_grad_norm": limit_of(args), **sharding.norm_options(args.shard)}
+    learner = Learner(
+        model, lambda params: choices.make(args.optimizer, params, args.lr, ema_decay=args.ema, **norm), args
+    )
     settings: dict[str, Any] = asdict(config) | {name: getattr(args, name) for name in SHARED}
     settings |= {"text_crc32": text.checksum(), "compile": args.compile or None}  # None: as without the option
     progress = checkpoint.Progress()
     if args.resume is not None:
-        progress = checkpoint.load(args.resume, settings, **learner.parts)
+        progress, states = checkpoint.load(args.resume, settings)
+        learner.load(states)
         if parallel.is_first():
             checkpoint.carry_best(args.resume, args.out)
-    comparison = Comparison(config, args, params) if args.compare else None
+    comparison = Comparison(config, args, learner) if args.compare else None
     entropy = text.unigram_entropy()
     parallel.say(
-        f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters in {len(params)} tensors, {args.optimizer}, "
+        f"{sum(sizes) / 1e6:.2f} M parameters in {len(sizes)} tensors{sharding.says(args.shard)}, {args.optimizer}, "
         f"lr {args.lr:g}, {len(text.train) / 1e6:.2f} MB of text, unigram entropy {entropy:.3f} nats"
     )
     run = Run(args, text, entropy, learner, settings, progress)

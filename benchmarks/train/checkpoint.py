@@ -27,14 +27,14 @@ class Progress:
     validation: list[dict[str, float]] = field(default_factory=list)
 
 
-def save(path: Path, settings: dict[str, Any], progress: Progress, **parts: Any) -> None:
-    states = {name: part.state_dict() for name, part in parts.items()}
+def save(path: Path, settings: dict[str, Any], progress: Progress, **states: Any) -> None:
     content = {"format": FORMAT, "settings": settings, "progress": vars(progress), **states}
     write_atomically(path, lambda f: torch.save(content, f))
 
 
-def load(path: Path, settings: dict[str, Any], **parts: Any) -> Progress:
-    """Restores the parts. Raises UsageError for a file that is no such checkpoint, or one of another run."""
+def load(path: Path, settings: dict[str, Any]) -> tuple[Progress, dict[str, Any]]:
+    """How far it came, and the states. Raises UsageError for a file that is no such checkpoint, or one of another
+    run."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums that torch.save writes
@@ -50,9 +50,7 @@ def load(path: Path, settings: dict[str, Any], **parts: Any) -> Progress:
         saved = content["settings"].get(key)
         if saved != value:
             raise UsageError(f"--resume {path} was made with {key}={saved!r}, this run has {key}={value!r}")
-    for name, part in parts.items():
-        part.load_state_dict(content[name])
-    return Progress(**content["progress"])
+    return Progress(**content["progress"]), content
 
 
 def carry_best(resumed: Path, folder: Path) -> None:

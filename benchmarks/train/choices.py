@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fusedoptim
+from fusedoptim._dtensor import is_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,8 +40,10 @@ def make_witness(name: str, params: Iterable[torch.nn.Parameter], lr: float) -> 
 
 def make_fastest(name: str, params: Iterable[torch.nn.Parameter], lr: float) -> tuple[str, torch.optim.Optimizer]:
     """What it is, and the fastest that torch has."""
-    options = SETTINGS[name][1]
+    options, params = SETTINGS[name][1], list(params)
     if name == "NormAdaptive":
         return "eager reference", fusedoptim.NormAdaptive(params, lr=lr, backend="reference", **options)
-    kind = "foreach" if name == "RMSprop" else "fused"
+    # torch fuses no RMSprop, and over DTensors Adam and AdamW only.
+    fuses = ("Adam", "AdamW") if any(map(is_dtensor, params)) else ("Adam", "AdamW", "SGD", "Adagrad")
+    kind = "fused" if name in fuses else "foreach"
     return f"torch {kind}", getattr(torch.optim, name)(params, lr=lr, **{kind: True}, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ import fusedoptim
 
 from .. import witness
 from ..text import Text
-from . import choices
+from . import choices, sharding
 from .gpt import GPT, GPTConfig
 from .learner import Learner, limit_of
 
@@ -20,10 +21,10 @@ class Comparison:
     """The same training with torch.optim's witness. Beside it, fusedoptim and the fastest that torch has are
     timed, each on a copy of the parameters: the model's own lie in the cache after a backward pass."""
 
-    def __init__(self, config: GPTConfig, args: argparse.Namespace, params: list[torch.nn.Parameter]) -> None:
-        model = GPT(config, args.seed)
-        self.learner = Learner(model, choices.make_witness(args.optimizer, model.parameters(), args.lr), args)
-        self.params = params
+    def __init__(self, config: GPTConfig, args: argparse.Namespace, beside: Learner) -> None:
+        name, lr = args.optimizer, args.lr
+        self.learner = Learner(GPT(config, args.seed), lambda params: choices.make_witness(name, params, lr), args)
+        self.params = params = sharding.stepped(beside.optimizer)
         ours, theirs = ([torch.nn.Parameter(p.detach().clone()) for p in params] for _ in range(2))
         name, fastest = choices.make_fastest(args.optimizer, theirs, args.lr)
         self.timed = [("fusedoptim", choices.make(args.optimizer, ours, args.lr), ours), (name, fastest, theirs)]
@@ -32,8 +33,10 @@ class Comparison:
 
     def step(self, text: Text, step: int, loss: float) -> None:
         self.check(step, loss, self.learner.gradients(text, step))
-        fusedoptim.clip_grad_norm_(self.learner.model.parameters(), limit_of(self.learner.args))
-        witness.witness_step(self.learner.optimizer)
+        args, optimizer = self.learner.args, self.learner.optimizer
+        norm: Any = sharding.norm_options(args.shard)
+        fusedoptim.clip_grad_norm_(sharding.stepped(optimizer), limit_of(args), **norm)
+        witness.witness_step(optimizer)
         self.learner.schedule.step()
 
     def check(self, step: int, loss: float, other: float) -> None:

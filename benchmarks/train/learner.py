@@ -15,7 +15,7 @@ import fusedoptim
 
 from ..common.arguments import UsageError
 from ..text import Text
-from . import parallel
+from . import parallel, sharding, whole
 from .gpt import GPT
 
 
@@ -27,11 +27,12 @@ def limit_of(args: argparse.Namespace) -> float:
 class Learner:
     """A model, its optimizer and its schedule."""
 
-    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
+    def __init__(self, model: GPT, make: sharding.MakeOptimizer, args: argparse.Namespace) -> None:
         self.model, self.args = model, args
+        forward = sharding.shard(model, model.blocks, args.shard)
+        optimizer = sharding.optimizer(model.parameters(), make, args.shard, args.lr)
         self.optimizer: Any = optimizer  # of either package
-        wrapped = parallel.wrap(model)
-        self.forward: Callable[..., Tensor] = torch.compile(wrapped) if args.compile else wrapped
+        self.forward: Callable[..., Tensor] = torch.compile(forward) if args.compile else forward
         self.step: Callable[[], Any] = torch.compile(optimizer.step) if args.compile else optimizer.step
         # A run that ends within the warm-up never comes to the cosine, which must begin later.
         total = max(args.steps, args.warmup + 1)
@@ -52,10 +53,13 @@ class Learner:
             total += loss.item()
         return parallel.mean(total)
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+    def states(self) -> dict[str, Any]:
+        """What a checkpoint keeps, by part. All processes take part."""
+        return {**whole.states(self.model, self.optimizer), "schedule": self.schedule.state_dict()}
+
+    def load(self, states: dict[str, Any]) -> None:
+        whole.load(states, self.model, self.optimizer)
+        self.schedule.load_state_dict(states["schedule"])
 
     @torch.no_grad()
     def validate(self, text: Text) -> float:

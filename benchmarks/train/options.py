@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from ..common.arguments import Parser, UsageError, known
-from . import choices, parallel
+from . import choices, parallel, sharding
 from .gpt import GPTConfig
 
 
@@ -35,6 +35,10 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     p.add_argument("--resume", type=Path, help="a checkpoint of this program, latest.pt or best.pt")
     p.add_argument("--amp", choices=["bf16"], help="compute the forward pass in this dtype where autocast does")
     p.add_argument("--compile", action="store_true", help="torch.compile the forward pass and the optimizer's step")
+    shares = "; ".join(f"{kind}: {has}" for kind, has in sharding.KINDS.items())
+    p.add_argument(
+        "--shard", choices=sharding.KINDS, help=f"under torchrun, what each process has of the model; {shares}"
+    )
     p.add_argument("--compare", action="store_true", help="train the same model with torch.optim, too")
     args = p.parse_args(argv)
     args.optimizer = known("--optimizer", [args.optimizer], choices.SETTINGS)[0]
@@ -53,6 +57,9 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     if args.width % args.heads:
         raise UsageError(f"--width {args.width} must be a multiple of --heads {args.heads}")
     parallel.check(args.batch)
+    args.shard = sharding.check(args.shard)
+    if args.shard == "zero" and args.ema is not None:
+        raise UsageError("--shard zero leaves a process averages of some parameters only: --ema needs another kind")
     if args.compare and args.resume:
         raise UsageError("--compare starts both models afresh: leave out --resume")
     return args

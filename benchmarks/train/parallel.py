@@ -1,4 +1,4 @@
-"""Training in several processes, which ``torchrun`` starts: each has the whole model and takes its part of every batch.
+"""Training in several processes, which ``torchrun`` starts: each takes its part of every batch.
 
 Without ``torchrun`` each function here is that of a single process.
 """
@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from ..common.arguments import UsageError
 
@@ -26,7 +25,7 @@ def _rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
-def _world() -> int:
+def world() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
@@ -42,14 +41,14 @@ def say(*values: Any, **options: Any) -> None:
 
 def check(batch: int) -> None:
     """Parts of different sizes would weigh differently in the mean of the gradients."""
-    if batch % _world():
-        raise UsageError(f"--batch {batch} must be a multiple of the number of processes, {_world()}")
+    if batch % world():
+        raise UsageError(f"--batch {batch} must be a multiple of the number of processes, {world()}")
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Within it, this process belongs to torchrun's group."""
-    if not launched():
+    """Within it, this process belongs to torchrun's group, or to the one that its caller has made."""
+    if not launched() or dist.is_initialized():
         yield
         return
     dist.init_process_group("gloo")  # models are trained on the CPU
@@ -59,12 +58,8 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model) if launched() else model
-
-
 def part(batch: Tensor) -> Tensor:
-    return batch.chunk(_world())[_rank()]
+    return batch.chunk(world())[_rank()]
 
 
 def mean(value: float) -> float:
@@ -73,4 +68,4 @@ def mean(value: float) -> float:
         return value
     total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
-    return total.item() / _world()
+    return total.item() / world()
