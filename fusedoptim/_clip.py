@@ -15,7 +15,7 @@ from ._clipping import Clipping
 from ._devices import device_guard
 from ._distributed import refuse_norm_of_shards, sharded_by_fsdp1
 from ._dtensor import is_dtensor
-from ._exchange import Exchange, refusal
+from ._exchange import Exchange
 from ._modes import PRE_DISPATCH, count_modes, is_transformed
 from ._norm_groups import norm_groups
 from ._values import number
@@ -80,7 +80,7 @@ def clip_grad_norm_(
         clipping = Clipping.of(params, exchange, backend)
     except ValueError:
         if exchange.adds:
-            exchange.add(refusal(params), of_tensors=False)
+            exchange.refuse(params, [False])
             raise
         return utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach)
     if not error_if_nonfinite:

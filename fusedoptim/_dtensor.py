@@ -34,14 +34,15 @@ def local(t: Tensor) -> Tensor:
 
 def same_layout(a: Any, b: Any) -> bool:
     """Whether two DTensors of one shape have their elements on the same ranks, in the same order."""
+    of_a, of_b = getattr(a, "_spec", None), getattr(b, "_spec", None)  # private
+    if of_a is of_b and of_a is not None:  # as those of FSDP2
+        return True
     if a.placements != b.placements or a.device_mesh != b.device_mesh:
         return False
-    # Of several mesh dimensions that shard one dimension; private, and absent before it could be chosen.
-    orders = [getattr(getattr(t, "_spec", None), "shard_order", None) for t in (a, b)]
-    return bool(orders[0] == orders[1])
+    # Of several mesh dimensions that shard one dimension; absent before it could be chosen.
+    return bool(getattr(of_a, "shard_order", None) == getattr(of_b, "shard_order", None))
 
 
-@torch.no_grad()
 def aligned(p: Any, g: Any) -> Any:
     """A parameter's gradient, with its placements. Others are redistributed, a collective that every rank takes part
     in: norms of a sequence-parallel model have gradients that are ``Partial`` and parameters that are ``Replicate``.
@@ -49,7 +50,8 @@ def aligned(p: Any, g: Any) -> Any:
     if not is_dtensor(g) or g.shape != p.shape or g.device_mesh != p.device_mesh:
         return None
     if not same_layout(p, g):
-        g = g.redistribute(p.device_mesh, p.placements)
+        with torch.no_grad():
+            g = g.redistribute(p.device_mesh, p.placements)
     shard = local(g)
     wait = getattr(shard, "wait", None)  # of an AsyncCollectiveTensor, which is still on its way
     if wait is not None:
@@ -61,10 +63,10 @@ def aligned(p: Any, g: Any) -> Any:
 
 def alike(p: Any, shard: Tensor) -> Any:
     """A DTensor of this shard, placed as ``p`` is."""
-    found: Any = dtensor_class().from_local(
-        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    )
-    return found
+    with torch.no_grad():
+        return dtensor_class().from_local(
+            shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
 
 
 def whole(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._dtensor import is_dtensor
+from ._dtensor import aligned, is_dtensor
 
 
 def tree_sum(rows: Tensor) -> Tensor:
@@ -139,20 +139,29 @@ class Exchange:
         if self.size:
             numbers[0] = both[0]
 
+    def refuse(self, params: Sequence[Tensor], of_tensors: Sequence[bool]) -> None:
+        """Takes part in what the other ranks do with these parameters, so that they learn of it and none waits.
+
+        Args:
+            of_tensors: that argument of each add() of theirs.
+        """
+        for p in params:
+            if is_dtensor(p) and p.grad is not None and (grad := aligned(p, p.grad)) is not None:
+                p.grad = grad
+        home = next((p.device for p in params if p.device.type != "cpu"), torch.device("cpu"))
+        for one in of_tensors:
+            numbers = torch.zeros(len(params) + 1, dtype=torch.float64, device=home)
+            numbers[-1] = 1
+            self.add(numbers, one)
+            if home.type == "cpu":  # where they see it at once
+                return
+
     def agree(self, refused: bool) -> bool:
         """Whether any rank refuses. Waits for all."""
         answer = torch.tensor([float(refused)], dtype=torch.float64, device="cpu")
         for one in (*self.rounds, *self.replicas, *self.norm_groups):
             answer = one.total(answer)
         return bool(answer.item() != 0)
-
-
-def refusal(params: Sequence[Tensor]) -> Tensor:
-    """What a rank exchanges that refuses to go on with these parameters: see Exchange.add."""
-    home = next((p.device for p in params if p.device.type != "cpu"), torch.device("cpu"))
-    numbers = torch.zeros(len(params) + 1, dtype=torch.float64, device=home)
-    numbers[-1] = 1
-    return numbers
 
 
 def _note_mesh(

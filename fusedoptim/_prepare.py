@@ -13,8 +13,7 @@ from torch import Tensor
 from . import _backends, _members
 from ._check_tensors import can_have_states
 from ._distributed import sharded_by_fsdp1
-from ._dtensor import aligned, is_dtensor
-from ._exchange import Exchange, RankError, refusal
+from ._exchange import Exchange, RankError
 from ._fakes import alike
 from ._joint_runner import JointRunner, RefusedElsewhere
 from ._native_runner import GpuRunner, NativeRunner
@@ -100,15 +99,8 @@ def _refuse(
         return
     measured = norm_is_measured(optimizer._options, optimizer.param_groups) and not norm_is_given
     by_tensor = optimizer.rule.uses_norm and bool(exchange.rounds)
-    if not exchange.adds or not (measured or by_tensor):
-        return
-    for p in params:
-        if is_dtensor(p) and p.grad is not None and (grad := aligned(p, p.grad)) is not None:
-            p.grad = grad
-    numbers = refusal(params)
-    exchange.add(numbers, of_tensors=not measured)
-    if measured and by_tensor and numbers.device.type != "cpu":  # where nobody waits to see this, all add up twice
-        exchange.add(numbers, of_tensors=True)
+    if exchange.adds and (measured or by_tensor):
+        exchange.refuse(params, [False] * measured + [True] * by_tensor)
 
 
 def _was_skipped(optimizer: HasNorms, scaling: Scaling | None) -> bool:

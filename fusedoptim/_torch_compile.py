@@ -117,16 +117,16 @@ def note_params(optimizer: Traceable) -> None:
 
 def trace(optimizer: Traceable) -> None:
     """Puts the operator into the graph that is being traced."""
-    params, grads, active = [], [], []
+    params, active = [], []
+    grads: list[Tensor | None] = []
     with torch.no_grad():
         for i, p in enumerate(optimizer._all_params):
             if p.grad is None:
                 continue
             active.append(i)
             if optimizer._sharded[i]:
-                shard: Any = p
-                params.append(shard.to_local())
-                grads.append(shard.grad.redistribute(shard.device_mesh, shard.placements).to_local())
+                params.append(_shard(p))
+                grads.append(_shard(_aligned(p, p.grad)))
             else:
                 params.append(p)
                 grads.append(p.grad)
@@ -137,6 +137,17 @@ def trace(optimizer: Traceable) -> None:
             "no parameter has a gradient, but for frozen ones that a compiler cannot look at: step outside of the "
             "compiled function"
         )
+
+
+def _shard(t: Any) -> Tensor:
+    """As _dtensor.local, for traced code: what to_local() gives is not traced where shards are uneven."""
+    shard: Tensor | None = getattr(t, "_local_tensor", None)
+    return t.to_local() if shard is None else shard
+
+
+def _aligned(p: Any, g: Any) -> Any:
+    """As _dtensor.aligned, for traced code."""
+    return g if g.placements == p.placements else g.redistribute(p.device_mesh, p.placements)
 
 
 def call(optimizer: Traceable, number: int, params: list[Tensor], grads: list[Tensor | None]) -> None:

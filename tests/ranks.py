@@ -1,9 +1,8 @@
 """Functions that run on N processes of a gloo group, on the CPU.
 
-``run`` keeps one set of processes per world size for as long as pytest runs, because a start takes longer than most
-tests. ``run_apart`` starts processes of their own, for what ends with a rank that is dead or hangs. Functions belong to
-a module of tests and are found there by name; what they take and give must be what ``torch.save`` can write, so shards
-instead of DTensors.
+``run`` keeps one set of processes per world size while pytest runs, because a start takes longer than most tests.
+``run_apart`` starts processes of their own, for ranks that die or hang. Functions are found by name in a module of
+tests; what they take and give must be what ``torch.save`` can write, so shards instead of DTensors.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class RankFailure(AssertionError):
 
 @dataclass
 class Outcome:
-    """What became of one rank: ``error`` is ``Type: text`` of its exception, ``exit_code`` that of a process that
-    ended."""
+    """What became of one rank: the exception's type and text, or the code with which its process ended."""
 
     result: Any = None
     error: str | None = None
@@ -121,7 +119,8 @@ class Ranks:
     def _who_waits(self, silent: list[int], outcomes: dict[int, Outcome]) -> str:
         """With the stack of every rank that did not answer."""
         for rank in silent:
-            os.kill(self.processes[rank].pid, signal.SIGUSR1)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
         parts = [_tell(rank, o, self.written(rank, "out")) for rank, o in sorted(outcomes.items())]
         return "\n".join(parts + [f"rank {r} did not answer; it stands at\n{self.written(r, 'stack')}" for r in silent])
@@ -145,8 +144,8 @@ _kept: dict[int, Ranks] = {}
 
 @atexit.register
 def _stop_all() -> None:
-    while _kept:
-        _kept.popitem()[1].stop()
+    for ranks in _kept.values():
+        ranks.stop()
 
 
 def _context() -> Any:

@@ -103,7 +103,7 @@ def scaled(options: dict[str, Any]) -> list[Any]:
     mesh = init_device_mesh("cpu", (WORLD,))
     found = []
     for whole in (False, True):
-        params = sharded(SHAPES, mesh)
+        params = sharded(SHAPES, mesh)[:4]  # torch's scaler takes no plain tensor beside DTensors
         if whole:
             params = [torch.nn.Parameter(p.full_tensor() if isinstance(p, DTensor) else p.detach()) for p in params]
         optimizer = fusedoptim.AdamW(params, lr=0.1, **options)
@@ -113,7 +113,7 @@ def scaled(options: dict[str, Any]) -> list[Any]:
             if i == 2:  # in the last row, which is on one rank
                 g = gradient(params[0], i, 0)
                 g[-1] = torch.inf
-                params[0].grad = distribute_tensor(g, mesh, [Shard(0)]) if not whole else g
+                params[0].grad = g if whole else distribute_tensor(g, mesh, [Shard(0)])
             scaler.scale(torch.ones(()))
             scaler.step(optimizer)
             scaler.update()

@@ -218,7 +218,7 @@ def step_without_one(gone: str, after: int, options: dict[str, Any]) -> tuple[st
     if dist.get_rank() == 1:
         if gone == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(8)
+        time.sleep(5)
         return "slept", ""
     return outcome(sharded, optimizer, optimizer.step)
 

@@ -76,8 +76,8 @@ void Clipper::reduce(int64_t stream) {
   call(INFINITY, -1, [&] { executor_->reduce(table_, {stream, 0, 0}); });
 }
 
-void Clipper::update(int64_t stream, double max_norm, double limit) {
-  call(max_norm, limit, [&] { executor_->update(table_, {stream, 0, 0}); });
+void Clipper::update(int64_t stream, double max_norm, double limit, int64_t found_inf) {
+  call(max_norm, limit, [&] { executor_->update(table_, {stream, 0, found_inf}); });
 }
 
 }  // namespace fusedoptim

@@ -30,7 +30,8 @@ class Clipper {
 
   void measure(int64_t stream);
   void reduce(int64_t stream);
-  void update(int64_t stream, double max_norm, double limit);
+  // found_inf: the address of an fp32 number: nothing changes unless it is 0. Or 0.
+  void update(int64_t stream, double max_norm, double limit, int64_t found_inf);
 
  private:
   void bind(const TensorHandOver::Tensors& tensors);
