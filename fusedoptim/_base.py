@@ -287,6 +287,12 @@ class FusedOptimizer(Optimizer):
             _torch_compile.note_params(self)
             raise
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's: states, which are the optimizer's own tensors, and groups, without the options of this
+        package that are off."""
+        _checkpoint.renew_early_states(self)
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class or of its namesake in torch.optim.
 
