@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _backends, _members
 from ._check_tensors import can_have_states
 from ._distributed import sharded_by_fsdp1
+from ._dtensor import hides_shard
 from ._exchange import Exchange, RankError
 from ._fakes import alike
 from ._joint_runner import JointRunner, RefusedElsewhere
@@ -137,6 +138,8 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
     runners: list[Runner] = []
     for device, of_device in members.items():
         backend = _backends.choose(options["backend"], device, rule)
+        if any(hides_shard(m.param) for m in of_device):
+            backend = _backends.for_hidden_shards(backend, options["backend"])
         if rule.has_step and _backends.BACKENDS[backend].steps_on_device:
             move_steps((m.states for m in of_device), device, changes)
         stats = optimizer._norms.by_device[device]
