@@ -99,11 +99,12 @@ class Exchange:
     def __init__(self, params: Sequence[Tensor], norm_groups: Sequence[Any]) -> None:
         self.size = len(params)
         dimensions: dict[str, _Dimension] = {}
-        plain: list[int] = []
+        #: The places of plain tensors.
+        self.plain: list[int] = []
         last: tuple[Any, Any, Any] = (None, None, None)
         for i, p in enumerate(params):
             if not is_dtensor(p):
-                plain.append(i)
+                self.plain.append(i)
                 continue
             mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
             if mesh is not last[0] or placements != last[1]:  # as those of neighbours seldom are
@@ -119,15 +120,9 @@ class Exchange:
                 self.replicas.append(one.round)
                 continue
             # Plain tensors are everybody's, unless some are said to be of one process alone.
-            equal = one.replicated + ([] if norm_groups else plain)
-            self.rounds.append(
-                one.round._replace(
-                    places=torch.tensor([*one.sharded, self.size], device="cpu")
-                    if len(one.sharded) < self.size
-                    else None,
-                    equal=torch.tensor(equal, device="cpu") if equal else None,
-                )
-            )
+            equal = one.replicated + ([] if norm_groups else self.plain)
+            places = [*one.sharded, self.size] if len(one.sharded) < self.size else []
+            self.rounds.append(one.round._replace(places=_indices(places), equal=_indices(equal)))
         self.norm_groups = [_round(group) for group in norm_groups]
 
     @property
@@ -142,9 +137,12 @@ class Exchange:
             numbers: one for each parameter, and the refusals; fp64.
             of_tensors: for the norm of each tensor; else for that of all, as their sum is meant to have it.
         """
+        own = numbers[self.plain] if of_tensors and self.plain else None
         for k, one in enumerate(self.rounds):
             self.rounds[k] = one = one.on(one.device_for(numbers))  # copied once
             numbers.copy_(one.total(numbers))
+        if own is not None:  # a plain tensor's own norm is everybody's own business
+            numbers[self.plain] = own
         if of_tensors or not self.norm_groups:
             return
         both = torch.stack([tree_sum(numbers[:-1].clone()), numbers[-1]]) if self.size else numbers.new_zeros(2)
@@ -199,6 +197,10 @@ def _dimensions_of(mesh: Any, placements: Iterable[Any], known: dict[str, _Dimen
         one = known.setdefault(group.group_name, _Dimension(_round(group, mesh.device_type), [], []))
         found.append(one.replicated if placement.is_replicate() else one.sharded)
     return found
+
+
+def _indices(places: list[int]) -> Tensor | None:
+    return torch.tensor(places, device="cpu") if places else None
 
 
 def _round(group: Any, device: str = "cpu") -> Round:
