@@ -99,12 +99,11 @@ class Exchange:
     def __init__(self, params: Sequence[Tensor], norm_groups: Sequence[Any]) -> None:
         self.size = len(params)
         dimensions: dict[str, _Dimension] = {}
-        #: The places of plain tensors.
-        self.plain: list[int] = []
+        plain: list[int] = []
         last: tuple[Any, Any, Any] = (None, None, None)
         for i, p in enumerate(params):
             if not is_dtensor(p):
-                self.plain.append(i)
+                plain.append(i)
                 continue
             mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
             if mesh is not last[0] or placements != last[1]:  # as those of neighbours seldom are
@@ -120,9 +119,11 @@ class Exchange:
                 self.replicas.append(one.round)
                 continue
             # Plain tensors are everybody's, unless some are said to be of one process alone.
-            equal = one.replicated + ([] if norm_groups else self.plain)
+            equal = one.replicated + ([] if norm_groups else plain)
             places = [*one.sharded, self.size] if len(one.sharded) < self.size else []
             self.rounds.append(one.round._replace(places=_indices(places), equal=_indices(equal)))
+        #: The places of plain tensors.
+        self.plain = _indices(plain)
         self.norm_groups = [_round(group) for group in norm_groups]
 
     @property
@@ -137,12 +138,15 @@ class Exchange:
             numbers: one for each parameter, and the refusals; fp64.
             of_tensors: for the norm of each tensor; else for that of all, as their sum is meant to have it.
         """
-        own = numbers[self.plain] if of_tensors and self.plain else None
+        own = None
+        if of_tensors and self.plain is not None:
+            self.plain = self.plain.to(numbers.device)
+            own = numbers.index_select(0, self.plain)
         for k, one in enumerate(self.rounds):
             self.rounds[k] = one = one.on(one.device_for(numbers))  # copied once
             numbers.copy_(one.total(numbers))
-        if own is not None:  # a plain tensor's own norm is everybody's own business
-            numbers[self.plain] = own
+        if own is not None and self.plain is not None:  # a plain tensor's own norm is its process's alone
+            numbers.index_copy_(0, self.plain, own)
         if of_tensors or not self.norm_groups:
             return
         both = torch.stack([tree_sum(numbers[:-1].clone()), numbers[-1]]) if self.size else numbers.new_zeros(2)
