@@ -119,6 +119,22 @@ def choose(name: str | None, device: torch.device, rule: Rule | None = None) -> 
     return found
 
 
+def for_hidden_shards(chosen: str, asked: str | None) -> str:
+    """In place of the chosen one, where DTensors keep their shards where no kernel's table can follow them."""
+    if chosen == "reference":
+        return chosen
+    cause = f"torch {torch.__version__} keeps the shards of DTensors in another place than this version knows"
+    if asked is not None:
+        raise RuntimeError(f"backend={asked!r} cannot be used: {cause}. Install a newer fusedoptim, or an older torch")
+    if "shards" not in _warned:
+        _warned.add("shards")
+        warn(
+            f"{cause}: DTensors are stepped by the eager reference, correctly and slowly. Install a newer fusedoptim, "
+            "or an older torch"
+        )
+    return "reference"
+
+
 def is_own(rule: Rule) -> bool:
     """Whether it is a user's: kernels compute what the package's own functions specify, and nothing else."""
     return rule.reference is not getattr(reference, rule.name, None)

@@ -272,6 +272,7 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does. Its values and parameters are checked first."""
         if isinstance(param_group, dict):
+            _group_keys.leave_out_options(param_group, self._options)
             _group_keys.switch_off(param_group, self.rule)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -285,6 +286,12 @@ class FusedOptimizer(Optimizer):
             del self.param_groups[-1]
             _torch_compile.note_params(self)
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's: states, which are the optimizer's own tensors, and groups, without the options of this
+        package that are off."""
+        _checkpoint.renew_early_states(self)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class or of its namesake in torch.optim.

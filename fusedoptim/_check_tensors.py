@@ -83,6 +83,17 @@ def check_grad(p: Tensor, who: str, rule: Rule) -> None:
     shard = local(g) if is_dtensor(p) else g
     if hasattr(shard, "wait") and hasattr(shard, "elem"):  # an AsyncCollectiveTensor: see usual_grad
         shard = shard.elem
+    own = local(p)
+    if is_dtensor(p) and (shard.layout != g.layout or shard.dtype != g.dtype or shard.device != own.device):
+        raise ValueError(
+            f"{who} has a gradient whose shard on this rank is {shard.layout}, {shard.dtype}, on {shard.device}, which "
+            "is not what the DTensor says: make it with DTensor.from_local or distribute_tensor"
+        )
+    if is_dtensor(p) and same_layout(p, g) and shard.shape != own.shape:
+        raise ValueError(
+            f"{who} has a gradient whose shard on this rank has shape {tuple(shard.shape)}, while the parameter's has "
+            f"{tuple(own.shape)}: make it with DTensor.from_local or distribute_tensor"
+        )
     if is_traceable_wrapper_subclass(shard) or shard._is_zerotensor() or is_fake(g):
         raise ValueError(f"{who} has a gradient without memory of its own ({type(g).__name__}): give it a plain tensor")
     if g.is_complex() or g.dtype not in DTYPES:

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from ._check_tensors import check_states, describe, is_materialised
-from ._dtensor import is_dtensor, local
+from ._dtensor import is_dtensor, local, whole
 from ._dtypes import DTYPES, compute_dtype
 from ._group_keys import completed
 from ._lending import Lent, can_be_lent, held_alone, is_large
 from ._placing import check_place, fits_in_place, placed
+from ._prepare import make_early_states
 from ._rule import EMA, Group, Rule
 from ._states import HasStates, scalars
 from ._warnings import warn
@@ -226,6 +227,25 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
     loader.warn_of_wider_states()
 
 
+def renew_early_states(optimizer: HasStates) -> None:
+    """A library that shards a model, as accelerate does, replaces the parameters of an optimizer that has states from
+    its construction on: nobody will ask for these again, and the new parameters lack theirs."""
+    if not optimizer.rule.states_at_construction:
+        return
+    params = {p for group in optimizer.param_groups for p in group["params"]}
+    replaced = [p for p in optimizer.state if isinstance(p, Tensor) and p not in params and _is_new(optimizer.state[p])]
+    for p in replaced:
+        del optimizer.state[p]
+    if replaced:
+        make_early_states(optimizer)
+
+
+def _is_new(states: Mapping[str, Any]) -> bool:
+    """Whether no step has been taken, as far as one knows without waiting for a GPU."""
+    step = states.get("step")
+    return isinstance(step, Tensor) and step.device.type == "cpu" and step.item() == 0
+
+
 def _can_be_stepped(p: Tensor) -> bool:
     if not is_materialised(p) or p.layout != torch.strided or is_traceable_wrapper_subclass(local(p)):
         return False
@@ -245,7 +265,7 @@ def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
 def _whole_scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     """Those states of one number that somebody distributed: the ranks have one number each."""
     names = [name for name in ("step", rule.scalar_state) if is_dtensor(values.get(name or ""))]
-    return {name: values[name].full_tensor() for name in names if name}
+    return {name: whole(values[name]) for name in names if name}
 
 
 def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _backends, _native, _versions, reference
 from ._devices import device_guard, make_launcher, stream_of
-from ._dtensor import aligned, dtensor_class, is_dtensor, local
+from ._dtensor import aligned, dtensor_class, is_dtensor, local, same_layout
 from ._dtypes import DTYPES, compute_dtype
 from ._exchange import Exchange
 from ._joint_runner import RefusedElsewhere, combine
@@ -122,6 +122,12 @@ def _check(p: Tensor, g: Tensor, i: int, sharded: bool) -> None:
             kind = type(g).__name__
             raise ValueError(f"the gradient of parameter {i} is no DTensor on its parameter's mesh, but a {kind}")
         shard = local(g)
+        if shard.dtype != g.dtype or shard.layout != g.layout or shard.device != g.device:
+            raise ValueError(
+                f"the gradient of parameter {i} has a shard of {shard.dtype}, {shard.layout}, {shard.device}"
+            )
+        if same_layout(p, g) and shard.shape != local(p).shape:
+            raise ValueError(f"the gradient of parameter {i} has a shard of shape {tuple(shard.shape)}")
     plain = type(shard) is Tensor or (sharded and hasattr(shard, "wait"))  # see aligned
     if not plain or g.dtype not in DTYPES or g.layout != torch.strided or g.device != p.device or g.shape != p.shape:
         raise ValueError(

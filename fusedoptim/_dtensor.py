@@ -32,6 +32,11 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if shard is None else shard  # type: ignore[attr-defined]
 
 
+def hides_shard(t: Tensor) -> bool:
+    """Whether this is a DTensor of a torch that keeps its shard elsewhere, so that no table can follow it."""
+    return is_dtensor(t) and getattr(t, "_local_tensor", None) is None
+
+
 def same_layout(a: Any, b: Any) -> bool:
     """Whether two DTensors of one shape have their elements on the same ranks, in the same order."""
     of_a, of_b = getattr(a, "_spec", None), getattr(b, "_spec", None)  # private

@@ -40,7 +40,10 @@ class Round(NamedTuple):
     #: The types of the devices that its backends take tensors from.
     devices: tuple[str, ...]
     #: The places of the numbers that it adds up, and that after the last, where the refusals are; None for all.
-    places: Tensor | None
+    places: Tensor | None = None
+    #: Of those that should be equal on all its ranks, which all take from the first: should a replica have lost a
+    #: gradient, or have other bits, the norm is still the same everywhere.
+    equal: Tensor | None = None
 
     def total(self, numbers: Tensor) -> Tensor:
         mine = numbers.to(self.device_for(numbers)).contiguous()
@@ -53,7 +56,20 @@ class Round(NamedTuple):
                 "nothing was updated here. Each of them has to make this step: one may have ended, or not have called "
                 f"step() ({error})"
             ) from error
-        return tree_sum(rows).to(numbers.device)
+        if self.places is None:
+            return tree_sum(rows).to(numbers.device)
+        result = mine.clone()
+        if self.equal is not None:
+            result.index_copy_(0, self.equal, rows[0].index_select(0, self.equal))
+        result.index_copy_(0, self.places, tree_sum(rows.index_select(1, self.places)))
+        return result.to(numbers.device)
+
+    def on(self, device: torch.device) -> Round:
+        """The same with its places there."""
+        if self.places is None or self.places.device == device:
+            return self
+        equal = None if self.equal is None else self.equal.to(device)
+        return self._replace(places=self.places.to(device), equal=equal)
 
     def device_for(self, numbers: Tensor) -> torch.device:
         """Where they travel from: where they are, if a backend takes them there. Parameters may be on the CPU while
@@ -82,30 +98,32 @@ class Exchange:
 
     def __init__(self, params: Sequence[Tensor], norm_groups: Sequence[Any]) -> None:
         self.size = len(params)
-        #: One for each mesh dimension that shards.
-        self.rounds: list[Round] = []
-        #: All others of their meshes, over which parameters are replicated.
-        self.replicas: list[Round] = []
-        sharded: dict[str, tuple[Round, list[int]]] = {}
-        replicated: dict[str, Round] = {}
+        dimensions: dict[str, _Dimension] = {}
+        plain: list[int] = []
         last: tuple[Any, Any, Any] = (None, None, None)
         for i, p in enumerate(params):
             if not is_dtensor(p):
+                plain.append(i)
                 continue
             mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-            if mesh is last[0] and placements == last[1]:  # as neighbours usually are
-                names = last[2]
-            else:
-                names = _note_mesh(mesh, placements, sharded, replicated)
-                last = (mesh, placements, names)
-            for name in names:
-                sharded[name][1].append(i)
-        for name, (one, members) in sharded.items():
-            some = len(members) < self.size
-            places = torch.tensor([*members, self.size], device="cpu") if some else None
-            self.rounds.append(one._replace(places=places))
-            replicated.pop(name, None)
-        self.replicas = list(replicated.values())
+            if mesh is not last[0] or placements != last[1]:  # as those of neighbours seldom are
+                last = (mesh, placements, _dimensions_of(mesh, placements, dimensions))
+            for members in last[2]:
+                members.append(i)
+        #: One for each mesh dimension that shards.
+        self.rounds: list[Round] = []
+        #: For those over which all is replicated.
+        self.replicas: list[Round] = []
+        for one in dimensions.values():
+            if not one.sharded:
+                self.replicas.append(one.round)
+                continue
+            # Plain tensors are everybody's, unless some are said to be of one process alone.
+            equal = one.replicated + ([] if norm_groups else plain)
+            places = [*one.sharded, self.size] if len(one.sharded) < self.size else []
+            self.rounds.append(one.round._replace(places=_indices(places), equal=_indices(equal)))
+        #: The places of plain tensors.
+        self.plain = _indices(plain)
         self.norm_groups = [_round(group) for group in norm_groups]
 
     @property
@@ -120,15 +138,15 @@ class Exchange:
             numbers: one for each parameter, and the refusals; fp64.
             of_tensors: for the norm of each tensor; else for that of all, as their sum is meant to have it.
         """
+        own = None
+        if of_tensors and self.plain is not None:
+            self.plain = self.plain.to(numbers.device)
+            own = numbers.index_select(0, self.plain)
         for k, one in enumerate(self.rounds):
-            places = one.places
-            if places is None:
-                numbers.copy_(one.total(numbers))
-                continue
-            if places.device != numbers.device:
-                places = places.to(numbers.device)
-                self.rounds[k] = one._replace(places=places)
-            numbers.index_copy_(0, places, one.total(numbers.index_select(0, places)))
+            self.rounds[k] = one = one.on(one.device_for(numbers))  # copied once
+            numbers.copy_(one.total(numbers))
+        if own is not None and self.plain is not None:  # a plain tensor's own norm is its process's alone
+            numbers.index_copy_(0, self.plain, own)
         if of_tensors or not self.norm_groups:
             return
         both = torch.stack([tree_sum(numbers[:-1].clone()), numbers[-1]]) if self.size else numbers.new_zeros(2)
@@ -143,7 +161,7 @@ class Exchange:
         """Takes part in what the other ranks do with these parameters, so that they learn of it and none waits.
 
         Args:
-            of_tensors: that argument of each add() of theirs.
+            of_tensors: that argument of each add() of theirs; none if they only place gradients as parameters are.
         """
         for p in params:
             if is_dtensor(p) and p.grad is not None and (grad := aligned(p, p.grad)) is not None:
@@ -160,32 +178,36 @@ class Exchange:
         """Whether any rank refuses. Waits for all."""
         answer = torch.tensor([float(refused)], dtype=torch.float64, device="cpu")
         for one in (*self.rounds, *self.replicas, *self.norm_groups):
-            answer = one.total(answer)
+            answer = one._replace(places=None, equal=None).total(answer)
         return bool(answer.item() != 0)
 
 
-def _note_mesh(
-    mesh: Any,
-    placements: Iterable[Any],
-    sharded: dict[str, tuple[Round, list[int]]],
-    replicated: dict[str, Round],
-) -> list[str]:
-    """The names of the groups over which a tensor is sharded."""
+class _Dimension(NamedTuple):
+    """Of a mesh: the places of the parameters that it shards, and of those that it replicates."""
+
+    round: Round
+    sharded: list[int]
+    replicated: list[int]
+
+
+def _dimensions_of(mesh: Any, placements: Iterable[Any], known: dict[str, _Dimension]) -> list[list[int]]:
+    """The lists that a parameter with these placements belongs to. Dimensions of different meshes are one where they
+    have one process group."""
     found = []
     for d, placement in enumerate(placements):
         if mesh.size(d) == 1:
             continue
         group = mesh.get_group(d)
-        name = group.group_name
-        if placement.is_replicate():
-            replicated[name] = _round(group, mesh.device_type)
-        else:
-            sharded.setdefault(name, (_round(group, mesh.device_type), []))
-            found.append(name)
+        one = known.setdefault(group.group_name, _Dimension(_round(group, mesh.device_type), [], []))
+        found.append(one.replicated if placement.is_replicate() else one.sharded)
     return found
+
+
+def _indices(places: list[int]) -> Tensor | None:
+    return torch.tensor(places, device="cpu") if places else None
 
 
 def _round(group: Any, device: str = "cpu") -> Round:
     """device: the type of one that its backends surely take tensors from."""
     kinds = [found.type for found in getattr(group, "_device_types", ())]  # private
-    return Round(group, group.size(), tuple(sorted(kinds, key=lambda kind: kind != device)) or (device,), None)
+    return Round(group, group.size(), tuple(sorted(kinds, key=lambda kind: kind != device)) or (device,))

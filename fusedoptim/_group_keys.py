@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ._norm_groups import norm_groups
 from ._rule import Group, Rule
 
 
@@ -13,6 +14,16 @@ def switch_off(group: dict[str, Any], rule: Rule) -> None:
     for key in rule.flags:
         if key in group and group[key] is None:
             group[key] = False
+
+
+def leave_out_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """A wrapper, such as ZeroRedundancyOptimizer, may repeat in every group what the optimizer was made with."""
+    for key, value in options.items():
+        if key not in group:
+            continue
+        given = norm_groups(group[key]) or None if key == "norm_group" else group[key]
+        if given == value:
+            del group[key]
 
 
 def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _backends, _members
 from ._check_tensors import can_have_states
 from ._distributed import sharded_by_fsdp1
+from ._dtensor import hides_shard
 from ._exchange import Exchange, RankError
 from ._fakes import alike
 from ._joint_runner import JointRunner, RefusedElsewhere
@@ -99,8 +100,7 @@ def _refuse(
         return
     measured = norm_is_measured(optimizer._options, optimizer.param_groups) and not norm_is_given
     by_tensor = optimizer.rule.uses_norm and bool(exchange.rounds)
-    if exchange.adds and (measured or by_tensor):
-        exchange.refuse(params, [False] * measured + [True] * by_tensor)
+    exchange.refuse(params, [False] * (exchange.adds and measured) + [True] * by_tensor)
 
 
 def _was_skipped(optimizer: HasNorms, scaling: Scaling | None) -> bool:
@@ -127,7 +127,7 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
     _members.keep_apart(found, optimizer)
     _members.make_states(found, optimizer, changes)
     members = found.by_device()
-    if not members and exchange.adds and (measured or rule.uses_norm):  # this rank has nothing to step, and takes part
+    if not members and exchange.adds:  # this rank has nothing to step, and takes part where a norm is measured
         members = {next((p.device for group in groups for p in group["params"]), torch.device("cpu")): []}
     optimizer._has_no_norm = in_parts and not options["norm_group"]
     optimizer._norms.make_for(members, measured)
@@ -137,6 +137,8 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
     runners: list[Runner] = []
     for device, of_device in members.items():
         backend = _backends.choose(options["backend"], device, rule)
+        if any(hides_shard(m.param) for m in of_device):
+            backend = _backends.for_hidden_shards(backend, options["backend"])
         if rule.has_step and _backends.BACKENDS[backend].steps_on_device:
             move_steps((m.states for m in of_device), device, changes)
         stats = optimizer._norms.by_device[device]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FULL, Case, assert_same_bits, parameters, set_gradients
-from checkpoints import BF16, one_warning, stepped
+from cases import FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
+from checkpoints import BF16, WITH_SLOTS, one_warning, stepped
 
 import fusedoptim
 
@@ -169,3 +169,29 @@ def test_objects_of_wrappers_are_carried_by_reference() -> None:
     mine, theirs = (o.state[p[0]]["mine"] for o, p in ((loaded, others), (optimizer, params)))
     assert mine["lock"] is lock and mine["pair"] == (1, None)
     assert torch.equal(mine["list"][0], theirs["list"][0]) and mine["list"][0] is not theirs["list"][0]
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_parameters_that_a_library_replaces_before_the_first_step(case: Case) -> None:
+    """As accelerate does where it shards a model. An optimizer may have made its states by then."""
+    optimizer, _ = stepped(case, steps=0, ema_decay=0.9)
+    params = parameters([(4,), (2, 3)], seed=1)
+    fresh = case.make(parameters([(4,), (2, 3)], seed=1), ema_decay=0.9)
+    optimizer.param_groups[0]["params"] = params
+    assert optimizer.state_dict()["state"].keys() == fresh.state_dict()["state"].keys()
+    assert_same_optimizers(optimizer, fresh)
+    for o in (optimizer, fresh):
+        set_gradients(o.param_groups[0]["params"], 0)
+        o.step()
+    assert_same_optimizers(optimizer, fresh)
+
+
+@pytest.mark.parametrize("case", WITH_SLOTS, ids=str)
+def test_states_of_steps_are_not_forgotten_with_their_parameters(case: Case) -> None:
+    """torch names no such state, and says so by a KeyError."""
+    optimizer, _ = stepped(case)
+    before = len(optimizer.state)
+    optimizer.param_groups[0]["params"] = parameters([(4,)])
+    with pytest.raises(KeyError):
+        optimizer.state_dict()
+    assert len(optimizer.state) == before
