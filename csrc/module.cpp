@@ -42,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
                     std::pair<int, int>, py::object, std::tuple<int64_t, bool, bool>>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
+      .def("release", &Plan::release)
       .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
       .def("measure", &Plan::measure, py::arg("transformed"), py::arg("stream") = 0, py::arg("grad_scale") = 0)
       .def("reduce", &Plan::reduce, py::arg("stream") = 0)

@@ -15,7 +15,7 @@ from ._clipping import Clipping
 from ._devices import device_guard
 from ._distributed import refuse_norm_of_shards, sharded_by_fsdp1
 from ._dtensor import is_dtensor
-from ._exchange import Exchange
+from ._exchange import Exchange, RankError
 from ._modes import PRE_DISPATCH, count_modes, is_transformed
 from ._norm_groups import norm_groups
 from ._values import number
@@ -78,9 +78,10 @@ def clip_grad_norm_(
     exchange = Exchange(params, groups)
     try:
         clipping = Clipping.of(params, exchange, backend)
-    except ValueError:
-        exchange.refuse(params, [False] * exchange.adds)
-        if exchange.adds:
+    except (ValueError, RuntimeError) as error:
+        if not isinstance(error, RankError):
+            exchange.refuse(params, [False] * exchange.adds)
+        if exchange.adds or isinstance(error, RuntimeError):
             raise
         return utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach)
     if not error_if_nonfinite:

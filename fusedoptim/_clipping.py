@@ -96,6 +96,8 @@ class Clipping:
             self.refusals = refusals if self.exchange is not None and refusals.device.type != "cpu" else None
             for part in self.parts:
                 part.reduce()
+                if self.exchange is not None and self.exchange.size == 0 and self.exchange.sum is not None:
+                    part.stats[0] = reference.norm_of([self.exchange.sum], False)
                 if scales:
                     part.update(max_norm, limit, self.refusals)
         if scales:
@@ -209,7 +211,8 @@ class _EagerPart:
         if max_norm is not None:
             self.measure()
             self.reduce()
-        self.update(max_norm, limit)
+        if limit is not None or _off_below_0(max_norm) >= 0:
+            self.update(max_norm, limit)
 
     def measure(self) -> None:
         for i, g in self.grads.items():

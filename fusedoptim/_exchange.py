@@ -41,8 +41,8 @@ class Round(NamedTuple):
     devices: tuple[str, ...]
     #: The places of the numbers that it adds up, and that after the last, where the refusals are; None for all.
     places: Tensor | None = None
-    #: Of those that should be equal on all its ranks, which all take from the first: should a replica have lost a
-    #: gradient, or have other bits, the norm is still the same everywhere.
+    #: Of those that should be equal on all its ranks, which all take from the first: should one of these have lost a
+    #: gradient, or have other bits, they have the same norm all the same.
     equal: Tensor | None = None
 
     def total(self, numbers: Tensor) -> Tensor:
@@ -98,6 +98,10 @@ class Exchange:
 
     def __init__(self, params: Sequence[Tensor], norm_groups: Sequence[Any]) -> None:
         self.size = len(params)
+        #: Where numbers are added up, on all ranks alike.
+        self.home = next((p.device for p in params if p.device.type != "cpu"), torch.device("cpu"))
+        #: What norm_groups add up to: for a rank without parameters, which has no place for it.
+        self.sum: Tensor | None = None
         dimensions: dict[str, _Dimension] = {}
         plain: list[int] = []
         last: tuple[Any, Any, Any] = (None, None, None)
@@ -154,8 +158,9 @@ class Exchange:
             both = one.total(both)
         numbers.zero_()
         numbers[-1] = both[1]
+        self.sum = both[0]
         if self.size:
-            numbers[0] = both[0]
+            numbers[0] = self.sum
 
     def refuse(self, params: Sequence[Tensor], of_tensors: Sequence[bool]) -> None:
         """Takes part in what the other ranks do with these parameters, so that they learn of it and none waits.
@@ -166,12 +171,11 @@ class Exchange:
         for p in params:
             if is_dtensor(p) and p.grad is not None and (grad := aligned(p, p.grad)) is not None:
                 p.grad = grad
-        home = next((p.device for p in params if p.device.type != "cpu"), torch.device("cpu"))
         for one in of_tensors:
-            numbers = torch.zeros(len(params) + 1, dtype=torch.float64, device=home)
+            numbers = torch.zeros(self.size + 1, dtype=torch.float64, device=self.home)
             numbers[-1] = 1
             self.add(numbers, one)
-            if home.type == "cpu":  # where they see it at once
+            if self.home.type == "cpu":  # where they see it at once
                 return
 
     def agree(self, refused: bool) -> bool:
@@ -193,7 +197,9 @@ class _Dimension(NamedTuple):
 def _dimensions_of(mesh: Any, placements: Iterable[Any], known: dict[str, _Dimension]) -> list[list[int]]:
     """The lists that a parameter with these placements belongs to. Dimensions of different meshes are one where they
     have one process group."""
-    found = []
+    found: list[list[int]] = []
+    if mesh.get_coordinate() is None:  # this rank is not in the mesh, and has no part of its tensors
+        return found
     for d, placement in enumerate(placements):
         if mesh.size(d) == 1:
             continue

@@ -14,6 +14,7 @@ from ._exchange import Exchange, RankError
 from ._norms import norm_is_measured
 from ._rule import Rule
 from ._runners import Groups, Runner, States
+from .reference import norm_of
 
 
 class RefusedElsewhere(RankError):
@@ -21,7 +22,8 @@ class RefusedElsewhere(RankError):
 
     def __init__(self) -> None:
         super().__init__(
-            "another rank refused this step, for a reason that its own error gives: nothing was updated, on any rank"
+            "another rank refused this step, for a reason that its own error gives: nothing was updated here, nor on "
+            "the ranks with which a norm is shared"
         )
 
 
@@ -37,7 +39,12 @@ def combine(parts: Sequence[HasSums], exchange: Exchange | None, of_tensors: boo
     Returns:
         How many ranks refuse: an fp64 number where the exchange took place.
     """
-    home = next((part.numbers for part in parts if part.numbers.device.type != "cpu"), parts[0].numbers)
+    if exchange is not None:
+        home = next((part.numbers for part in parts if part.numbers.device == exchange.home), None)
+        if home is None:
+            home = torch.zeros(exchange.size + 1, dtype=torch.float64, device=exchange.home)
+    else:
+        home = next((part.numbers for part in parts if part.numbers.device.type != "cpu"), parts[0].numbers)
     others = [part.numbers for part in parts if part.numbers is not home]
     for other in others:
         home += other.to(home.device)
@@ -94,6 +101,8 @@ class JointRunner:
             found_inf = self._measure(False, grad_scale, found_inf)
             for runner in self.runners:
                 runner.reduce()
+                if self.exchange is not None and self.exchange.size == 0 and self.exchange.sum is not None:
+                    take_norm(runner.settings.norm_stats, norm_of([self.exchange.sum], False), self.options)
         if self.rule.uses_norm:
             found_inf = self._measure(True, grad_scale, found_inf)
         for runner in self.runners:
@@ -115,6 +124,8 @@ class JointRunner:
         if refusals.device.type == "cpu":
             if refusals.item() != 0:
                 refusals.zero_()
+                for runner in self.runners:
+                    runner.release()
                 raise RefusedElsewhere
             return found_inf
         self.notice.send(refusals)
@@ -146,6 +157,10 @@ class Notice:
             event.record()
         self._sent.append((number, event))
         self.device = refusals.device
+
+    def arrives(self) -> bool:
+        """Whether any rank refused a step that no look() has seen. Waits for the device."""
+        return any(number.item() != 0 for number, event in self._sent if not event.synchronize())
 
     def look(self) -> None:
         """Raises RefusedElsewhere if it has arrived."""

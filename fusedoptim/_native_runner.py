@@ -52,6 +52,9 @@ class NativeRunner:
     def retire(self) -> None:
         self.plan.retire()
 
+    def release(self) -> None:
+        self.plan.release()
+
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """In the kernel. On a GPU nothing waits on the host."""
         scale, found = self._on_device(grad_scale), self._on_device(found_inf)

@@ -67,6 +67,9 @@ def step_afresh(optimizer: HasNorms, grad_norm: Tensor | None = None) -> list[St
         if not any(isinstance(one, JointRunner) and one.has_written for one in runners):
             changes.undo()
         raise
+    if any(isinstance(one, JointRunner) and one.notice.arrives() for one in runners):
+        changes.undo()
+        raise RefusedElsewhere
     if _was_skipped(optimizer, scaling):
         changes.undo()
         return None

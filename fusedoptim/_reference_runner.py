@@ -63,6 +63,9 @@ class ReferenceRunner:
                 self._update(m, _copy(local(m.param).new_empty(0), m.param), lambda t: t.new_empty(0))
         return fresh
 
+    def release(self) -> None:
+        pass
+
     def run(self) -> None:
         self.run_scaled(None, None)
 

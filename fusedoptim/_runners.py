@@ -72,6 +72,9 @@ class Runner(Steps, Protocol):
             wide: whether the norm of all gradients is kept in fp64 in any case: a tensor that is elsewhere has it.
         """
 
+    def release(self) -> None:
+        """Lets go of the gradients that refresh() looked up, for a step that does not come."""
+
     @property
     def numbers(self) -> Tensor:
         """The sums, and one more that is 0: for how many ranks refuse the step (_exchange.py)."""

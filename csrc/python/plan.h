@@ -59,6 +59,8 @@ class Plan {
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
   bool refresh(py::handle groups, py::handle state);
+  // Lets go of what refresh() picked up, for a step that does not come.
+  void release();
   // Steps all parameters that had a gradient in refresh(). On a GPU: the addresses of the stream and of two fp32
   // numbers on the device, each may be 0: gradients are divided by the scale, and nothing changes if found_inf is not
   // 0.
@@ -131,6 +133,7 @@ class Plan {
     bool unchanged();
   };
 
+  bool refresh_all(py::handle groups, py::handle state);
   bool refresh_python(py::handle groups, py::handle state);
   bool refresh_group(Group&, HyperRow&);
   bool refresh_gradient(int64_t i, const TensorView&);

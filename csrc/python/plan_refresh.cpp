@@ -196,6 +196,15 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
 bool Plan::refresh(py::handle groups, py::handle state) {
   if (!bound_) throw std::runtime_error("refresh() must follow build() and the hand-over of the tensors");
   if (running_) throw std::runtime_error("step() was called while another thread is in step() of the same optimizer");
+  struct Running {  // gradients may have to be placed anew, which lets other threads run
+    bool& flag;
+    explicit Running(bool& f) : flag(f) { flag = true; }
+    ~Running() { flag = false; }
+  } running(running_);
+  return refresh_all(groups, state);
+}
+
+bool Plan::refresh_all(py::handle groups, py::handle state) {
   refreshed_ = false;
   grad_shards_.clear();
   // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile, one that the update

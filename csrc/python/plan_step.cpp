@@ -37,6 +37,12 @@ py::list Plan::counted_by_torch() const {
   return all;
 }
 
+void Plan::release() {
+  refreshed_ = false;
+  for (py::object& g : grads_) g = py::object();
+  grad_shards_.clear();
+}
+
 // What needs the interpreter is done beside the kernels of short steps, and before those of long ones, so that other
 // Python threads can run. run(on_caller) writes.
 template <class Run>
@@ -48,8 +54,7 @@ void Plan::run_counted(const Run& run) {
     explicit Running(Plan& p) : plan(p) { plan.running_ = true; }
     ~Running() {
       plan.running_ = false;
-      for (py::object& g : plan.grads_) g = py::object();
-      plan.grad_shards_.clear();
+      plan.release();
       if (plan.zero_grad_) plan.counted_now_ = py::object();
     }
   } running(*this);
