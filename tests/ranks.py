@@ -28,6 +28,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: torch's optimizers import torch._dynamo at their first use, which takes every process a second.
+PRELOADED = [
+    "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel", "fusedoptim", "pytest",
+]  # fmt: skip
 TIMEOUT, GRACE = 120.0, 3.0  # seconds: of a function; of the others, once one rank has raised or died
 
 
@@ -91,8 +96,15 @@ class Ranks:
             theirs.close()
             self.connections.append(mine)
             self.processes.append(process)
+        for connection in self.connections:  # however long a start takes, it counts for no function's time
+            with contextlib.suppress(EOFError, ConnectionResetError):  # call() says what became of it
+                if connection.poll(TIMEOUT):
+                    connection.recv_bytes()
 
-    def call(self, function: Callable[..., Any], args: Any, timeout: float, grace: float = GRACE) -> list[Outcome]:
+    def call(
+        self, function: Callable[..., Any], args: Any, timeout: float, grace: float | None = None
+    ) -> list[Outcome]:
+        grace = GRACE if grace is None else grace
         task = _pack((function.__module__, function.__qualname__, args))
         for connection in self.connections:
             with contextlib.suppress(BrokenPipeError):  # a rank that died at its start
@@ -151,9 +163,7 @@ def _stop_all() -> None:
 def _context() -> Any:
     """Processes come from one that has imported torch and started no thread: 0.1 s instead of 3."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "fusedoptim", "pytest"]
-    )
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
@@ -182,6 +192,7 @@ def _serve(rank: int, world: int, folder: str, timeout: float, connection: Conne
     group = {"init_method": f"file://{folder}/rendezvous", "timeout": datetime.timedelta(seconds=timeout)}
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world, **group)
+        connection.send_bytes(b"ready")
         with contextlib.suppress(EOFError):
             while True:
                 connection.send_bytes(_answer(*_unpack(connection.recv_bytes())))
