@@ -16,6 +16,7 @@ import io
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -33,6 +34,8 @@ PRELOADED = [
     "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel", "fusedoptim", "pytest",
 ]  # fmt: skip
+#: Those of them that tests of this run have imported, which would take every process seconds.
+LIBRARIES = ["lightning.pytorch", "accelerate", "transformers.trainer"]
 TIMEOUT, GRACE = 120.0, 3.0  # seconds: of a function; of the others, once one rank has raised or died
 
 
@@ -163,7 +166,8 @@ def _stop_all() -> None:
 def _context() -> Any:
     """Processes come from one that has imported torch and started no thread: 0.1 s instead of 3."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    libraries = [name for name in LIBRARIES if name.partition(".")[0] in sys.modules]
+    context.set_forkserver_preload(PRELOADED + libraries)
     return context
 
 

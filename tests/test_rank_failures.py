@@ -176,14 +176,15 @@ def test_one_rank_refuses_a_norm_and_all_raise(model: str, break_: Break) -> Non
             assert kind == ("ValueError" if rank == 1 else "RuntimeError") and text, (rank, kind, text)
 
 
-def attempt_stages(rank: int) -> tuple[str, str]:
+def attempt_stages(rank: int, after: int) -> tuple[str, str]:
     """Plain parameters, whose norm is added over a group."""
     params = [torch.nn.Parameter(torch.ones(5 + dist.get_rank())) for _ in range(2 + dist.get_rank())]
     optimizer = fusedoptim.AdamW(params, max_grad_norm=1.0, norm_group=dist.group.WORLD)
-    for _ in range(3):
+    for step in range(after + 1):
         for p in params:
             p.grad = torch.ones_like(p)
-        optimizer.step()
+        if step < after:
+            optimizer.step()
     if dist.get_rank() == rank:
         optimizer.param_groups[0]["lr"] = "0.1"
     before = [p.detach().clone() for p in params]
@@ -195,8 +196,9 @@ def attempt_stages(rank: int) -> tuple[str, str]:
     return "nothing", "was raised"
 
 
-def test_one_stage_refuses_a_step_and_all_raise() -> None:
-    for rank, (kind, text) in enumerate(run(2, attempt_stages, 0, timeout=60)):
+@pytest.mark.parametrize("after", [0, 2])
+def test_one_stage_refuses_a_step_and_all_raise(after: int) -> None:
+    for rank, (kind, text) in enumerate(run(2, attempt_stages, 0, after, timeout=60)):
         assert kind == ("ValueError" if rank == 0 else "RuntimeError"), (rank, kind, text)
 
 
