@@ -120,14 +120,10 @@ class Exchange:
                 continue
             # Plain tensors are everybody's, unless some are said to be of one process alone.
             equal = one.replicated + ([] if norm_groups else plain)
-            self.rounds.append(
-                one.round._replace(
-                    places=torch.tensor([*one.sharded, self.size], device="cpu")
-                    if len(one.sharded) < self.size
-                    else None,
-                    equal=torch.tensor(equal, device="cpu") if equal else None,
-                )
-            )
+            places = [*one.sharded, self.size] if len(one.sharded) < self.size else []
+            self.rounds.append(one.round._replace(places=_indices(places), equal=_indices(equal)))
+        #: The places of plain tensors.
+        self.plain = _indices(plain)
         self.norm_groups = [_round(group) for group in norm_groups]
 
     @property
@@ -142,9 +138,15 @@ class Exchange:
             numbers: one for each parameter, and the refusals; fp64.
             of_tensors: for the norm of each tensor; else for that of all, as their sum is meant to have it.
         """
+        own = None
+        if of_tensors and self.plain is not None:
+            self.plain = self.plain.to(numbers.device)
+            own = numbers.index_select(0, self.plain)
         for k, one in enumerate(self.rounds):
             self.rounds[k] = one = one.on(one.device_for(numbers))  # copied once
             numbers.copy_(one.total(numbers))
+        if own is not None and self.plain is not None:  # a plain tensor's own norm is its process's alone
+            numbers.index_copy_(0, self.plain, own)
         if of_tensors or not self.norm_groups:
             return
         both = torch.stack([tree_sum(numbers[:-1].clone()), numbers[-1]]) if self.size else numbers.new_zeros(2)
@@ -199,6 +201,10 @@ def _dimensions_of(mesh: Any, placements: Iterable[Any], known: dict[str, _Dimen
         one = known.setdefault(group.group_name, _Dimension(_round(group, mesh.device_type), [], []))
         found.append(one.replicated if placement.is_replicate() else one.sharded)
     return found
+
+
+def _indices(places: list[int]) -> Tensor | None:
+    return torch.tensor(places, device="cpu") if places else None
 
 
 def _round(group: Any, device: str = "cpu") -> Round:

@@ -4,6 +4,7 @@ that imports this one's names defines the fixture ``kernels`` (see device_tests.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -149,3 +150,43 @@ def test_versions_of_what_an_update_writes(kernels: Any, counted: str, monkeypat
     after = [[t._version for t in tensors] for tensors in written]
     assert after[0] == before[0]
     assert all(now > then for p, q in zip(after[1:], before[1:], strict=True) for now, then in zip(p, q, strict=True))
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[Any]:
+    """A mesh of this process and one that is only simulated, which sends back what it gets."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_sharded_steps(kernels: Any, case: Case, two_ranks: Any) -> None:
+    """With shards and the norm of whole tensors, whose other halves are equal: the bits of a step of the shards alone
+    that is given this norm."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    options = {"max_grad_norm": 0.1, "ema_decay": 0.9}
+    theirs = [p for p in parameters(SHAPES) if p.dim() > 0]
+    b = case.make(theirs, backend=kernels.backend, **options)
+    mine = [torch.nn.Parameter(DTensor.from_local(p.detach().clone(), two_ranks, [Shard(0)])) for p in theirs]
+    a = case.make(mine, backend=kernels.backend, **options)
+    for step in range(2 if kernels.slow else 4):
+        set_gradients(theirs, step)
+        theirs[1].grad = None if step == 1 else theirs[1].grad
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = None if q.grad is None else DTensor.from_local(q.grad.clone(), two_ranks, [Shard(0)])
+        a.step()
+        total = sum(fusedoptim.reference.sum_of_squares(q.grad) for q in theirs if q.grad is not None)
+        assert float(a.last_grad_norm) == (2 * total).sqrt().float()
+        if a.rule.uses_norm:  # by the whole tensors' norms, too
+            continue
+        b.step(grad_norm=a.last_grad_norm)
+        for p, q in zip(mine, theirs, strict=True):
+            assert_same_bits(p.to_local().detach(), q.detach())
+            for name, state in a.state[p].items():
+                assert_same_bits(state.to_local() if isinstance(state, DTensor) else state, b.state[q][name])

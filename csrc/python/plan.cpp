@@ -112,6 +112,8 @@ void Plan::take_shards(const ShardArgs& args) {
     }
     shards_.push_back(std::move(s));
   }
+  for (const Shard& s : shards_)
+    if (s.object) watched_.push_back(&s);
 }
 
 // A DTensor and its shard have version counters of their own. Those of a state's shard nobody has seen.
@@ -225,8 +227,10 @@ void Plan::clear() {
   member_.clear();
   params_.clear();
   grads_.clear();
+  grad_shards_.clear();
   written_.clear();
   shards_.clear();
+  watched_.clear();
   shard_reader_ = ShardReader();
   snapshot_.clear();
 }

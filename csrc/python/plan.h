@@ -134,7 +134,7 @@ class Plan {
   bool refresh_python(py::handle groups, py::handle state);
   bool refresh_group(Group&, HyperRow&);
   bool refresh_gradient(int64_t i, const TensorView&);
-  py::object shard_of_gradient(int64_t i);
+  PyObject* shard_of_gradient(int64_t i);
   py::object local_gradient(int64_t i) const;
   bool shards_unchanged() const;
   void take_shards(const ShardArgs& args);
@@ -174,12 +174,14 @@ class Plan {
 
   StepTable table_;
   std::vector<py::object> params_, grads_;  // grads are held from refresh() to the end of run()
+  std::vector<py::object> grad_shards_;     // of those that were looked at closely, likewise
   std::vector<Written> written_;
   std::optional<py::list> counted_;
   py::object counted_now_;  // what increment_version_ is told of in the coming step
   ShardReader shard_reader_;
-  std::vector<Shard> shards_;  // by the tensor that was handed over; empty if there is no DTensor
-  bool plain_ = true;          // no tensor that was handed over is of a subclass, whose sizes may be Python code
+  std::vector<Shard> shards_;          // by the tensor that was handed over; empty if there is no DTensor
+  std::vector<const Shard*> watched_;  // those of them that are any
+  bool plain_ = true;  // no tensor that was handed over is of a subclass, whose sizes may be Python code
   bool activity_changed_ = true, refreshed_ = false, running_ = false;
   // For gradients that are written to. Who makes a plan has looked at those of its first step.
   bool grads_checked_ = true, grads_moved_ = false;

@@ -64,23 +64,24 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   return true;
 }
 
-// A DTensor's gradient as its parameter is placed; what comes in another way is replaced by such. None if it cannot be.
-py::object Plan::shard_of_gradient(int64_t i) {
+// Of a DTensor's gradient as its parameter is placed; what comes in another way is replaced by such. Held by grads_.
+// Null if it cannot be.
+PyObject* Plan::shard_of_gradient(int64_t i) {
   Member& m = member_[i];
   py::object& grad = grads_[i];
   const TensorReader& reader = TensorReader::get();
-  if (!shard_reader_.is_dtensor(grad.ptr())) return {};
-  py::object spec = shard_reader_.spec(grad.ptr()), shard = shard_reader_.local(grad.ptr());
-  const bool known = spec && (spec.ptr() == m.spec || spec.ptr() == m.grad_spec.ptr());
-  if (known && shard && reader.is_plain(shard.ptr())) return shard;
+  if (!shard_reader_.is_dtensor(grad.ptr())) return nullptr;
+  PyObject* const known = shard_reader_.local_if(grad.ptr(), m.spec, m.grad_spec.ptr());
+  if (known && reader.is_plain(known)) return known;
   py::object aligned = shard_reader_.align(m.param, grad.ptr());
-  if (!shard_reader_.is_dtensor(aligned.ptr())) return {};
+  if (!shard_reader_.is_dtensor(aligned.ptr())) return nullptr;
   if (aligned.ptr() != grad.ptr()) {
     reader.set_grad(m.param, aligned.ptr());
     grad = std::move(aligned);
   }
   m.grad_spec = shard_reader_.spec(grad.ptr());
-  return shard_reader_.local(grad.ptr());
+  grad_shards_.push_back(shard_reader_.local(grad.ptr()));
+  return grad_shards_.back().ptr();
 }
 
 py::object Plan::local_gradient(int64_t i) const {
@@ -89,10 +90,11 @@ py::object Plan::local_gradient(int64_t i) const {
 
 bool Plan::shards_unchanged() const {
   constexpr size_t kFar = 16;
-  for (size_t i = 0; i < shards_.size(); ++i) {
-    if (i + kFar < shards_.size()) shard_reader_.prefetch(shards_[i + kFar].dtensor.ptr());
-    const Shard& s = shards_[i];
-    if (s.object && !shard_reader_.has(s.dtensor.ptr(), s.local.ptr(), s.spec.ptr())) return false;
+  const size_t n = watched_.size();
+  for (size_t i = 0; i < n; ++i) {
+    if (i + kFar < n) shard_reader_.prefetch(watched_[i + kFar]->dtensor.ptr());
+    const Shard& s = *watched_[i];
+    if (!shard_reader_.has(s.dtensor.ptr(), s.local.ptr(), s.spec.ptr())) return false;
   }
   return true;
 }
@@ -168,12 +170,11 @@ bool Plan::refresh_python(py::handle groups, py::handle state) {
       }
       if (active) {
         TensorView view;
-        py::object shard;  // which its DTensor holds, too
         if (m.sharded) {
-          shard = shard_of_gradient(i);
+          PyObject* const shard = shard_of_gradient(i);
           if (!shard) return stale("a gradient is no DTensor on its parameter's mesh");
           m.last_dtensor = m.last_grad;
-          m.last_grad = shard.ptr();
+          m.last_grad = shard;
         }
         if (!reader.view(m.last_grad, view)) return stale("a gradient is not a strided tensor of a supported dtype");
         m.last_grad_sizes = view.sizes;
@@ -196,6 +197,7 @@ bool Plan::refresh(py::handle groups, py::handle state) {
   if (!bound_) throw std::runtime_error("refresh() must follow build() and the hand-over of the tensors");
   if (running_) throw std::runtime_error("step() was called while another thread is in step() of the same optimizer");
   refreshed_ = false;
+  grad_shards_.clear();
   // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile, one that the update
   // will need anyway. In a loop that works on a GPU it would be asleep, and waking it may take as long as a time slice.
   constexpr size_t kManyMembers = 256;

@@ -49,6 +49,7 @@ void Plan::run_counted(const Run& run) {
     ~Running() {
       plan.running_ = false;
       for (py::object& g : plan.grads_) g = py::object();
+      plan.grad_shards_.clear();
       if (plan.zero_grad_) plan.counted_now_ = py::object();
     }
   } running(*this);

@@ -54,9 +54,15 @@ class ShardReader {
         spec_(cls, "_spec") {}
 
   bool is_dtensor(PyObject* x) const { return type_ && PyObject_TypeCheck(x, type_); }
-  // New references; none, with no Python error left set, if there is no such attribute.
+  // None, with no Python error left set, if there is no such attribute.
   pybind11::object local(PyObject* dtensor) const { return local_.get(dtensor); }
   pybind11::object spec(PyObject* dtensor) const { return spec_.get(dtensor); }
+  // The shard of a DTensor whose spec is one of these, as long as that lives; null if it is not, or if slots are no
+  // slots.
+  PyObject* local_if(PyObject* dtensor, PyObject* spec, PyObject* other) const {
+    PyObject* const own = spec_.peek(dtensor);
+    return own && (own == spec || own == other) ? local_.peek(dtensor) : nullptr;
+  }
   // Whether a DTensor still has what these gave.
   bool has(PyObject* dtensor, PyObject* local, PyObject* spec) const {
     return local_.is(dtensor, local) && spec_.is(dtensor, spec);
@@ -85,6 +91,7 @@ class ShardReader {
       if (!found) forget_python_error();
       return found;
     }
+    PyObject* peek(PyObject* x) const { return offset_ > 0 ? at(x) : nullptr; }
     bool is(PyObject* x, PyObject* value) const { return (offset_ > 0 ? at(x) : get(x).ptr()) == value; }
     FUSEDOPTIM_INLINE void prefetch(PyObject* x) const {
       __builtin_prefetch(reinterpret_cast<const char*>(x) + offset_);
