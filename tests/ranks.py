@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import gc
 import importlib
 import io
 import multiprocessing
@@ -193,6 +194,7 @@ def _serve(rank: int, world: int, folder: str, timeout: float, connection: Conne
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported, no collection of this process has to look at
     group = {"init_method": f"file://{folder}/rendezvous", "timeout": datetime.timedelta(seconds=timeout)}
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world, **group)

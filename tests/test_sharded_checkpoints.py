@@ -245,7 +245,9 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "cases"), PAIRS, ids=lambda x: f"{x[0]} {x[1]}" if isinstance(x, tuple) else ""
+    ("source", "target", "cases"),
+    PAIRS,
+    ids=lambda x: f"{x[0]} {x[1]}" if isinstance(x, tuple) else f"{len(x)} optimizers",
 )
 def test_training_goes_on_in_another_layout(
     source: Any, target: Any, cases: list[Case], checkpoints: Checkpoints
