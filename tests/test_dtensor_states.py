@@ -137,6 +137,40 @@ def test_a_change_takes_effect_over_two_dimensions_of_a_mesh(case: Case) -> None
     run(4, check_changes, "tensor_parallel_and_fsdp2", case, in_place)
 
 
+# ---- gradients whose memory is not what they are ----
+
+
+def negated(g: torch.Tensor) -> torch.Tensor:
+    return torch._neg_view(g.neg())
+
+
+def on_its_way(g: torch.Tensor) -> torch.Tensor:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return AsyncCollectiveTensor(g)
+
+
+def check_gradients(make: Callable[[torch.Tensor], torch.Tensor], backend: str) -> None:
+    found = []
+    for change in (None, make):
+        sharded = built("fsdp2")
+        optimizer = BY_NAME["adamw_amsgrad"].make(sharded.params, backend=backend, max_grad_norm=0.1)
+        for step in range(3):
+            set_gradients(sharded, step)
+            for p in sharded.params if change else ():
+                p.grad._local_tensor = change(shard(p.grad))
+                assert p.grad._local_tensor.is_neg() or type(p.grad._local_tensor) is not torch.Tensor
+            optimizer.step()
+        found.append(shards_of(sharded, optimizer))
+    assert_same_shards(*found, make.__name__)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("make", [negated, on_its_way], ids=lambda f: f.__name__)
+def test_gradients_are_read_as_what_they_stand_for(make: Callable[..., Any], backend: str) -> None:
+    run(2, check_gradients, make, backend)
+
+
 # ---- version counters ----
 
 
