@@ -161,7 +161,7 @@ class Exchange:
         """Takes part in what the other ranks do with these parameters, so that they learn of it and none waits.
 
         Args:
-            of_tensors: that argument of each add() of theirs.
+            of_tensors: that argument of each add() of theirs; none if they only place gradients as parameters are.
         """
         for p in params:
             if is_dtensor(p) and p.grad is not None and (grad := aligned(p, p.grad)) is not None:

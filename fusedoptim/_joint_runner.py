@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ._devices import device_guard
 from ._exchange import Exchange, RankError
 from ._norms import norm_is_measured
 from ._rule import Rule
@@ -42,7 +44,7 @@ def combine(parts: Sequence[HasSums], exchange: Exchange | None, of_tensors: boo
     if exchange is not None:
         exchange.add(home, of_tensors)
     for other in others:
-        other.copy_(home)
+        other[:-1].copy_(home[:-1])
     return home[-1]
 
 
@@ -116,7 +118,9 @@ class JointRunner:
                 raise RefusedElsewhere
             return found_inf
         self.notice.send(refusals)
-        return refusals.float() if found_inf is None else refusals.float() + found_inf.to(refusals.device)
+        refused = refusals.float() if found_inf is None else refusals.float() + found_inf.to(refusals.device)
+        refusals.zero_()  # measure() leaves it
+        return refused
 
 
 def take_norm(stats: Tensor, norm: Tensor, options: Mapping[str, Any]) -> None:
@@ -130,22 +134,32 @@ class Notice:
     """That another rank refused a step, for the host to find at a later one: it waits for no device."""
 
     def __init__(self) -> None:
-        self._sent: tuple[Tensor, Any] | None = None
+        self._sent: deque[tuple[Tensor, Any]] = deque()  # the host may be several steps ahead
 
     def send(self, refusals: Tensor) -> None:
-        module = torch.get_device_module(refusals.device)
-        if getattr(module, "is_current_stream_capturing", bool)():  # a graph's replays have nobody to tell
+        if _is_capturing(refusals.device):  # a graph's replays have nobody to tell
             return
-        number = torch.empty((), dtype=refusals.dtype, pin_memory=True)
-        number.copy_(refusals, non_blocking=True)
-        event = module.Event()
-        event.record()
-        self._sent = number, event
+        with device_guard(refusals.device):
+            number = torch.empty((), dtype=refusals.dtype, pin_memory=True)
+            number.copy_(refusals, non_blocking=True)
+            event = torch.get_device_module(refusals.device).Event()
+            event.record()
+        self._sent.append((number, event))
+        self.device = refusals.device
 
     def look(self) -> None:
         """Raises RefusedElsewhere if it has arrived."""
-        if self._sent is None or not self._sent[1].query():
+        if not self._sent or _is_capturing(self.device):  # where events may not be asked
             return
-        number, self._sent = self._sent[0], None
-        if number.item() != 0:
-            raise RefusedElsewhere
+        while self._sent and self._sent[0][1].query():
+            if self._sent.popleft()[0].item() != 0:
+                raise RefusedElsewhere
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is, on the device's current stream."""
+    capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    if capturing is None:
+        return False
+    with device_guard(device):
+        return bool(capturing())

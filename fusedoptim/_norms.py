@@ -27,7 +27,11 @@ class HasNorms(HasStates, Protocol):
 
 
 def norm_is_measured(options: Mapping[str, Any], groups: Iterable[Group]) -> bool:
-    return bool(options["skip_nonfinite"]) or any(g.get("max_grad_norm") is not None and g["params"] for g in groups)
+    """On all ranks alike: with ``norm_group`` others may have parameters of a group that has none here."""
+    if options["skip_nonfinite"]:
+        return True
+    elsewhere = options["norm_group"] is not None
+    return any(g.get("max_grad_norm") is not None and (elsewhere or g["params"]) for g in groups)
 
 
 def check_whole_tensors(rule: Rule, optimizer: str, measured: bool) -> None:

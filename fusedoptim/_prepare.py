@@ -100,8 +100,7 @@ def _refuse(
         return
     measured = norm_is_measured(optimizer._options, optimizer.param_groups) and not norm_is_given
     by_tensor = optimizer.rule.uses_norm and bool(exchange.rounds)
-    if exchange.adds and (measured or by_tensor):
-        exchange.refuse(params, [False] * measured + [True] * by_tensor)
+    exchange.refuse(params, [False] * (exchange.adds and measured) + [True] * by_tensor)
 
 
 def _was_skipped(optimizer: HasNorms, scaling: Scaling | None) -> bool:
@@ -128,7 +127,7 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
     _members.keep_apart(found, optimizer)
     _members.make_states(found, optimizer, changes)
     members = found.by_device()
-    if not members and exchange.adds and (measured or rule.uses_norm):  # this rank has nothing to step, and takes part
+    if not members and exchange.adds:  # this rank has nothing to step, and takes part where a norm is measured
         members = {next((p.device for group in groups for p in group["params"]), torch.device("cpu")): []}
     optimizer._has_no_norm = in_parts and not options["norm_group"]
     optimizer._norms.make_for(members, measured)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import _versions
 from ._dtensor import alike, is_dtensor, local, same_layout
 from ._norms import HasNorms
 
@@ -198,6 +199,8 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
             if p.grad is not given.get(i):
                 p.grad = given.get(i)
         optimizer._step(in_operator=True)
+        if optimizer._options["zero_grad_in_step"]:
+            _zero([b for b, p in zip(before, every, strict=True) if b is not None and b is not p.grad])
     finally:
         for p, grad in zip(every, before, strict=True):
             if p.grad is not grad:
@@ -205,6 +208,13 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor]) -> None:
         for p, q, old in copies:
             q.copy_(p.detach())
             p.data.copy_(old)
+
+
+def _zero(grads: list[Tensor]) -> None:
+    """Of gradients that were placed in another way than their parameters: the step has zeroed what took their place."""
+    for g in filter(is_dtensor, grads):
+        local(g).zero_()
+        _versions.by_torch([g])
 
 
 def _gradient(p: Tensor, g: Tensor) -> Tensor:

@@ -85,6 +85,9 @@ def steps(case: Case, way: str, options: dict[str, Any]) -> list[tuple[list[Tens
             place_gradients(params, i, partial=True)
             optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
             step()
+            if options.get("zero_grad_in_step"):
+                grads = [p.grad.to_local() if isinstance(p, DTensor) else p.grad for p in params]
+                assert not any(g.count_nonzero() for g in grads)
         both.append(shards(optimizer))
     return [*both, counters["stats"].get("unique_graphs", 0)]
 

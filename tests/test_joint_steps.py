@@ -15,10 +15,54 @@ from torch import Tensor
 import fusedoptim
 from fusedoptim import _members
 from fusedoptim._exchange import tree_sum
-from fusedoptim._joint_runner import JointRunner
+from fusedoptim._joint_runner import JointRunner, Notice, RefusedElsewhere
 
 SHAPES = [(5,), (), (0,), (7, 11), (2000,)]
 BACKENDS = ["cpu", "reference"]
+
+
+class Event:
+    """Of a GPU that has come so far as ``done`` says."""
+
+    done = 0
+    made = 0
+
+    def record(self) -> None:
+        Event.made += 1
+        self.number = Event.made
+
+    def query(self) -> bool:
+        assert not Gpu.capturing, "not to be asked then"
+        return self.number <= Event.done
+
+
+class Gpu:
+    Event = Event
+    capturing = False
+
+    @staticmethod
+    def is_current_stream_capturing() -> bool:
+        return Gpu.capturing
+
+
+def test_the_host_learns_of_refusals_when_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    Event.done, Event.made, empty = 0, 0, torch.empty
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Gpu)
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: empty(*a, **k))
+    notice = Notice()
+    for refusals in (0.0, 1.0, 0.0):  # before it looks, as a host does that is ahead
+        notice.send(torch.tensor(refusals))
+    notice.look()
+    Event.done = 1
+    notice.look()
+    Gpu.capturing = True
+    Event.done = 3
+    notice.look()
+    notice.send(torch.tensor(1.0))
+    Gpu.capturing = False
+    with pytest.raises(RefusedElsewhere):
+        notice.look()
+    notice.look()
 
 
 @pytest.fixture

@@ -149,6 +149,26 @@ def test_torchs_pipeline(case: Case) -> None:
     run(2, pipelined, case)
 
 
+def one_without_parameters(later: bool) -> bool:
+    """As ZeroRedundancyOptimizer leaves one, where there are more processes than parameters."""
+    p = nn.Parameter(torch.ones(3))
+    params = [{"params": []}] if dist.get_rank() == 0 else [p]
+    optimizer = fusedoptim.AdamW(params, norm_group=dist.group.WORLD, max_grad_norm=None if later else LIMIT)
+    for step in range(3):
+        if step == 1:
+            optimizer.param_groups[0]["max_grad_norm"] = LIMIT
+        p.grad = torch.ones(3)
+        with counted() as calls:
+            optimizer.step()
+        assert len(calls) == (step > 0 or not later) + (step == 0)
+    return dist.get_rank() == 0 or torch.equal(optimizer.last_grad_norm, torch.tensor(3.0).sqrt())
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_process_whose_groups_are_empty(later: bool) -> None:
+    assert all(run(2, one_without_parameters, later))
+
+
 # ---- FSDP1 and ZeroRedundancyOptimizer ----
 
 

@@ -124,6 +124,14 @@ def test_one_rank_refuses_a_step_and_all_raise(model: str, rank: int, after: int
                 assert kind == "RuntimeError" and "rank" in text, (break_.__name__, other, kind, text)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gradients_that_have_to_be_placed_while_one_rank_refuses(rank: int) -> None:
+    """Which all ranks do together, though they share no norm then."""
+    results = run(2, attempt, BY_NAME["adamw"], "sequence_parallel", rank, [wrong_value], 2, {}, timeout=60)
+    assert results[rank][0][0] == "ValueError"
+    assert results[1 - rank][0] == ("nothing", "was raised")
+
+
 def without_a_gradient(model: str, rank: int, after: int) -> tuple[bool, torch.Tensor | None]:
     sharded = built(model)
     optimizer = fusedoptim.AdamW(sharded.params, **WITH_NORM)
