@@ -247,3 +247,16 @@ def scaled() -> tuple[str, bool]:
 def test_a_scaler_finds_no_gradients() -> None:
     for text, unchanged in ranks.run(2, scaled):
         assert text.startswith("AssertionError: No inf checks were recorded") and not unchanged
+
+
+def stage() -> bool:
+    """Of a pipeline, whose processes have other numbers of parameters."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(1 + dist.get_rank())]
+    optimizer = fusedoptim.NormAdaptive(params, norm_group=dist.group.WORLD)
+    step_in_backward(optimizer)
+    torch.cat(params).square().sum().backward()
+    return all(p.grad is None and bool((p != 1).all()) for p in params)
+
+
+def test_no_process_waits_for_the_others_norms() -> None:
+    assert ranks.run(2, stage, timeout=60) == [True, True]
