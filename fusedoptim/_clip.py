@@ -79,8 +79,8 @@ def clip_grad_norm_(
     try:
         clipping = Clipping.of(params, exchange, backend)
     except ValueError:
+        exchange.refuse(params, [False] * exchange.adds)
         if exchange.adds:
-            exchange.refuse(params, [False])
             raise
         return utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach)
     if not error_if_nonfinite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from cases import BY_NAME, Case
 from ranks import run, run_apart
-from sharded_models import MODELS, Sharded, built, is_dtensor, shard
+from sharded_models import MODELS, Sharded, built, is_dtensor, mesh, shard
 from test_dtensors import shards_of
+from torch import nn
 
 import fusedoptim
 
@@ -182,6 +184,24 @@ def test_one_rank_refuses_a_norm_and_all_raise(model: str, break_: Break) -> Non
     for rank, found in enumerate(run(MODELS[model][0], attempt_norms, 1, model, break_, timeout=60)):
         for kind, text in found:
             assert kind == ("ValueError" if rank == 1 else "RuntimeError") and text, (rank, kind, text)
+
+
+def clip_where_nothing_is_sharded(rank: int) -> bool:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+    p, q = nn.Parameter(distribute_tensor(torch.ones(4), mesh(2), [Replicate()])), nn.Parameter(torch.ones(4))
+    p.grad, q.grad = DTensor.from_local(torch.ones(4), mesh(2), [Partial()], run_check=False), torch.ones(4)
+    if dist.get_rank() == rank:
+        q.grad = q.grad.to_sparse()
+    try:
+        norm = fusedoptim.clip_grad_norm_([p, q], 1.0)
+    except (ValueError, RuntimeError, NotImplementedError):  # torch's own
+        return dist.get_rank() == rank
+    return math.isclose(norm.item(), 20**0.5, rel_tol=1e-6) or dist.get_rank() == rank
+
+
+def test_gradients_that_have_to_be_placed_while_one_rank_cannot_clip() -> None:
+    assert all(run(2, clip_where_nothing_is_sharded, 1, timeout=60))
 
 
 def attempt_stages(rank: int, after: int) -> tuple[str, str]:
