@@ -11,11 +11,13 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import gc
 import importlib
 import io
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -28,6 +30,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: torch's optimizers import torch._dynamo at their first use, which takes every process a second.
+PRELOADED = [
+    "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel", "fusedoptim", "pytest",
+]  # fmt: skip
+#: Those of them that tests of this run have imported, which would take every process seconds.
+LIBRARIES = ["lightning.pytorch", "accelerate", "transformers.trainer"]
 TIMEOUT, GRACE = 120.0, 3.0  # seconds: of a function; of the others, once one rank has raised or died
 
 
@@ -91,8 +100,15 @@ class Ranks:
             theirs.close()
             self.connections.append(mine)
             self.processes.append(process)
+        for connection in self.connections:  # however long a start takes, it counts for no function's time
+            with contextlib.suppress(EOFError, ConnectionResetError):  # call() says what became of it
+                if connection.poll(TIMEOUT):
+                    connection.recv_bytes()
 
-    def call(self, function: Callable[..., Any], args: Any, timeout: float, grace: float = GRACE) -> list[Outcome]:
+    def call(
+        self, function: Callable[..., Any], args: Any, timeout: float, grace: float | None = None
+    ) -> list[Outcome]:
+        grace = GRACE if grace is None else grace
         task = _pack((function.__module__, function.__qualname__, args))
         for connection in self.connections:
             with contextlib.suppress(BrokenPipeError):  # a rank that died at its start
@@ -151,9 +167,8 @@ def _stop_all() -> None:
 def _context() -> Any:
     """Processes come from one that has imported torch and started no thread: 0.1 s instead of 3."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "fusedoptim", "pytest"]
-    )
+    libraries = [name for name in LIBRARIES if name.partition(".")[0] in sys.modules]
+    context.set_forkserver_preload(PRELOADED + libraries)
     return context
 
 
@@ -179,9 +194,11 @@ def _serve(rank: int, world: int, folder: str, timeout: float, connection: Conne
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported, no collection of this process has to look at
     group = {"init_method": f"file://{folder}/rendezvous", "timeout": datetime.timedelta(seconds=timeout)}
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world, **group)
+        connection.send_bytes(b"ready")
         with contextlib.suppress(EOFError):
             while True:
                 connection.send_bytes(_answer(*_unpack(connection.recv_bytes())))

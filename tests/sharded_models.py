@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import assert_same_bits
 from torch import Tensor, nn
 
 WIDTH = 6
@@ -58,6 +59,17 @@ def shard(t: Tensor) -> Tensor:
 def whole(t: Tensor) -> Tensor:
     """All of it. A collective."""
     return t.full_tensor() if is_dtensor(t) else t.detach()
+
+
+def assert_same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer, what: str) -> None:
+    """Shards of parameters and states."""
+    for i, (p, q) in enumerate(zip(*([p for g in o.param_groups for p in g["params"]] for o in (a, b)), strict=True)):
+        assert p.placements == q.placements
+        left, right = ({"parameter": x, **o.state[x]} for o, x in ((a, p), (b, q)))
+        for name in left.keys() | right.keys():
+            if left.get(name) is not None or right.get(name) is not None:
+                one, two = (shard(torch.as_tensor(of[name])) for of in (left, right))
+                assert_same_bits(one, two, f"{what}: {name} of parameter {i}")
 
 
 @functools.cache

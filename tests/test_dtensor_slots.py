@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from cases import BY_NAME, FULL, Case, assert_same_bits
 from ranks import run
 from sharded_layouts import Training
+
+from fusedoptim._dtensor import same_layout
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 SLOTS = ("_local_tensor", "_spec")
@@ -84,6 +87,16 @@ def trained(torchs: str, layout: str, backend: str) -> None:
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 2), ("both", 4)])
 def test_the_same_bits(layout: str, world: int, torchs: str, backend: str) -> None:
     run(world, trained, torchs, layout, backend)
+
+
+def test_placements_that_differ_in_the_order_of_their_shards() -> None:
+    """Of two mesh dimensions that shard one dimension of a tensor, either may come first, where torch says which."""
+
+    def made(order: Any) -> SimpleNamespace:
+        return SimpleNamespace(placements="same", device_mesh="same", _spec=SimpleNamespace(**order))
+
+    assert same_layout(made({"shard_order": (0, 1)}), made({"shard_order": (0, 1)})) and same_layout(made({}), made({}))
+    assert not same_layout(made({"shard_order": (0, 1)}), made({"shard_order": (1, 0)}))
 
 
 def without_a_backend() -> None:

@@ -129,8 +129,46 @@ def check_changes(model: str, case: Case, changes: list[Change]) -> None:
 def test_a_change_takes_effect_at_the_next_step(case: Case) -> None:
     """The reference looks at everything anew, so it is what a step without a cache does."""
     run(2, check_changes, "fsdp2", case, CHANGES)
+
+
+@pytest.mark.parametrize("case", [BY_NAME["adamw_amsgrad"], BY_NAME["norm_adaptive_all"]], ids=str)
+def test_a_change_takes_effect_over_two_dimensions_of_a_mesh(case: Case) -> None:
     in_place = [c for c in CHANGES if c not in (empty_and_reset, to_double)]
     run(4, check_changes, "tensor_parallel_and_fsdp2", case, in_place)
+
+
+# ---- gradients whose memory is not what they are ----
+
+
+def negated(g: torch.Tensor) -> torch.Tensor:
+    return torch._neg_view(g.neg())
+
+
+def on_its_way(g: torch.Tensor) -> torch.Tensor:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return AsyncCollectiveTensor(g)
+
+
+def check_gradients(make: Callable[[torch.Tensor], torch.Tensor], backend: str) -> None:
+    found = []
+    for change in (None, make):
+        sharded = built("fsdp2")
+        optimizer = BY_NAME["adamw_amsgrad"].make(sharded.params, backend=backend, max_grad_norm=0.1)
+        for step in range(3):
+            set_gradients(sharded, step)
+            for p in sharded.params if change else ():
+                p.grad._local_tensor = change(shard(p.grad))
+                assert p.grad._local_tensor.is_neg() or type(p.grad._local_tensor) is not torch.Tensor
+            optimizer.step()
+        found.append(shards_of(sharded, optimizer))
+    assert_same_shards(*found, make.__name__)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("make", [negated, on_its_way], ids=lambda f: f.__name__)
+def test_gradients_are_read_as_what_they_stand_for(make: Callable[..., Any], backend: str) -> None:
+    run(2, check_gradients, make, backend)
 
 
 # ---- version counters ----
@@ -206,40 +244,50 @@ def alive() -> dict[str, int]:
     return {name: sum(type(o) is kind for o in objects) for name, kind in kinds.items()}
 
 
-def check_memory(case: Case, options: dict[str, Any]) -> None:
+def check_memory(case: Case, backend: str, options: dict[str, Any], steps: int) -> None:
     from torch.distributed.tensor import DTensor
 
     sharded = built("plain_beside")
-    for backend, steps in (("cpu", 1000), ("reference", 50)):
-        optimizer = case.make(sharded.params, backend=backend, **options)
-        last: list[weakref.ref] = []
+    optimizer = case.make(sharded.params, backend=backend, **options)
+    last: list[weakref.ref] = []
 
-        def steps_of(n: int, optimizer: torch.optim.Optimizer = optimizer, last: list = last) -> None:
-            for _ in range(n):
-                for p in sharded.params:
-                    g = torch.ones_like(shard(p))
+    def steps_of(n: int) -> None:
+        for _ in range(n):
+            for p in sharded.params:
+                g = torch.ones_like(shard(p))
+                last.append(weakref.ref(g))
+                if is_dtensor(p):
+                    how = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+                    g = DTensor.from_local(g, p.device_mesh, p.placements, **how)
                     last.append(weakref.ref(g))
-                    if is_dtensor(p):
-                        how = {"run_check": False, "shape": p.shape, "stride": p.stride()}
-                        g = DTensor.from_local(g, p.device_mesh, p.placements, **how)
-                        last.append(weakref.ref(g))
-                    p.grad = g
-                optimizer.step()
-                del last[: -2 * len(sharded.params)]
+                p.grad = g
+            optimizer.step()
+            del last[: -2 * len(sharded.params)]
 
-        steps_of(5)
-        before = alive()
-        steps_of(steps)
-        grown = {kind: n - before[kind] for kind, n in alive().items()}
-        assert max(grown.values()) < 10, grown  # gloo's threads may hold what the last gather was of
-        assert any(ref() is not None for ref in last)
-        for p in sharded.params:
-            p.grad = None
-        gc.collect()
-        assert all(ref() is None for ref in last)  # nor the last step's
+    steps_of(5)
+    before = alive()
+    steps_of(steps)
+    grown = {kind: n - before[kind] for kind, n in alive().items()}
+    assert max(grown.values()) < 10, grown  # gloo's threads may hold what the last gather was of
+    assert any(ref() is not None for ref in last)
+    for p in sharded.params:
+        p.grad = None
+    gc.collect()
+    assert all(ref() is None for ref in last)  # nor the last step's
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=["plain", "clipped"])
-@pytest.mark.parametrize("case", [BY_NAME["adamw"], BY_NAME["norm_adaptive"]], ids=str)
-def test_memory_is_flat(case: Case, options: dict[str, Any]) -> None:
-    run(2, check_memory, case, options)
+CLIPPED = {"max_grad_norm": 1.0, "skip_nonfinite": True}
+
+
+@pytest.mark.parametrize(
+    ("case", "backend", "options", "steps"),
+    [
+        (BY_NAME["adamw"], "cpu", CLIPPED, 1000),
+        (BY_NAME["adamw"], "cpu", {}, 100),
+        (BY_NAME["norm_adaptive"], "cpu", {}, 100),
+        (BY_NAME["adamw"], "reference", CLIPPED, 50),
+    ],
+    ids=["clipped", "plain", "norm_adaptive", "reference"],
+)
+def test_memory_is_flat(case: Case, backend: str, options: dict[str, Any], steps: int) -> None:
+    run(2, check_memory, case, backend, options, steps)

@@ -17,6 +17,8 @@ from benchmarks.witness import witness_step
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 STEPS = 4
 IN_TORCH = [case for case in FULL if case.in_torch]
+#: Uneven and twofold shards, gradients that are placed otherwise, plain parameters.
+OF_EVERY_KIND = ["fsdp2_uneven", "tensor_parallel_and_fsdp2", "sequence_parallel", "plain_beside"]
 Gradients = list[list[Tensor]]
 
 
@@ -80,10 +82,11 @@ def check_against_torch(model: str, case: Case) -> None:
     replay(sharded, witness, gradients, as_placed=False)
     expected = shards_of(sharded, witness)
     assert_same_shards(found, expected, "cpu")
-    reference = case.make(sharded.params, backend="reference")
-    replay(sharded, reference, gradients)
-    assert_same_shards(shards_of(sharded, reference), expected, "reference")
-    assert_placed(sharded, reference)
+    if model in OF_EVERY_KIND:
+        reference = case.make(sharded.params, backend="reference")
+        replay(sharded, reference, gradients)
+        assert_same_shards(shards_of(sharded, reference), expected, "reference")
+        assert_placed(sharded, reference)
     assert len({loss.item() for loss in losses}) == STEPS  # a step is seen by the next forward
 
 
@@ -153,17 +156,14 @@ def check_options(model: str, case: Case, options: dict[str, Any]) -> None:
 
 
 OPTIONS = {
-    "zeroed": {"zero_grad_in_step": True},
     "averaged": {"ema_decay": 0.9},
-    "clipped": {"clip_grad_value": 0.01},
-    "narrow": {"state_dtype": torch.bfloat16},
     "all": {"zero_grad_in_step": True, "ema_decay": 0.9, "clip_grad_value": 0.01, "state_dtype": torch.bfloat16},
 }
 
 
 @pytest.mark.parametrize("case", [BY_NAME["adam_amsgrad_decay_max"], BY_NAME["adagrad_all"]], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("model", ["fsdp2_uneven", "tensor_parallel_and_fsdp2", "sequence_parallel", "plain_beside"])
+@pytest.mark.parametrize("model", OF_EVERY_KIND)
 def test_options_of_steps(model: str, options: str, case: Case) -> None:
     run(MODELS[model][0], check_options, model, case, OPTIONS[options])
 

@@ -190,7 +190,6 @@ def without_model() -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    gc.collect()  # models of other tests
     mesh = init_device_mesh("cpu", (2,))
     plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
     parallel = parallelize_module(nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 1)), mesh, plan)
@@ -229,7 +228,9 @@ def without_model() -> dict[str, Any]:
 
 
 def test_a_model_is_asked_for_where_it_is_needed() -> None:
-    for found in ranks.run(2, without_model):
+    for outcome in ranks.run_apart(2, without_model):  # where no other test has left a model
+        assert not outcome.bad, outcome.trace
+        found = outcome.result
         assert all(found["versions"]) and "modified by an inplace operation" in found["backward"]
         for what in ("tensor parallel", "tensor parallel, given", "both", "gone"):
             assert found[what] == "nothing was raised", what

@@ -10,6 +10,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from cases import FULL, Case, assert_same_bits
+from sharded_models import mesh
 from torch import Tensor, nn
 
 import fusedoptim
@@ -50,7 +51,7 @@ class Stack(nn.Module):
         return self.last(self.blocks(self.first(x)))
 
 
-def in_parallel(model: Stack, mesh: Any) -> None:
+def in_parallel(model: Stack, on: Any) -> None:
     """Norms have gradients that are Partial, and parameters that are Replicate."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor import parallel as tp
@@ -61,13 +62,11 @@ def in_parallel(model: Stack, mesh: Any) -> None:
             "up": tp.ColwiseParallel(input_layouts=Shard(1)),
             "down": tp.RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
         }
-        tp.parallelize_module(block, mesh, plan)
+        tp.parallelize_module(block, on, plan)
     whole, parts = (Replicate(),), (Shard(1),)
     into = tp.PrepareModuleInput(input_layouts=whole, desired_input_layouts=parts)
-    tp.parallelize_module(model.blocks[0], mesh, into)
-    tp.parallelize_module(
-        model.blocks, mesh, tp.PrepareModuleOutput(output_layouts=parts, desired_output_layouts=whole)
-    )
+    tp.parallelize_module(model.blocks[0], on, into)
+    tp.parallelize_module(model.blocks, on, tp.PrepareModuleOutput(output_layouts=parts, desired_output_layouts=whole))
 
 
 def fully_shard(model: Stack, **options: Any) -> None:
@@ -78,12 +77,11 @@ def fully_shard(model: Stack, **options: Any) -> None:
 
 
 def build(way: str) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 
     model = Stack()
     if way in ("hsdp", "tensor parallel and fsdp2"):
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        square = mesh(2, 2, names=("a", "b"))
     if way == "fsdp2":
         fully_shard(model)
     elif way == "fsdp2, not resharded":
@@ -94,12 +92,12 @@ def build(way: str) -> nn.Module:
     elif way == "fsdp1":
         return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     elif way == "hsdp":
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=square)
     elif way == "tensor parallel":
-        in_parallel(model, init_device_mesh("cpu", (2,)))
+        in_parallel(model, mesh(2))
     else:
-        in_parallel(model, mesh["b"])
-        fully_shard(model, mesh=mesh["a"])
+        in_parallel(model, square["b"])
+        fully_shard(model, mesh=square["a"])
     return model
 
 
@@ -249,3 +247,16 @@ def scaled() -> tuple[str, bool]:
 def test_a_scaler_finds_no_gradients() -> None:
     for text, unchanged in ranks.run(2, scaled):
         assert text.startswith("AssertionError: No inf checks were recorded") and not unchanged
+
+
+def stage() -> bool:
+    """Of a pipeline, whose processes have other numbers of parameters."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(1 + dist.get_rank())]
+    optimizer = fusedoptim.NormAdaptive(params, norm_group=dist.group.WORLD)
+    step_in_backward(optimizer)
+    torch.cat(params).square().sum().backward()
+    return all(p.grad is None and bool((p != 1).all()) for p in params)
+
+
+def test_no_process_waits_for_the_others_norms() -> None:
+    assert ranks.run(2, stage, timeout=60) == [True, True]

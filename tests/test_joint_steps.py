@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL, FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
+from cases import ALL, BY_NAME, FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
 from torch import Tensor
 
 import fusedoptim
@@ -111,6 +111,22 @@ def test_several_devices_have_a_common_norm(
         assert a.last_grad_norm.dtype == b.last_grad_norm.dtype
         assert_same_bits(a.last_grad_norm, b.last_grad_norm)
         assert a.skipped_steps == b.skipped_steps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_is_as_wide_as_the_widest_tensor_on_any_device(backend: str, request: pytest.FixtureRequest) -> None:
+    both = []
+    for fixture in (None, "two_devices"):
+        if fixture is not None:
+            request.getfixturevalue(fixture)  # one has fp32, the other fp64
+        params = [p for _ in range(4) for dtype in (torch.float32, torch.float64) for p in parameters([(99,)], dtype)]
+        optimizer = BY_NAME["adamw_amsgrad"].make(params, backend=backend, max_grad_norm=0.1)
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.step()
+        both.append(optimizer)
+    assert_same_optimizers(*both)
+    assert_same_bits(both[0].last_grad_norm, both[1].last_grad_norm)
 
 
 def test_steps_over_several_devices_are_joint(two_devices: None) -> None:

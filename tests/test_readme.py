@@ -58,7 +58,7 @@ def test_it_runs(code: str, marker: str | None, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, *launcher, str(file)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -3,6 +3,8 @@ norm is needed and no ``norm_group`` says who has the other parts of every tenso
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,9 +21,13 @@ WORLD, STEPS = 2, 3
 ELEMENTWISE = [case for case in FULL if case.optimizer != "NormAdaptive"]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: bool = False) -> None:
     for step in range(STEPS):
         optimizer.zero_grad()
+        if accumulate:
+            x, y = batch(100 + step)
+            with getattr(model, "no_sync", nullcontext)():
+                nn.functional.mse_loss(model(x), y).backward()
         x, y = batch(step)
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
@@ -74,6 +80,13 @@ def work() -> dict:
         x, y = batch(0)
         nn.functional.mse_loss(model(x), y).backward()
         results[f"refusals {original}"] = refusals(model)
+        model = FSDP(make_model(), use_orig_params=original, device_id=torch.device("cpu"))
+        train(model, fusedoptim.AdamW(model.parameters(), lr=0.1), accumulate=True)
+        with FSDP.summon_full_params(model):
+            results[f"accumulated {original}"] = [p.detach().clone() for p in model.parameters()]
+    model = DistributedDataParallel(make_model())
+    train(model, fusedoptim.AdamW(model.parameters(), lr=0.1), accumulate=True)
+    results["accumulated ddp"] = [p.detach().clone() for p in model.parameters()]
     plain = make_model()
     groups = fusedoptim.decay_groups(plain, 0.5)
     model = FSDP(plain, use_orig_params=True, device_id=torch.device("cpu"))
@@ -103,6 +116,17 @@ def test_rules_that_work_element_by_element(case: object, original: bool, result
         found: list[Tensor] = of_rank[f"{case} {original}"]
         # Means over two processes of equal gradients are exact; flat parameters are padded.
         assert torch.equal(torch.cat([p.reshape(-1) for p in found])[: expected.numel()], expected)
+
+
+def test_gradients_of_passes_that_exchange_none(results: list[dict]) -> None:
+    """FSDP and DDP within no_sync(), then a pass that sends the sums."""
+    model = make_model()
+    train(model, fusedoptim.AdamW(model.parameters(), lr=0.1), accumulate=True)
+    expected = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    for of_rank in results:
+        for what in ("accumulated False", "accumulated True", "accumulated ddp"):
+            found = torch.cat([p.reshape(-1) for p in of_rank[what]])
+            assert torch.equal(found[: expected.numel()], expected), what
 
 
 def test_groups_from_before_a_model_is_wrapped(results: list[dict]) -> None:

@@ -48,8 +48,8 @@ def scaled_steps(model: str, case: Case, options: dict[str, Any]) -> list[float]
     return scales
 
 
-@pytest.mark.parametrize("case", [BY_NAME["adamw"], BY_NAME["sgd_momentum"], BY_NAME["norm_adaptive"]], ids=str)
-@pytest.mark.parametrize("model", ["fsdp2", "fsdp2_empty", "tensor_parallel_and_fsdp2"])
+@pytest.mark.parametrize("case", [BY_NAME["adamw"], BY_NAME["norm_adaptive"]], ids=str)
+@pytest.mark.parametrize("model", ["fsdp2_empty", "tensor_parallel_and_fsdp2"])
 def test_an_overflow_on_one_rank_skips_on_all(model: str, case: Case) -> None:
     for options in ({}, {"amp_in_step": True}, {"amp_in_step": True, "backend": "reference"}):
         for scales in run(MODELS[model][0], scaled_steps, model, case, options):

@@ -165,8 +165,11 @@ def test_under_torchrun(tmp_path: Path) -> None:
     launcher = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     result = subprocess.run(
         [*launcher, "-m", "benchmarks.train", *options, "--shard", "fsdp2", "--compare", "--out", str(together)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"},
-        capture_output=True, text=True, timeout=3600,
+        cwd=ROOT, capture_output=True, text=True, timeout=3600,
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error",
+            "TMPDIR": str(tmp_path),  # torchrun leaves a folder there
+        },
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
