@@ -122,8 +122,7 @@ class Exchange:
             if not one.sharded:
                 self.replicas.append(one.round)
                 continue
-            # Plain tensors are everybody's, unless some are said to be of one process alone.
-            equal = one.replicated + ([] if norm_groups else plain)
+            equal = one.replicated + plain  # which is everybody's
             places = [*one.sharded, self.size] if len(one.sharded) < self.size else []
             self.rounds.append(one.round._replace(places=_indices(places), equal=_indices(equal)))
         #: The places of plain tensors.

@@ -82,6 +82,9 @@ class Buckets:
         the buckets."""
         ddp = self.ddp()
         assert ddp is not None
+        if bucket.index() == 0:  # the first of a pass: what one left that raised half-way is nobody's
+            self._errors.clear()
+            self._stepped.clear()
         at_end(lambda: at_end(self._finish))  # DDP's own end is queued when the last bucket is full
         group, params = ddp.process_group, bucket.parameters()
         buffer: Tensor = bucket.buffer()
