@@ -225,9 +225,13 @@ def test_gradients_are_let_go_of_after_a_step() -> None:
 
 
 def test_options_of_all_groups_are_refused_in_one() -> None:
-    for name in ("zero_grad_in_step", "skip_nonfinite", "backend", "state_dtype"):
+    values = {"zero_grad_in_step": True, "skip_nonfinite": True, "backend": "cpu", "state_dtype": torch.bfloat16}
+    for name, value in values.items():
         with pytest.raises(ValueError, match=f"a group cannot have its own {name}"):
-            fusedoptim.SGD([{"params": parameters([(3,)]), name: None}])
+            fusedoptim.SGD([{"params": parameters([(3,)]), name: value}])
+        # A wrapper, as ZeroRedundancyOptimizer is one, may repeat in every group what the optimizer was made with.
+        optimizer = fusedoptim.SGD([{"params": parameters([(3,)]), name: value}], **{name: value})
+        assert name not in optimizer.param_groups[0]
 
 
 def test_a_checkpoint_with_averages_is_still_told_from_anothers() -> None:

@@ -54,7 +54,7 @@ class ShardReader {
         spec_(cls, "_spec") {}
 
   bool is_dtensor(PyObject* x) const { return type_ && PyObject_TypeCheck(x, type_); }
-  // None, with no Python error left set, if there is no such attribute.
+  // An empty object, with no Python error left set, if there is no such attribute.
   pybind11::object local(PyObject* dtensor) const { return local_.get(dtensor); }
   pybind11::object spec(PyObject* dtensor) const { return spec_.get(dtensor); }
   // The shard of a DTensor whose spec is one of these, as long as that lives; null if it is not, or if slots are no
