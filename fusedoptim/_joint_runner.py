@@ -61,6 +61,8 @@ class JointRunner:
     def __init__(self, runners: Sequence[Runner], exchange: Exchange | None, rule: Rule, options: Mapping[str, Any]):
         self.runners, self.exchange, self.rule, self.options = runners, exchange, rule, options
         self.notice = Notice()
+        #: Whether each tensor's own norm is a sum over ranks.
+        self.adds_by_tensor = rule.uses_norm and exchange is not None and bool(exchange.rounds)
         #: Whether the last step came so far, on any device, before it raised.
         self.has_written = False
 
@@ -77,19 +79,25 @@ class JointRunner:
             runner.retire()
 
     def refresh(self, groups: Groups, state: States) -> bool:
-        self.notice.look()
+        if self.notice.sent:
+            self.notice.look()
         self.measures = norm_is_measured(self.options, groups)
-        return all(runner.refresh(groups, state) for runner in self.runners)
+        return False not in [runner.refresh(groups, state) for runner in self.runners]
 
     def run(self) -> None:
-        self.run_scaled(None, None)
+        if self.measures or self.adds_by_tensor:
+            self.run_scaled(None, None)
+            return
+        self.has_written = False
+        for runner in self.runners:
+            runner.run()
+            self.has_written = True
 
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None, norm: Tensor | None = None) -> None:
         """norm: of all gradients, where somebody else has measured it."""
         self.has_written = False
-        sharded = self.exchange is not None and bool(self.exchange.rounds)
         alone = self.exchange is None and len(self.runners) == 1
-        if norm is None and (alone or not (self.measures or (self.rule.uses_norm and sharded))):
+        if norm is None and (alone or not (self.measures or self.adds_by_tensor)):
             for runner in self.runners:
                 runner.run_scaled(grad_scale, found_inf)
                 self.has_written = True
@@ -145,7 +153,7 @@ class Notice:
     """That another rank refused a step, for the host to find at a later one: it waits for no device."""
 
     def __init__(self) -> None:
-        self._sent: deque[tuple[Tensor, Any]] = deque()  # the host may be several steps ahead
+        self.sent: deque[tuple[Tensor, Any]] = deque()  # the host may be several steps ahead
 
     def send(self, refusals: Tensor) -> None:
         if _is_capturing(refusals.device):  # a graph's replays have nobody to tell
@@ -155,19 +163,19 @@ class Notice:
             number.copy_(refusals, non_blocking=True)
             event = torch.get_device_module(refusals.device).Event()
             event.record()
-        self._sent.append((number, event))
+        self.sent.append((number, event))
         self.device = refusals.device
 
     def arrives(self) -> bool:
         """Whether any rank refused a step that no look() has seen. Waits for the device."""
-        return any(number.item() != 0 for number, event in self._sent if not event.synchronize())
+        return any(number.item() != 0 for number, event in self.sent if not event.synchronize())
 
     def look(self) -> None:
         """Raises RefusedElsewhere if it has arrived."""
-        if not self._sent or _is_capturing(self.device):  # where events may not be asked
+        if not self.sent or _is_capturing(self.device):  # where events may not be asked
             return
-        while self._sent and self._sent[0][1].query():
-            if self._sent.popleft()[0].item() != 0:
+        while self.sent and self.sent[0][1].query():
+            if self.sent.popleft()[0].item() != 0:
                 raise RefusedElsewhere
 
 

@@ -113,7 +113,7 @@ void Plan::take_shards(const ShardArgs& args) {
     shards_.push_back(std::move(s));
   }
   for (const Shard& s : shards_)
-    if (s.object) watched_.push_back(&s);
+    if (s.object) watched_.push_back({s.dtensor.ptr(), s.local.ptr(), s.spec.ptr()});
 }
 
 // A DTensor and its shard have version counters of their own. Those of a state's shard nobody has seen.

@@ -182,9 +182,12 @@ class Plan {
   std::optional<py::list> counted_;
   py::object counted_now_;  // what increment_version_ is told of in the coming step
   ShardReader shard_reader_;
-  std::vector<Shard> shards_;          // by the tensor that was handed over; empty if there is no DTensor
-  std::vector<const Shard*> watched_;  // those of them that are any
-  bool plain_ = true;  // no tensor that was handed over is of a subclass, whose sizes may be Python code
+  std::vector<Shard> shards_;  // by the tensor that was handed over; empty if there is no DTensor
+  struct Watched {
+    PyObject *dtensor, *local, *spec;
+  };
+  std::vector<Watched> watched_;  // the same side by side, of those that are any
+  bool plain_ = true;             // no tensor that was handed over is of a subclass, whose sizes may be Python code
   bool activity_changed_ = true, refreshed_ = false, running_ = false;
   // For gradients that are written to. Who makes a plan has looked at those of its first step.
   bool grads_checked_ = true, grads_moved_ = false;

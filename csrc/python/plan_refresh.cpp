@@ -92,9 +92,9 @@ bool Plan::shards_unchanged() const {
   constexpr size_t kFar = 16;
   const size_t n = watched_.size();
   for (size_t i = 0; i < n; ++i) {
-    if (i + kFar < n) shard_reader_.prefetch(watched_[i + kFar]->dtensor.ptr());
-    const Shard& s = *watched_[i];
-    if (!shard_reader_.has(s.dtensor.ptr(), s.local.ptr(), s.spec.ptr())) return false;
+    if (i + kFar < n) shard_reader_.prefetch(watched_[i + kFar].dtensor);
+    const Watched& w = watched_[i];
+    if (!shard_reader_.has(w.dtensor, w.local, w.spec)) return false;
   }
   return true;
 }
@@ -121,7 +121,7 @@ FUSEDOPTIM_INLINE void Plan::prefetch_gradients(int64_t i) const {
     __builtin_prefetch(m.param);
     prefetch_tensor(m.memory);
     __builtin_prefetch(m.last_grad);
-    if (m.sharded && m.last_dtensor) shard_reader_.prefetch(m.last_dtensor);
+    if (m.last_dtensor) shard_reader_.prefetch(m.last_dtensor);
     __builtin_prefetch(m.last_grad_sizes);
     if (m.last_grad_sizes) __builtin_prefetch(reinterpret_cast<const char*>(m.last_grad_sizes) - 64);
     __builtin_prefetch(&table_.entries[i + kFar]);

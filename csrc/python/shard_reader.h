@@ -20,26 +20,38 @@ class WithoutTorchFunction {
  public:
   explicit WithoutTorchFunction(bool active) {
     if (!active) return;
-    static PyObject* const type =
-        pybind11::object(pybind11::module_::import("torch").attr("_C").attr("DisableTorchFunctionSubclass"))
-            .release()
-            .ptr();
-    guard_ = pybind11::handle(type)();
-    guard_.attr("__enter__")();
+    const Names& names = Names::get();
+    guard_ = pybind11::reinterpret_steal<pybind11::object>(PyObject_CallNoArgs(names.type));
+    if (!guard_) throw pybind11::error_already_set();
+    if (!call(PyObject_CallMethodNoArgs(guard_.ptr(), names.enter))) throw pybind11::error_already_set();
   }
   ~WithoutTorchFunction() {
     if (!guard_) return;
     const pybind11::error_scope kept;
-    try {
-      guard_.attr("__exit__")(pybind11::none(), pybind11::none(), pybind11::none());
-    } catch (pybind11::error_already_set& error) {
-      error.discard_as_unraisable("DisableTorchFunctionSubclass.__exit__");
-    }
+    const Names& names = Names::get();
+    if (!call(PyObject_CallMethodObjArgs(guard_.ptr(), names.exit, Py_None, Py_None, Py_None, nullptr)))
+      PyErr_WriteUnraisable(guard_.ptr());
   }
   WithoutTorchFunction(const WithoutTorchFunction&) = delete;
   WithoutTorchFunction& operator=(const WithoutTorchFunction&) = delete;
 
  private:
+  struct Names {  // which live as long as the process
+    PyObject *type, *enter, *exit;
+    static const Names& get() {
+      static const Names names{
+          pybind11::object(pybind11::module_::import("torch").attr("_C").attr("DisableTorchFunctionSubclass"))
+              .release()
+              .ptr(),
+          PyUnicode_InternFromString("__enter__"), PyUnicode_InternFromString("__exit__")};
+      return names;
+    }
+  };
+  static bool call(PyObject* result) {
+    Py_XDECREF(result);
+    return result != nullptr;
+  }
+
   pybind11::object guard_;
 };
 
