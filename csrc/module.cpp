@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "core/storage_names.h"
 #include "cpu/builtin_rules.h"
 #include "cpu/capability.h"
 #include "cuda/cuda_device.h"
@@ -98,11 +99,24 @@ PYBIND11_MODULE(_C, m) {
   });
   // Where the fields of the tables on the device lie, in bytes, and their constants.
   m.def("table_layout", &gpu::table_layout);
+  // What an operand can be stored as, by name.
+  m.def("storages", [] {
+    std::map<std::string, int> numbers;
+    for (const auto& [name, s] : storage_names()) numbers[name] = static_cast<int>(s);
+    return numbers;
+  });
   // What is compiled of a rule. Python holds it, and hands it to plans.
   py::class_<RuleHandle>(m, "RuleHandle")
       .def_property_readonly("name", [](const RuleHandle& rule) { return rule.name; })
       .def_property_readonly("divides", [](const RuleHandle& rule) { return rule.divides; })
       .def_property_readonly("layout", &gpu::rule_layout)
+      .def_property_readonly("halves",
+                             [](const RuleHandle& rule) {
+                               std::vector<int> halves;
+                               for (int k = 0; k < rule.slots; ++k)
+                                 halves.push_back(half_of_slot(k, rule.second_moment));
+                               return halves;
+                             })
       .def_property_readonly("states_of_variants", [](const RuleHandle& rule) {
         std::vector<int> states;
         for (int v = 0; v < rule.variants; ++v) {

@@ -30,8 +30,8 @@ from ._check_values import check_common
 from ._modes import PRE_DISPATCH, count_modes
 from ._norm_groups import norm_groups
 from ._norms import NormResults, given_norm, norm_is_measured
-from ._options import DEFAULTS, GROUP_OPTIONS, StepOptions, check_options, scales_in_step
-from ._rule import Group, Rule
+from ._options import DEFAULTS, StepOptions, check_options, scales_in_step
+from ._rule import GROUP_OPTIONS, Group, Rule
 from ._runners import Steps
 
 __all__ = ["FusedOptimizer"]
@@ -77,7 +77,7 @@ class FusedOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
         check_options(options, type(self))
-        defaults |= {name: options.get(name) for name in GROUP_OPTIONS}
+        defaults |= {name: options.get(name, off) for name, off in GROUP_OPTIONS.items()}
         _group_keys.switch_off(defaults, self.rule)
         self._check_group(defaults)
         self._options: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
@@ -95,6 +95,8 @@ class FusedOptimizer(Optimizer):
         self._averaging = False  # within ema_weights()
         #: States that a loaded state_dict may hold, too: see _lending.take_over.
         self._lent: dict[Tensor, _lending.Lent] = {}
+        #: Of parameters, where another optimizer says what they are: see _random_ids.py.
+        self._ids: dict[Tensor, int] = {}
         self._loader: _checkpoint.Loader | None = None
         if scales_in_step(self._options):
             self._step_supports_amp_scaling = True
@@ -317,7 +319,8 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._options = {**DEFAULTS, **self.__dict__.get("_options", {})}
-        self.defaults = {**dict.fromkeys(GROUP_OPTIONS), **self.defaults}
+        self.defaults = {**GROUP_OPTIONS, **self.defaults}
+        _group_keys.move_state_dtype(self._options, self.defaults, self.param_groups)
         if "_runners" not in self.__dict__:  # a copy; else a state_dict is loaded
             self._begin()
         self._drop_runners()

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._dtensor import is_dtensor, local, same_layout
+from ._blocks import format_in_blocks
+from ._dtensor import is_dtensor, local, same_layout, same_placements
 from ._dtypes import DTYPES, NAMES, compute_dtype
 from ._fakes import is_fake
 from ._overlap import overlaps_itself
 from ._rule import EMA, Group, Rule
+from ._storage import DTYPES_OF_MASTERS, as_the_rule_says, state_names
 
 
 def describe(group: Group, index: int, i: int) -> str:
@@ -118,18 +120,24 @@ def check_written_grad(g: Tensor, who: str) -> None:
 def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devices: bool = True) -> None:
     """States that fit their parameter, whoever put them there."""
     remedy = "load a matching checkpoint, or delete optimizer.state[parameter] to start afresh"
-    for name in rule.state_names():
+    for name in state_names(rule):
         value = state.get(name)
         if value is None:
             continue
         scalar = name in ("step", rule.scalar_state)
         if not isinstance(value, Tensor):
             raise ValueError(f"state {name!r} of {who} must be a tensor, but is {value!r}: {remedy}")
-        if (value.numel() != 1) if scalar else (value.shape != p.shape):
+        of_blocks = format_in_blocks(name, p, rule)
+        shape = p.shape if of_blocks is None else of_blocks.shape
+        if (value.numel() != 1) if scalar else (value.shape != shape):
             raise ValueError(f"state {name!r} of {who} has shape {tuple(value.shape)}: {remedy}")
         allowed = DTYPES if not scalar else (torch.float32,) if name == rule.scalar_state else DTYPES[:2]
         if name == EMA and devices:  # while loading it is converted
             allowed = (compute_dtype(p),)
+        if name in DTYPES_OF_MASTERS:
+            allowed = (DTYPES_OF_MASTERS[name],)
+        if of_blocks is not None:
+            allowed = (of_blocks.dtype,)
         if value.dtype not in allowed:
             raise ValueError(f"state {name!r} of {who} has unsupported dtype {value.dtype}: {remedy}")
         wanted = torch.device("cpu") if name == "step" and value.device.type == "cpu" else p.device
@@ -138,7 +146,8 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
         if is_fake(value) and not is_fake(p):
             raise ValueError(f"state {name!r} of {who} is a fake tensor, which has no memory: {remedy}")
         if not scalar and (is_dtensor(value) or is_dtensor(p)) and devices:
-            if not (is_dtensor(value) and is_dtensor(p) and same_layout(value, p)):
+            placed = is_dtensor(value) and is_dtensor(p)
+            if not placed or not (same_layout(value, p) if of_blocks is None else same_placements(value, p)):
                 raise ValueError(f"state {name!r} of {who} is not placed as its parameter is: {remedy}")
             value = local(value)
         if value.layout != torch.strided or overlaps_itself(value) or value.is_neg():
@@ -148,7 +157,7 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
 def check_complete(state: Mapping[str, Any], rule: Rule, who: str) -> None:
     """Either all of the states that a rule always needs are there, or none, which are then made."""
     required = rule.required_states()
-    there = {name for name in required if state.get(name) is not None}
+    there = required & as_the_rule_says(name for name, value in state.items() if value is not None)
     if there and there != required:
         raise ValueError(
             f"the state of {who} has {sorted(there)}, but lacks {sorted(required - there)}: put that back, load a "

@@ -11,6 +11,7 @@ from ._check_tensors import torchs
 from ._dtypes import DTYPES, NAMES
 from ._options import DEFAULTS
 from ._rule import LR, REQUIRED, Group, Hyper, Rule
+from ._storage import check_storage
 from ._values import item, number
 
 
@@ -19,6 +20,7 @@ def check_common(group: Group, rule: Rule, optimizer: str) -> None:
     for hyper in (*rule.row, *rule.initial):
         _check_made(hyper, group[hyper.key])
     rule.check(group)
+    check_storage(group, rule)
     for name in DEFAULTS:
         if name in group:
             raise ValueError(f"a group cannot have its own {name}: pass it to {optimizer}(), for all groups")
@@ -83,6 +85,10 @@ def check_step_values(group: Group, rule: Rule, index: int) -> None:
         except ValueError as error:
             shown = "NaN" if math.isnan(x) else _shown(value)
             raise ValueError(f"{what} is {shown}, but {error}; nothing was updated") from None
+    try:
+        check_storage(group, rule)
+    except ValueError as error:
+        raise ValueError(f"parameter group {index}: {error}; nothing was updated") from None
 
 
 def _check_lr_on_device(lr: Tensor, group: Group) -> None:

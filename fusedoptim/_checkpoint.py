@@ -20,6 +20,7 @@ from ._placing import check_place, fits_in_place, placed
 from ._prepare import make_early_states
 from ._rule import EMA, Group, Rule
 from ._states import HasStates, scalars
+from ._storage import DTYPES_OF_MASTERS, as_the_rule_says, asked_dtype, state_names
 from ._warnings import warn
 
 #: The states by which one knows whose a checkpoint is. Those of torch.optim's optimizers that this package does not
@@ -53,7 +54,6 @@ class Loader:
     Args:
         groups: the optimizer's own.
         defaults: their values where they say nothing.
-        dtype: the ``state_dtype`` asked for, or None.
     """
 
     def __init__(
@@ -61,13 +61,12 @@ class Loader:
         groups: list[dict[str, Any]],
         defaults: Mapping[str, Any],
         rule: Rule,
-        dtype: torch.dtype | None,
         name: str,
     ) -> None:
-        self.groups, self.defaults, self.rule, self.dtype, self.name = groups, defaults, rule, dtype, name
+        self.groups, self.defaults, self.rule, self.name = groups, defaults, rule, name
         self.slots = {slot.name for slot in rule.states}
         #: Those that lie where their parameter lies.
-        self.placed = self.slots | {EMA}
+        self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS}
         self.widened: list[str] = []
 
     def prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +111,8 @@ class Loader:
         """Refuses states that are provably another optimizer's, or a part of this one's. Names that nobody knows are
         those of a wrapper, which keeps its own beside the optimizer's."""
         names = {name for name, value in values.items() if value is not None}
-        known, required = set(self.rule.state_names()), self.rule.required_states()
+        names = as_the_rule_says(names)
+        known, required = as_the_rule_says(state_names(self.rule)), self.rule.required_states()
         others = {o: states for o, states in SIGNATURES.items() if states <= names and not states <= known}
         another = max(others, key=lambda o: len(others[o]), default=None)
         if another is not None or ((known - {EMA}) & names and not required <= names):
@@ -144,19 +144,21 @@ class Loader:
             for i, p in enumerate(group["params"]):
                 if p in state:
                     kept = {name: value for name, value in state[p].items() if isinstance(value, Kept)}
-                    found = self._restore_one(kept, p, lent)
+                    found = self._restore_one(kept, p, group, lent)
                     self._note_wider(found, kept, group, index, i)
                     state[p] = {**state[p], **found}
 
-    def _restore_one(self, values: dict[str, Kept], p: Tensor, lent: dict[Tensor, Lent]) -> dict[str, Any]:
+    def _restore_one(
+        self, values: dict[str, Kept], p: Tensor, group: Group, lent: dict[Tensor, Lent]
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, kept in values.items():
             value = kept.value
             if not isinstance(value, Tensor):
                 found[name] = _carried(value, p)
                 continue
-            dtype = self._dtype(name, value, p)
-            if name == "step" and self.rule.has_step:
+            dtype = self._dtype(name, value, p, group)
+            if name == "step":
                 found[name] = value.detach().to("cpu", copy=True)
             elif kept.entry is not None and dtype == value.dtype and can_be_lent(value, p):
                 found[name] = value
@@ -172,7 +174,7 @@ class Loader:
                 who = describe(group, index, i)
                 self.widened.append(f"{name!r} of {who}, from {before.dtype} to {now.dtype}")
 
-    def _dtype(self, name: str, value: Tensor, p: Tensor) -> torch.dtype:
+    def _dtype(self, name: str, value: Tensor, p: Tensor, group: Group) -> torch.dtype:
         """Of a state that is loaded. None becomes narrower, and none stays narrower than a new one would be."""
         saved = value.dtype
         if not _can_be_stepped(p) or value.shape != p.shape or not saved.is_floating_point:
@@ -181,7 +183,7 @@ class Loader:
             return compute_dtype(p)
         if name not in self.slots:
             return saved
-        return self.dtype or (saved if saved.itemsize >= p.dtype.itemsize else p.dtype)
+        return asked_dtype(group, name) or (saved if saved.itemsize >= p.dtype.itemsize else p.dtype)
 
     def warn_of_wider_states(self) -> None:
         if self.widened:
@@ -211,8 +213,8 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
     """
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
-    dtype, name = optimizer._options["state_dtype"], type(optimizer).__name__
-    optimizer._loader = loader = Loader(optimizer.param_groups, optimizer.defaults, optimizer.rule, dtype, name)
+    name = type(optimizer).__name__
+    optimizer._loader = loader = Loader(optimizer.param_groups, optimizer.defaults, optimizer.rule, name)
     # Registered last, so that it sees what the user's own hooks made of the state_dict.
     handle = optimizer.register_load_state_dict_pre_hook(lambda _, final: loader.prepare(final))
     before = (optimizer.state, optimizer.param_groups)

@@ -48,6 +48,11 @@ def same_layout(a: Any, b: Any) -> bool:
     return bool(getattr(of_a, "shard_order", None) == getattr(of_b, "shard_order", None))
 
 
+def same_placements(a: Any, b: Any) -> bool:
+    """The same of DTensors of different shapes, by what they say."""
+    return bool(a.placements == b.placements and a.device_mesh == b.device_mesh)
+
+
 def aligned(p: Any, g: Any) -> Any:
     """A parameter's gradient, with its placements. Others are redistributed, a collective that every rank takes part
     in: norms of a sequence-parallel model have gradients that are ``Partial`` and parameters that are ``Replicate``.
@@ -77,3 +82,37 @@ def alike(p: Any, shard: Tensor) -> Any:
 def whole(t: Tensor) -> Tensor:
     """A plain tensor with all elements: all ranks have to ask for it."""
     return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
+
+
+def index_map(p: Any) -> tuple[int, tuple[int, ...] | None]:
+    """Where the elements of this process's shard belong in the whole tensor: the flat index of the first, and by how
+    much the index grows along each dimension; None instead of these where the elements follow each other."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    strides = _row_major(p.shape)
+    if 0 in shape:
+        return 0, None
+    first = sum(o * s for o, s in zip(offset, strides, strict=True))
+    own = _row_major(shape)
+    follow = all(a == b for a, b, size in zip(strides, own, shape, strict=True) if size != 1)
+    return first, None if follow else strides
+
+
+def _row_major(shape: Any) -> tuple[int, ...]:
+    strides, size = [], 1
+    for n in reversed(tuple(shape)):
+        strides.append(size)
+        size *= n
+    return tuple(reversed(strides))
+
+
+def wrapped(p: Any, shard: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of this shape with this shard, placed as ``p`` is; plain if that is plain."""
+    if not is_dtensor(p):
+        return shard
+    with torch.no_grad():
+        made: Tensor = dtensor_class().from_local(
+            shard, p.device_mesh, p.placements, run_check=False, shape=shape, stride=_row_major(shape)
+        )
+    return made

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._dtensor import local
 from ._states import HasStates, StateMaker
+from ._storage import state_names
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def measure(optimizer: HasStates) -> Footprint:
         return total
 
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    by_name: dict[str, list[Tensor]] = {name: [] for name in optimizer.rule.state_names()}
+    by_name: dict[str, list[Tensor]] = {name: [] for name in state_names(optimizer.rule)}
     for values in optimizer.state.values():
         for name, value in values.items():
             if isinstance(value, Tensor):
@@ -99,12 +100,11 @@ def _to_come(optimizer: HasStates) -> dict[str, int]:
     sizes: defaultdict[str, int] = defaultdict(int)
     with torch.no_grad():
         for group in optimizer.param_groups:
-            names = optimizer.rule.state_names(group)
             for p in group["params"]:
                 if not p.requires_grad or is_lazy(p) or p.layout != torch.strided:
                     continue
                 like = torch.empty_like(local(p), device="meta")
-                for name, value in maker.missing(names, like, optimizer.state.get(p, {})):
+                for name, value in maker.missing(group, like, optimizer.state.get(p, {})):
                     sizes[name] += sum(part.untyped_storage().nbytes() for part in _parts(value))
     return dict(sizes)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._norm_groups import norm_groups
-from ._rule import Group, Rule
+from ._rule import STORAGE, Group, Rule
 
 
 def switch_off(group: dict[str, Any], rule: Rule) -> None:
@@ -30,7 +30,7 @@ def leave_out_what_is_off(group: dict[str, Any], rule: Rule) -> None:
     """Without the options of this package that are off a group has torch's keys, and so has a checkpoint of it: one of
     torch's loads key by key, as torch.distributed.checkpoint does it, and the other way round."""
     for key, value in rule.extensions.items():
-        if key in group and group[key] is value:
+        if key in group and (group[key] is value or (type(group[key]) is type(value) and group[key] == value)):
             del group[key]
 
 
@@ -44,7 +44,8 @@ def fill(group: dict[str, Any], defaults: Mapping[str, Any], rule: Rule) -> None
 
 def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
-    makes of it; all else, among it an option that is off, stays as in the optimizer's group."""
+    makes of it; all else, among it an option that is off, stays as in the optimizer's group. How things are stored is
+    the program's business: what the optimizer's group says of it stays as well."""
     result = dict(saved)
     leave_out_what_is_off(result, rule)
     for key in defaults.keys() - result.keys():
@@ -52,4 +53,14 @@ def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rul
             result[key] = rule.absent[key]
         elif key in group or key not in rule.extensions:
             result[key] = group.get(key, defaults[key])
+    result.update({key: group[key] for key in STORAGE if key in group})
     return result
+
+
+def move_state_dtype(options: dict[str, Any], defaults: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Pickles of older versions have it for the optimizer as a whole."""
+    dtype = options.pop("state_dtype", None)
+    if dtype is not None:
+        defaults["state_dtype"] = dtype
+        for group in groups:
+            group["state_dtype"] = dtype

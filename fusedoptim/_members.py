@@ -11,25 +11,31 @@ import torch
 from torch import Tensor
 
 from . import _check_tensors, _native
+from ._blocks import slot_of
 from ._check_values import check_lists, check_step_values
 from ._dtensor import aligned, is_dtensor, local
 from ._ema import is_early, new_average
 from ._fakes import is_fake
 from ._overlap import sharing
+from ._random_places import NOWHERE, Place, ids_of, place_of
 from ._rule import EMA
 from ._states import Changes, HasStates, StateMaker, converted
+from ._storage import Stored, check_stored_param, is_low, state_names, stored
 
 
 @dataclass
 class BoundParam:
     """A parameter, its place in the groups, its states, and whether they count as absent in the coming step."""
 
-    __slots__ = ("first", "group", "index", "param", "states")
+    __slots__ = ("first", "group", "index", "param", "place", "states", "stored")
     group: int
     index: int
     param: Tensor
     states: dict[str, Any]
     first: bool
+    #: What is stored as more than its dtype, and for what is rounded stochastically where its elements belong.
+    stored: tuple[Stored, ...]
+    place: Place
 
 
 def has_gradient(p: Tensor) -> bool:
@@ -128,7 +134,7 @@ def find(optimizer: HasStates, steps: Callable[[Tensor], bool] = has_gradient) -
                 continue
             if known is not states and conversion.is_needed:
                 found.conversions.append(conversion)
-            found.ready.append(BoundParam(index, i, p, states or {}, False))
+            found.ready.append(BoundParam(index, i, p, states or {}, False, (), NOWHERE))
     found.apart = look is not None and look.all_apart()
     return found
 
@@ -145,23 +151,34 @@ def make_states(
 ) -> None:
     """Makes the states that those parameters lack which are stepped."""
     maker, rule = StateMaker.of(optimizer), optimizer.rule
-    names = [rule.state_names(group) for group in optimizer.param_groups]
     for m in found.ready:
         if not steps(m.param):
             continue
         if is_early(rule, m.states):
             changes.put(m.states, EMA, new_average(m.param))  # which may have been given other weights since
-        for name, value in maker.missing(names[m.group], m.param, m.states):
+        for name, value in maker.missing(optimizer.param_groups[m.group], m.param, m.states):
             if not m.states:
                 m.states = changes.make_entry(m.param)
             changes.put(m.states, name, value)
-            m.first = m.first or (name in maker.slots and maker.slots[name].starts_absent)
+            slot = maker.slots.get(slot_of(name))
+            m.first = m.first or (slot is not None and slot.starts_absent)
+
+
+def note_storage(found: Found, optimizer: HasStates) -> None:
+    """Once the states are there: how everything is stored."""
+    groups, rule = optimizer.param_groups, optimizer.rule
+    ids: dict[Tensor, int] | None = None
+    for m in found.ready:
+        m.stored = stored(groups[m.group], rule, m.param, m.states)
+        if any(s.is_stochastic for s in m.stored):
+            ids = ids_of(optimizer) if ids is None else ids
+            m.place = place_of(m.param, ids[m.param])
 
 
 def _make_look(optimizer: HasStates) -> Any:
     """What looks at parameters first: :func:`_check` takes 15 us, twice as much as torch's whole step, and has nothing
     to say about almost all; this takes less than one. None without the compiled library."""
-    if _native._C is None:
+    if _native._C is None or any(is_low(group) for group in optimizer.param_groups):
         return None
     rule = optimizer.rule
     slots: list[list[str]] = [[], []]
@@ -177,6 +194,7 @@ def _check(optimizer: HasStates, index: int, i: int) -> Conversion:
     rule, name, group = optimizer.rule, type(optimizer).__name__, optimizer.param_groups[index]
     p, who = group["params"][i], _check_tensors.describe(group, index, i)
     _check_tensors.check_param(p, who, name)
+    check_stored_param(group, p, who)
     if is_fake(p):
         raise ValueError(f"{who} is a fake tensor, which has no memory")
     unusual = False
@@ -189,7 +207,7 @@ def _check(optimizer: HasStates, index: int, i: int) -> Conversion:
     values = optimizer.state.get(p, {})
     if not isinstance(values, dict):
         raise ValueError(f"the state of {who} must be a dict, but is {values!r}")
-    new = converted(p, values, rule)
+    new = converted(p, values, rule, group)
     there = {**values, **new}
     _check_tensors.check_states(p, there, rule, who)
     _check_tensors.check_complete(there, rule, who)
@@ -232,7 +250,7 @@ def _common_memory(ready: list[BoundParam], optimizer: HasStates) -> list[str] |
 
 def _written(ready: list[BoundParam], optimizer: HasStates) -> Iterator[tuple[str, BoundParam, Tensor]]:
     """What a step writes to: what it is of a parameter, in words, that, and the tensor."""
-    names = [(name, f"state {name!r} of ") for name in optimizer.rule.state_names()]
+    names = [(name, f"state {name!r} of ") for name in state_names(optimizer.rule)]
     zero_grad = optimizer._options["zero_grad_in_step"]
     for m in ready:
         p = m.param

@@ -133,7 +133,7 @@ def make_fake_states(optimizer: HasStates) -> None:
     for group, p in stepped:
         states = dict(optimizer.state.get(p, {}))
         with alike(p) as mode:
-            states.update(maker.missing(rule.state_names(group), p, states))
+            states.update(maker.missing(group, p, states))
             for name, value in states.items():
                 if isinstance(value, Tensor) and not is_fake(value):  # made with the optimizer, say
                     states[name] = mode.from_tensor(value)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from . import _dtensor, _native, _versions
+from ._blocks import row_of
 from ._devices import current_index_of, device_guard, make_launcher, stream_of
 from ._members import BoundParam, has_gradient
-from ._rule import EMA, Rule
+from ._rule import EMA, STORAGE, Rule
 from ._runners import Groups, States, StepSettings
+from ._storage import PARAM
 
 
 class NativeRunner:
@@ -89,21 +91,27 @@ class NativeRunner:
     ) -> None:
         tensors: list[Tensor] = []
         # What lacks a state has no gradient yet.
-        names = [*(s.name for s in self.rule.states), EMA, "step" if self.rule.has_step else None]
-        names.append(self.rule.scalar_state)
+        slots = [s.name for s in self.rule.states]
+        names = [*slots, EMA, "step", self.rule.scalar_state]
         starts = [0, *accumulate(len(group["params"]) for group in groups)]
+        stored: list[Any] = []
         bindings: list[int] = []  # flat, because the garbage collector looks at every list
         for m in members:
             bindings += (starts[m.group] + m.index, len(tensors))
             tensors.append(m.param)
+            elements = {s.name: s.elements for s in m.stored if s.elements}
             for name in names:
-                value = None if name is None else m.states.get(name)
+                value = None
+                if name is not None and (name != "step" or self._counts(m)):
+                    value = m.states.get(elements.get(name, name))
                 if value is None:
                     bindings.append(-1)
                 else:
                     bindings.append(len(tensors))
                     tensors.append(value)
             bindings.append(m.first)
+            if m.stored:
+                stored.append(self._storages(m, starts[m.group] + m.index, tensors))
         shards = None
         if any(_dtensor.is_dtensor(m.param) for m in members):
             dtensors = [t if _dtensor.is_dtensor(t) else None for t in tensors]
@@ -111,8 +119,25 @@ class NativeRunner:
             tensors = [_dtensor.local(t) for t in tensors]
         counted = None if _versions.find_counters() else tensors
         self.numbers = torch.zeros(starts[-1] + 1, dtype=torch.float64, device=self.device)
-        self.plan.build(groups, state, bindings, list(dormant), counted, self.numbers, wide, shards)
+        self.plan.build(groups, state, bindings, list(dormant), counted, self.numbers, wide, shards, stored, [*STORAGE])
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
+
+    def _counts(self, m: BoundParam) -> bool:
+        return self.rule.has_step or any(s.is_stochastic for s in m.stored)
+
+    def _storages(self, m: BoundParam, at: int, tensors: list[Tensor]) -> tuple[Any, ...]:
+        """As a plan takes them; what is kept beside an operand joins the tensors."""
+        assert _native._C is not None
+        numbers, operands = _native._C.storages(), []
+        names = [PARAM, "", *(s.name for s in self.rule.states)]  # the gradient is second
+        for s in m.stored:
+            extra = -1
+            if s.extra is not None:
+                extra = len(tensors)
+                tensors.append(m.states[s.extra])
+            operands.append((names.index(s.name), numbers[s.storage], extra))
+        in_blocks = any(s.elements is not None for s in m.stored)
+        return (at, operands, row_of(_dtensor.local(m.param)) if in_blocks else 0, *m.place)
 
 
 def _address(t: Tensor | None) -> int:

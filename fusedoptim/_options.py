@@ -1,5 +1,5 @@
-"""What every optimizer takes beside its own arguments: backend, dtype of states, and what its one pass does around the
-update rule."""
+"""What every optimizer takes beside its own arguments: backend, how parameters and states are stored, and what its one
+pass does around the update rule."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from typing import Any, TypedDict
 import torch
 
 from . import _backends
-from ._rule import AROUND
-
-STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 class StepOptions(TypedDict, total=False):
-    """Keyword arguments of every optimizer. The first three are values of groups, too, where they are on: a checkpoint
-    carries them then, and brings them as it does lr; one without them leaves them as they are. The others are of the
-    optimizer as a whole and in no state_dict, because they describe the program and not the training: pass them again
-    where a run is resumed. Copies and pickles keep them.
+    """Keyword arguments of every optimizer. The first seven are values of groups, too, where they are on: a checkpoint
+    carries them then, and brings them as it does lr, but that ``master``, ``state_dtype`` and ``rounding`` stay as they
+    are where they are on; one without them leaves them as they are. The others are of the optimizer as a whole and in
+    no state_dict, because they describe the program and not the training: pass them again where a run is resumed.
+    Copies and pickles keep them.
 
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
     updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
@@ -36,6 +34,29 @@ class StepOptions(TypedDict, total=False):
         ema_decay: keeps a state ``ema``, in fp32 (fp64 for fp64 parameters): it starts as the parameter before the
             first step and becomes ``lerp(ema, parameter, 1 - ema_decay)`` after each in which it has a gradient. In
             [0, 1); None is off.
+        master: what a 16-bit parameter keeps of the fp32 number that it stands for, so that small updates are not lost.
+            ``"remainder"``: a state ``param_remainder`` with the lower 16 bits, beside a bfloat16 parameter that is
+            that number rounded to nearest, ties away from zero: exact, in 2 bytes per element. ``"remainder8"``: the
+            same with 8 bits, for a number rounded to 24. ``torch.float32``: a state ``master``, for bfloat16 and
+            float16, whose states have fp32 then unless ``state_dtype`` says otherwise. Whoever writes to such a
+            parameter gives it another number: what was written, off by less than a unit in its last place with a
+            remainder. Parameters of 32 and 64 bits have none. None is off.
+        state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16, ``"int8"``, None for
+            the parameter's own (with ``master=torch.float32`` that), or a dict of these by the states' names.
+            ``"int8"`` is 8-bit codes with an fp32 scale for each block of 128 elements in a row, in two states
+            ``NAME_q8`` and ``NAME_scale``; parameters of one dimension, fewer than 4096 elements or rows of fewer than
+            64 have bfloat16 instead. Without ``master`` or stochastic rounding a 16-bit
+            parameter is not moved by an update of less than half a unit in its last place, which is up to 0.4 percent
+            of its value in bfloat16 and 0.05 in float16, whatever dtype its states have.
+        rounding: how bfloat16 parameters and states are rounded: ``"nearest"``, ``"stochastic"``, or a dict of these by
+            ``"param"`` and the states' names. ``"auto"`` is nearest; but where ``master``, ``state_dtype`` or
+            ``rounding`` is on, averages and sums of squares are rounded stochastically: to nearest they stop moving
+            once an update is less than half a unit in their last place, and end up to twice too large at usual betas.
+            Maxima are rounded to nearest.
+        rounding_seed: a whole number from 0 to 2**53, for the random bits of stochastic rounding. These follow from it,
+            from the parameter's name (``module.`` and ``_orig_mod.`` left out), or its number where it has none, from
+            its step and the element's place in the whole tensor: so they are the same for every backend, replica and
+            sharding, and after a restart.
         skip_nonfinite: a step whose norm of all gradients is not finite changes nothing, and is counted in
             ``optimizer.skipped_steps``.
         zero_grad_in_step: leaves zeros in all gradients, also if the step is skipped, so that no zero_grad() is needed.
@@ -46,24 +67,23 @@ class StepOptions(TypedDict, total=False):
             not show that other processes have others: FSDP1's flat parameters, ZeroRedundancyOptimizer, the stages of a
             pipeline, experts that are not DTensors. None of them may have the same tensor as another.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None chooses the best per device.
-        state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16, or None for the
-            parameter's own. Whatever it is, a 16-bit parameter is not moved by an update of less than half a unit in
-            its last place, which is up to 0.4 percent of its value in bfloat16 and 0.05 in float16.
     """
 
     # A text for each stands above (tests/test_help.py); every optimizer's docstring repeats it (_help.py).
     max_grad_norm: float | None
     clip_grad_value: float | None
     ema_decay: float | None
+    master: str | torch.dtype | None
+    state_dtype: torch.dtype | Mapping[str, torch.dtype | None] | None
+    rounding: str | Mapping[str, str]
+    rounding_seed: int
     skip_nonfinite: bool
     zero_grad_in_step: bool
     amp_in_step: bool
     norm_group: Any
     backend: str | None
-    state_dtype: torch.dtype | None
 
 
-GROUP_OPTIONS = tuple(hyper.key for hyper in AROUND)
 #: Those of the optimizer as a whole.
 DEFAULTS: dict[str, Any] = {
     "skip_nonfinite": False,
@@ -71,7 +91,6 @@ DEFAULTS: dict[str, Any] = {
     "amp_in_step": False,
     "norm_group": None,
     "backend": None,
-    "state_dtype": None,
 }
 #: What other libraries call an argument, where the spelling does not tell.
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "rho": "alpha", "clip_norm": "max_grad_norm"}
@@ -88,8 +107,6 @@ def check_options(options: Mapping[str, Any], optimizer: type) -> None:
     for name in options:
         if name not in StepOptions.__annotations__:
             raise TypeError(_unexpected(name, optimizer))
-    if options.get("state_dtype") not in STATE_DTYPES:
-        raise ValueError(f"Invalid state_dtype: {options['state_dtype']}; choose torch.float32, torch.bfloat16 or None")
     _backends.check_name(options.get("backend"))
 
 

@@ -23,6 +23,7 @@ from ._reference_runner import ReferenceRunner
 from ._rule import Rule
 from ._runners import Runner, Steps, StepSettings
 from ._states import Changes, HasStates, StateMaker, move_steps
+from ._storage import rounds_stochastically
 
 
 class Scaling(NamedTuple):
@@ -129,6 +130,7 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
     _members.convert(found, changes)
     _members.keep_apart(found, optimizer)
     _members.make_states(found, optimizer, changes)
+    _members.note_storage(found, optimizer)
     members = found.by_device()
     if not members and exchange.adds:  # this rank has nothing to step, and takes part where a norm is measured
         members = {next((p.device for group in groups for p in group["params"]), torch.device("cpu")): []}
@@ -142,8 +144,9 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
         backend = _backends.choose(options["backend"], device, rule)
         if any(hides_shard(m.param) for m in of_device):
             backend = _backends.for_hidden_shards(backend, options["backend"])
-        if rule.has_step and _backends.BACKENDS[backend].steps_on_device:
-            move_steps((m.states for m in of_device), device, changes)
+        if _backends.BACKENDS[backend].steps_on_device:
+            counted = [m.states for m in of_device if rule.has_step or rounds_stochastically(groups[m.group], rule)]
+            move_steps(counted, device, changes)
         stats = optimizer._norms.by_device[device]
         settings = StepSettings(stats, options["skip_nonfinite"], options["zero_grad_in_step"])
         runner = make_runner(backend, rule, device, settings)
@@ -172,10 +175,9 @@ def make_early_states(optimizer: HasStates) -> None:
     """Makes all states before the first step, for those parameters that can have any by now."""
     maker = StateMaker.of(optimizer)
     for group in optimizer.param_groups:
-        names = optimizer.rule.state_names(group)
         for p in filter(can_have_states, group["params"]):
             with alike(p):
-                optimizer.state[p].update(maker.missing(names, p, optimizer.state[p]))
+                optimizer.state[p].update(maker.missing(group, p, optimizer.state[p]))
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from ._backends import is_own
 from ._dtensor import aligned, is_dtensor, local
 from ._dtypes import compute_dtype
 from ._members import BoundParam
-from ._rule import EMA, Rule
+from ._random_places import Place
+from ._rule import EMA, SQUARES, Rule
 from ._runners import Groups, States, StepSettings
+from ._storage import PARAM, Stored
 from ._values import numbers
 
 
@@ -100,17 +102,34 @@ class ReferenceRunner:
         results = (self._result(m, norm, grad_scale) for m in ([] if skip else self._active()))
         # A user's function may raise. All results come before the first write then: it takes a copy of everything.
         for m, updated, work in list(results) if self.own else results:
-            _write(m.param, updated)
+            state, bits = self.state[m.param], self._random_bits(m, updated.shape, work)
+            _store(m, PARAM, m.param, updated, state, bits)
             for name, value in work.items():
-                _write(self.state[m.param][name], value)
+                _store(m, name, state.get(name), value, state, bits)
             decay = self.groups[m.group]["ema_decay"]
             if decay is not None:
-                average = self.state[m.param][EMA]
-                _write(average, torch.lerp(local(average), local(m.param).to(compute_dtype(m.param)), 1 - decay))
+                average = state[EMA]
+                _write(average, torch.lerp(local(average), _load(m, PARAM, m.param, state), 1 - decay))
         if self.settings.zero_grad:
             for m in self._active():
                 assert m.param.grad is not None
                 _write(m.param.grad, torch.zeros((), device=m.param.device))
+
+    def _random_bits(self, m: BoundParam, shape: torch.Size, work: dict[str, Any]) -> dict[str, Tensor]:
+        """By name, 16 bits for each element of what is rounded stochastically."""
+        names = [s.name for s in m.stored if s.is_stochastic]
+        if not names:
+            return {}
+        slots = [s.name for s in self.rule.states]
+        second = next((k for k, s in enumerate(self.rule.states) if s.kind == SQUARES), -1)
+        stream = reference.random_stream(
+            int(self.groups[m.group]["rounding_seed"]), m.place.id, int(work["step"].item())
+        )
+        index, found = _indices(shape, m.place, local(m.param).device), {}
+        for name in names:
+            half = 0 if name == PARAM else reference.half_of_slot(slots.index(name), second)
+            found[name] = reference.random_word(index, stream, half // 2) >> half % 2 * 16 & 0xFFFF
+        return found
 
     def _active(self) -> list[BoundParam]:
         return [m for m in self.members if m.param.grad is not None]
@@ -146,18 +165,54 @@ class ReferenceRunner:
         """The new values of the parameter and the states, or of a part of them."""
         state, group = self.state.get(m.param, {}), self.groups[m.group]
         work: dict[str, Any] = {
-            s.name: _copy(part(local(state[s.name])), m.param) for s in self.rule.states if s.needed_in(group)
+            s.name: part(_load(m, s.name, state.get(s.name), state)) for s in self.rule.states if s.needed_in(group)
         }
         if m.first:
             work.update({s.name: None for s in self.rule.states if s.starts_absent and s.name in work})
         if self.rule.scalar_state:
             work[self.rule.scalar_state] = state[self.rule.scalar_state].clone()
-        step = state["step"] + 1 if self.rule.has_step else None
+        counts = self.rule.has_step or any(s.is_stochastic for s in m.stored)
+        step = state["step"] + 1 if counts else None
         if self.sums_given:
             group = {**group, reference.SUM_OF_SQUARES: self.sums[self._place(m)]}
-        updated = _copy(part(local(m.param)), m.param)
+        updated = part(_load(m, PARAM, m.param, state))
         self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
         return updated, work if step is None else {**work, "step": step}
+
+
+def _stored(m: BoundParam, name: str) -> Stored | None:
+    return next((s for s in m.stored if s.name == name), None)
+
+
+def _load(m: BoundParam, name: str, t: Any, state: dict[str, Any]) -> Tensor:
+    """What is stored under this name, in the compute dtype, contiguous."""
+    how = _stored(m, name)
+    if how is None or how.extra is None:
+        return _copy(local(t), m.param)
+    elements = t if how.elements is None else state[how.elements]
+    return reference.decode(how.storage, local(elements), local(state[how.extra]))
+
+
+def _store(m: BoundParam, name: str, t: Any, value: Tensor, state: dict[str, Any], bits: dict[str, Tensor]) -> None:
+    how = _stored(m, name)
+    if how is None:
+        _write(t, value)
+        return
+    elements, extra = reference.encode(how.storage, value, bits.get(name))
+    _write(t if how.elements is None else state[how.elements], elements)
+    if how.extra is not None and extra is not None:
+        _write(state[how.extra], extra)
+
+
+def _indices(shape: torch.Size, place: Place, device: torch.device) -> Tensor:
+    """Of the elements, in the whole tensor."""
+    found = torch.full((), place.first, dtype=torch.int64, device=device).expand(shape)
+    if place.strides is None:
+        return found + torch.arange(shape.numel(), device=device).view(shape)
+    for d, stride in enumerate(place.strides):
+        along = torch.arange(shape[d], device=device) * stride
+        found = found + along.view([-1 if k == d else 1 for k in range(len(shape))])
+    return found
 
 
 def _write(t: Tensor, value: Tensor) -> None:

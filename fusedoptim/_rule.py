@@ -42,6 +42,7 @@ NUMBER = Range(-LARGEST, LARGEST, f"finite, and at most {LARGEST:g} in size")
 FP32 = Range(-3.4028234663852886e38, 3.4028234663852886e38, "finite in float32")
 AT_LEAST_0 = Range(0.0, LARGEST, f"at least 0 and at most {LARGEST:g}")
 BELOW_1 = Range(0.0, math.nextafter(1.0, 0.0), "at least 0 and below 1")
+SEED = Range(0.0, 2.0**53, "a whole number from 0 to 2**53")
 #: Infinity, as a limit, limits nothing.
 ABOVE_0 = Range(math.ulp(0.0), math.inf, "above 0")
 #: torch.optim's own.
@@ -97,12 +98,20 @@ AROUND = (
     Hyper("max_grad_norm", accepts=ABOVE_0, optional=True, off=None),
     Hyper("clip_grad_value", accepts=ABOVE_0, optional=True, off=None),
     Hyper("ema_decay", accepts=BELOW_1, optional=True, off=None),
+    Hyper("rounding_seed", accepts=SEED, off=0),
 )
+#: What a group may ask for of how its parameters and states are stored, with the values that ask for nothing
+#: (_storage.py).
+STORAGE: dict[str, Any] = {"master": None, "state_dtype": None, "rounding": "auto"}
+#: All that a group may have beside what its rule has, with the values that are off.
+GROUP_OPTIONS: dict[str, Any] = {**{hyper.key: hyper.off for hyper in AROUND}, **STORAGE}
+#: Of states: averages or sums of squares, which are never negative and move slowly; maxima of such.
+SQUARES, MAXIMUM = "squares", "maximum"
 
 
 @dataclass(frozen=True)
 class State:
-    """A state with the parameter's shape, and in its dtype unless the optimizer's ``state_dtype`` says otherwise."""
+    """A state with the parameter's shape, and in its dtype unless the group's ``state_dtype`` says otherwise."""
 
     name: str
     #: The groups that need it; all of them if None.
@@ -111,6 +120,8 @@ class State:
     starts_absent: bool = False
     #: The key in the optimizer's defaults of the value that it starts with, else 0.
     initial: str | None = None
+    #: SQUARES, MAXIMUM, or neither.
+    kind: str = ""
 
     def needed_in(self, group: Group) -> bool:
         return self.needed is None or bool(self.needed(group))
@@ -149,7 +160,7 @@ class Rule:
     @property
     def extensions(self) -> dict[str, Any]:
         """The keys that torch.optim's groups do not have, with their values where they are off."""
-        return {hyper.key: hyper.off for hyper in self.row if hyper.off is not REQUIRED}
+        return {hyper.key: hyper.off for hyper in self.row if hyper.off is not REQUIRED} | STORAGE
 
     @property
     def flags(self) -> list[str]:
@@ -160,14 +171,6 @@ class Rule:
         """What torch.optim makes of a group of one of its older versions, by the keys that these did not have."""
         own = {h.key: h.absent for h in self.hyper if h.absent is not REQUIRED and h.off is REQUIRED}
         return {"capturable": False, "differentiable": False, "foreach": None, "fused": None, **own}
-
-    def state_names(self, group: Group | None = None) -> list[str]:
-        """The names of the states, in the order in which they are created; with a group, those that it needs."""
-        names = ["step"] if self.has_step else []
-        names += [s.name for s in self.states if group is None or s.needed_in(group)]
-        if group is None or group.get("ema_decay") is not None:
-            names.append(EMA)
-        return names + ([self.scalar_state] if self.scalar_state else [])
 
     def required_states(self) -> set[str]:
         """The states that every group needs."""

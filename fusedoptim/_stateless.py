@@ -17,6 +17,8 @@ from torch import Tensor
 from . import _torch_compile
 from ._check_tensors import describe
 from ._fakes import is_fake
+from ._random_places import ids_of
+from ._storage import state_names
 from ._torch_compile import Traceable
 
 AnyTraceable = TypeVar("AnyTraceable", bound=Traceable)
@@ -88,7 +90,7 @@ def _check_complete(optimizer: Traceable) -> None:
     for index, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             there = optimizer.state.get(p, {})
-            missing = [name for name in optimizer.rule.state_names(group) if there.get(name) is None]
+            missing = [name for name in state_names(optimizer.rule, group, p) if there.get(name) is None]
             if p.grad is not None and missing:
                 raise RuntimeError(
                     f"{describe(group, index, i)} has no state {missing[0]!r}, and what a traced step makes anew would "
@@ -112,6 +114,7 @@ def twin(optimizer: AnyTraceable, groups: list[dict[str, Any]], state: dict[Any,
     """As a copy of the optimizer would be, with other groups and states. A copy proper would walk over all its own."""
     other = type(optimizer).__new__(type(optimizer))
     other.__setstate__({**optimizer.__getstate__(), "state": state, "param_groups": groups})
+    other._ids = ids_of(optimizer)
     other._agreed = True  # it steps a part of what all ranks step
     return other
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from . import _blocks, _masters, _storage
 from ._dtypes import compute_dtype
 from ._ema import new_average
-from ._rule import EMA, Rule, State
+from ._rule import EMA, SQUARES, Group, Rule, State
 from ._values import number
 
 
@@ -54,9 +55,7 @@ def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     """Those of a parameter's states that are one number, as a step has them: 0-dim tensors of fp32; ``step`` of fp64
     stays. Checkpoints have them as numbers of Python and NumPy, and as tensors of any dtype. What is none of these is
     left out."""
-    wanted: dict[str, tuple[torch.dtype, ...]] = {}
-    if rule.has_step:
-        wanted["step"] = (torch.float32, torch.float64)
+    wanted: dict[str, tuple[torch.dtype, ...]] = {"step": (torch.float32, torch.float64)}
     if rule.scalar_state:
         wanted[rule.scalar_state] = (torch.float32,)
     found = {}
@@ -73,14 +72,15 @@ def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     return found
 
 
-def converted(p: Tensor, values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
+def converted(p: Tensor, values: Mapping[str, Any], rule: Rule, group: Group) -> dict[str, Tensor]:
     """Those of a parameter's states that somebody else made in other dtypes than a step needs, in these. An average's
-    is the compute dtype, which is another than before after ``model.double()``."""
+    is the compute dtype, which is another than before after ``model.double()``. Masters are of the kind that the group
+    asks for."""
     found = {name: value for name, value in scalars(values, rule).items() if value is not values[name]}
     average, dtype = values.get(EMA), compute_dtype(p)
     if isinstance(average, Tensor) and average.is_floating_point() and average.dtype != dtype:
         found[EMA] = average.to(dtype)
-    return found
+    return found | _masters.converted(group, p, values)
 
 
 class HasStates(Protocol):
@@ -91,6 +91,7 @@ class HasStates(Protocol):
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
     _options: dict[str, Any]
+    _ids: dict[Tensor, int]
 
 
 class StateMaker:
@@ -98,27 +99,26 @@ class StateMaker:
 
     Args:
         defaults: the optimizer's, where initial values are.
-        dtype: of states with the parameter's shape; None for the parameter's own.
     """
 
-    def __init__(self, rule: Rule, defaults: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-        self.rule, self.defaults, self.dtype = rule, defaults, dtype
+    def __init__(self, rule: Rule, defaults: Mapping[str, Any]) -> None:
+        self.rule, self.defaults = rule, defaults
         self.slots = {s.name: s for s in rule.states}
 
     @classmethod
     def of(cls, optimizer: HasStates) -> StateMaker:
-        return cls(optimizer.rule, optimizer.defaults, optimizer._options["state_dtype"])
+        return cls(optimizer.rule, optimizer.defaults)
 
-    def missing(self, names: Iterable[str], p: Tensor, there: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """The states of these names that a parameter lacks, new, beside those that are there. To be called without
+    def missing(self, group: Group, p: Tensor, there: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """The states that a parameter lacks in this group, new, beside those that are there. To be called without
         gradients."""
-        for name in names:
+        for name in _storage.state_names(self.rule, group, p):
             if there.get(name) is None:
-                yield name, self._new(name, self.slots.get(name), p)
+                yield name, self._new(name, self.slots.get(name), p, group)
 
-    def _new(self, name: str, slot: State | None, p: Tensor) -> Tensor:
+    def _new(self, name: str, slot: State | None, p: Tensor, group: Group) -> Tensor:
         if slot is not None:
-            dtype = self.dtype or p.dtype
+            dtype = _storage.state_dtype(group, name, p)
             if slot.initial is None:
                 return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
             fill = number(self.defaults[slot.initial])
@@ -128,6 +128,12 @@ class StateMaker:
             return torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
         if name == EMA:
             return new_average(p)
+        if name in _storage.DTYPES_OF_MASTERS:
+            return _masters.new_master(name, p)
+        if (of := _blocks.slot_of(name)) in self.slots:
+            slot = self.slots[of]
+            fill = 0.0 if slot.initial is None else number(self.defaults[slot.initial])
+            return _blocks.new_in_blocks(name, p, slot.kind == SQUARES, fill)
         return torch.zeros((), dtype=torch.float32, device=p.device)
 
 

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import _lending, reference
 from ._base import FusedOptimizer
-from ._rule import AT_LEAST_0, FP32, Flag, Rule, State, at_least_0
+from ._rule import AT_LEAST_0, FP32, SQUARES, Flag, Rule, State, at_least_0
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,7 +51,7 @@ class Adagrad(FusedOptimizer):
             at_least_0("eps", "epsilon value", FP32),
             Flag("maximize"),
         ),
-        states=(State("sum", initial="initial_accumulator_value"),),
+        states=(State("sum", initial="initial_accumulator_value", kind=SQUARES),),
         states_at_construction=True,
         initial=(at_least_0("initial_accumulator_value"),),
         sparse_alternative="Adagrad",

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from . import reference
 from ._base import FusedOptimizer
 from ._options import check_options
-from ._rule import BELOW_1, FP32, Flag, Hyper, Rule, State, at_least_0
+from ._rule import BELOW_1, FP32, MAXIMUM, SQUARES, Flag, Hyper, Rule, State, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Adam(FusedOptimizer):
         ),
         states=(
             State("exp_avg"),
-            State("exp_avg_sq"),
-            State("max_exp_avg_sq", needed=lambda group: number(group["amsgrad"]) != 0),
+            State("exp_avg_sq", kind=SQUARES),
+            State("max_exp_avg_sq", needed=lambda group: number(group["amsgrad"]) != 0, kind=MAXIMUM),
         ),
         sparse_alternative="SparseAdam",
     )

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import FP32, Flag, Rule, State, at_least_0
+from ._rule import FP32, SQUARES, Flag, Rule, State, at_least_0
 from ._values import number
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class RMSprop(FusedOptimizer):
             Flag("maximize"),
         ),
         states=(
-            State("square_avg"),
+            State("square_avg", kind=SQUARES),
             State("momentum_buffer", needed=lambda group: number(group["momentum"]) > 0),
             State("grad_avg", needed=lambda group: number(group["centered"]) != 0),
         ),

@@ -33,13 +33,15 @@ FUSEDOPTIM_HD float float_of(uint32_t u) {
   return x;
 }
 
+FUSEDOPTIM_HD bool is_nan_bits(uint32_t u) { return (u & 0x7fffffffu) > 0x7f800000u; }
+
 FUSEDOPTIM_HD float bf16_to_f32(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
 
 // Nearest, ties to even. A NaN keeps its sign and upper payload and is made quiet; rounding alone could carry it to
 // infinity or to zero.
 FUSEDOPTIM_HD uint16_t f32_to_bf16(float x) {
   const uint32_t u = bits_of(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
+  if (is_nan_bits(u)) return static_cast<uint16_t>((u >> 16) | 0x40u);
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 

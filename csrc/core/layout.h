@@ -8,10 +8,10 @@
 
 namespace fusedoptim {
 
-// Sizes, and the strides of each operand, in elements. Elements are visited in logical, row-major order. Operands that
-// are not used have no strides.
+// Sizes, and the strides of each operand, in elements, and of the index. Elements are visited in logical, row-major
+// order. What is not used has no strides.
 struct Layout {
-  std::vector<int64_t> sizes, strides[kOperands];
+  std::vector<int64_t> sizes, strides[kStrides];
 
   // Leaves out dimensions of size 1 and merges neighbours that every operand runs through as if they were one.
   void simplify() {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "storage.h"
 
 namespace fusedoptim {
 
@@ -12,12 +12,14 @@ inline constexpr int kMaxSlots = 3, kAverage = kMaxSlots, kStates = kMaxSlots + 
 
 enum OperandIndex { kParam, kGrad, kFirstState };
 inline constexpr int kOperands = kFirstState + kStates;
+// In a layout: the place of an element in the whole tensor, of which this one may be a shard.
+inline constexpr int kIndex = kOperands, kStrides = kOperands + 1;
 
 // Where an operand's numbers are, and how they are stored.
 struct Operand {
   void* data;
-  void* extra;  // what the storage keeps beside the elements, as scales of blocks; a dtype keeps nothing
-  DType storage;
+  void* extra;  // what the storage keeps beside the elements; a dtype keeps nothing
+  Storage storage;
 };
 
 // The code that a row of hyper-parameters needs of its rule, and whether the moving average is kept.

@@ -6,10 +6,10 @@
 
 namespace fusedoptim {
 
-enum Column { kLr, kLrDType, kMaxGradNorm, kClipGradValue, kEmaDecay, kFirstRuleHyper };
+enum Column { kLr, kLrDType, kMaxGradNorm, kClipGradValue, kEmaDecay, kRoundingSeed, kFirstRuleHyper };
 
 // The options' keys in a group. Below 0 each is off.
-inline constexpr const char* kOptionKeys[] = {"max_grad_norm", "clip_grad_value", "ema_decay"};
+inline constexpr const char* kOptionKeys[] = {"max_grad_norm", "clip_grad_value", "ema_decay", "rounding_seed"};
 inline constexpr int kFirstOption = kLrDType + 1, kOptions = kFirstRuleHyper - kFirstOption;
 static_assert(sizeof(kOptionKeys) / sizeof(*kOptionKeys) == kOptions);
 

@@ -7,14 +7,22 @@
 
 #include "layout.h"
 #include "operand.h"
+#include "random_bits.h"
 #include "row.h"
+#include "step_count.h"
 #include "transforms.h"
 
 namespace fusedoptim {
 
 struct Entry;
-// Updates elements [begin, end) of a tensor. scalars points at the rule's Scalars<T>.
-using UpdateFn = void (*)(const Entry&, int64_t begin, int64_t end, const void* scalars, const GroupTransforms&);
+// What the elements of a tensor have in common in one step.
+struct UpdateInputs {
+  const void* scalars;  // the rule's Scalars<T>
+  const GroupTransforms& transforms;
+  uint64_t stream;  // of random bits
+};
+// Updates elements [begin, end) of a tensor.
+using UpdateFn = void (*)(const Entry&, int64_t begin, int64_t end, const UpdateInputs&);
 // The sum of squares of elements [1024*tile, 1024*(tile+1)) of the gradient, transformed.
 using TileSumFn = double (*)(const Entry&, int64_t tile, const GroupTransforms&);
 
@@ -32,6 +40,9 @@ struct Entry {
   void* step = nullptr;           // 0-dim, fp32 or fp64; null for a rule without a step
   float* scalar_state = nullptr;  // for a rule with one
   Operand operand[kOperands] = {};
+  uint64_t id = 0;          // of the parameter, for its random bits
+  int64_t first_index = 0;  // of its first element, in the whole tensor that this one may be a shard of
+  int64_t row = 0;          // elements in one row of what is stored in blocks; 0 where nothing is
 
   Operand& param() { return operand[kParam]; }
   Operand& grad() { return operand[kGrad]; }
@@ -39,6 +50,12 @@ struct Entry {
   FUSEDOPTIM_HD const Operand& param() const { return operand[kParam]; }
   FUSEDOPTIM_HD const Operand& grad() const { return operand[kGrad]; }
   FUSEDOPTIM_HD const Operand& state(int k) const { return operand[kFirstState + k]; }
+  // Whether it takes random bits.
+  bool is_stochastic() const {
+    for (const Operand& o : operand)
+      if (fusedoptim::is_stochastic(o.storage)) return true;
+    return false;
+  }
   FUSEDOPTIM_HD DType compute_dtype() const { return compute_dtype_of(param().storage); }
 };
 

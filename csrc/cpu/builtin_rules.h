@@ -39,6 +39,7 @@ RuleHandle handle_of() {
   r.has_step = Rule::has_step;
   r.needs_norm = Rule::needs_norm;
   r.divides = Rule::divides;
+  r.second_moment = Rule::second_moment;
   r.variant = Rule::variant;
   r.uses = Rule::uses;
   r.prepare_f32 = prepare_into<Rule, float>;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <thread>
 
+#include "../core/random_bits.h"
 #include "../core/step_count.h"
 #include "../core/strided.h"
 #include "capability.h"
@@ -22,6 +23,12 @@ FUSEDOPTIM_INLINE void prefetch_data(const Entry& e) {
       for (int64_t at = 0; at < tuning::kPrefetchBytes; at += 64)
         __builtin_prefetch(static_cast<const char*>(o.data) + at, 1);
   __builtin_prefetch(e.step, 1);
+}
+
+// Of random bits, in this step.
+uint64_t stream_of(const StepTable& table, const Entry& e) {
+  return random_stream(static_cast<uint64_t>(table.rows[e.group].value[kRoundingSeed]), e.id,
+                       static_cast<uint64_t>(next_step(e.step, e.step_dtype)));
 }
 
 const float* number(int64_t address) { return reinterpret_cast<const float*>(address); }
@@ -206,7 +213,8 @@ void CpuExecutor::update_chunk(const StepTable& table, int64_t chunk) const {
     }
     if (e.numel < tuning::kSmall && i + tuning::kAhead < static_cast<int64_t>(entries.size()))
       prefetch_data(entries[i + tuning::kAhead]);
-    e.update(e, begin, end, scalars, transforms_[e.group]);
+    const uint64_t stream = e.is_stochastic() ? stream_of(table, e) : 0;
+    e.update(e, begin, end, {scalars, transforms_[e.group], stream});
   });
 }
 

@@ -15,15 +15,15 @@ double tile_sum(const Entry& e, int64_t tile, const GroupTransforms& t) {
   const int64_t start = tile * kTile, left = e.numel - start, n = left < kTile ? left : kTile;
   const auto transform = GradTransform<T>::of(t);
   const bool as_it_is = t.leave_gradient();
-  if (!e.sum_layout && e.grad().storage == kCompute<T> && n == kTile && as_it_is)
+  if (!e.sum_layout && e.grad().storage == storage_of(kCompute<T>) && n == kTile && as_it_is)
     return tile_sum_of_squares(static_cast<const T*>(e.grad().data) + start);
   alignas(64) T x[kTile] = {};
   if (e.sum_layout) {
-    gather<M>(x, e.grad(), e.sum_layout->sizes, e.sum_layout->strides[kGrad], start, n);
+    gather<M>({x, nullptr, e.grad().storage}, e.grad(), e.sum_layout->sizes, e.sum_layout->strides[kGrad], start, n);
   } else {
     int64_t i = 0;
-    for (; i + M::width <= n; i += M::width) M::store(x + i, load<M, kAnyDType, true>(e.grad(), start + i, M::width));
-    for (; i < n; ++i) x[i] = load_element<T>(e.grad().data, e.grad().storage, start + i);
+    for (; i + M::width <= n; i += M::width) M::store(x + i, load<M, kAnyStorage, true>(e.grad(), start + i, M::width));
+    for (; i < n; ++i) x[i] = load_element<T>(e.grad().data, dtype_of(e.grad().storage), start + i);
   }
   if (!as_it_is)
     for (int64_t i = 0; i < kTile; i += M::width) M::store(x + i, transform_grad<M>(M::load(x + i), transform));

@@ -30,13 +30,13 @@ void GpuExecutor::find_steppable(const StepTable& table) {
     const Entry& e = table.entries[i];
     Steppable& s = steppable_[i];
     s.variant = rule_.variant_of(table.rows[e.group].value);
-    s.can =
-        (e.param().data || e.numel == 0) && (e.step || !rule_.has_step) && (e.scalar_state || !rule_.next_scalar_state);
+    s.can = (e.param().data || e.numel == 0) && (e.step || !(rule_.has_step || e.is_stochastic())) &&
+            (e.scalar_state || !rule_.next_scalar_state);
     for (int k = 0; k < kStates; ++k)
       if (rule_.uses_state(s.variant, k)) s.can = s.can && (e.state(k).data || e.numel == 0);
     if (!s.can) continue;
     const Kind kind = kind_of(e, s.variant);
-    for (DType d : kind.storage) s.wide = s.wide || d == DType::f64;
+    for (Storage d : kind.storage) s.wide = s.wide || d == Storage::f64;
     auto& kinds = kinds_[s.wide];
     const auto at = std::lower_bound(kinds.begin(), kinds.end(), kind);
     if (at == kinds.end() || kind < *at) kinds.insert(at, kind);
@@ -92,9 +92,9 @@ int64_t GpuExecutor::add_layout(const Layout& l, Variant variant) {
   layouts_.push_back(static_cast<int64_t>(l.sizes.size()));
   for (size_t d = l.sizes.size(); d-- > 0;) {
     layouts_.push_back(l.sizes[d]);
-    for (int k = 0; k < kOperands; ++k) {
-      const bool used = k < kFirstState || rule_.uses_state(variant, k - kFirstState);
-      layouts_.push_back(used ? l.strides[k][d] : 0);
+    for (int k = 0; k < kStrides; ++k) {
+      const bool used = k < kFirstState || k == kIndex || rule_.uses_state(variant, k - kFirstState);
+      layouts_.push_back(used && !l.strides[k].empty() ? l.strides[k][d] : 0);
     }
   }
   return start;
@@ -110,6 +110,9 @@ DeviceEntry GpuExecutor::device_entry(const Entry& e, size_t i) {
       d.operand[k] = {e.operand[k].data, e.operand[k].extra};
   d.step = e.step;
   d.scalar_state = e.scalar_state;
+  d.id = e.id;
+  d.first_index = e.first_index;
+  d.row = e.row;
   d.numel = e.numel;
   // The same for both where there are both.
   const int64_t layout = e.sum_layout ? add_layout(*e.sum_layout, s.variant) : -1;

@@ -19,7 +19,7 @@ inline constexpr int64_t kTilesPerPart = 16, kPart = kTilesPerPart * kTile;
 
 // What code a tensor needs.
 struct Kind {
-  DType storage[kOperands];  // the gradient's included, whose address comes with every step
+  Storage storage[kOperands];  // the gradient's included, whose address comes with every step
   DType step_dtype;
   uint8_t variant;
   uint8_t uses;  // bit k: state k belongs to the variant, the moving average included
@@ -39,6 +39,9 @@ struct DeviceEntry {
   Addresses operand[kOperands];  // but for the gradient's
   void* step;                    // 0-dim, fp32 or fp64; null for a rule without a step
   float* scalar_state;           // for a rule with one
+  uint64_t id;                   // of the parameter, for its random bits
+  int64_t first_index;           // of its first element, in the whole tensor
+  int64_t row;                   // elements in one row of what is stored in blocks; 0 where nothing is
   int64_t numel;
   int64_t layout;      // where its layout starts in Tables::layouts; -1: all operands share one dense memory order
   int64_t sum_layout;  // the same for sums over the gradient; -1: it lies in logical order
@@ -50,8 +53,8 @@ struct DeviceEntry {
 };
 
 // A layout, in words: the number of dimensions, then for each, the innermost first, its size and the stride of each
-// operand, in elements.
-inline constexpr int kLayoutWordsPerDim = 1 + kOperands;
+// operand, and of the index, in elements.
+inline constexpr int kLayoutWordsPerDim = 1 + kStrides;
 
 // What blocks tell each other about a tensor. All zero between steps.
 struct EntryControl {

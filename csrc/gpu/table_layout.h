@@ -6,6 +6,8 @@
 #include <map>
 #include <string>
 
+#include "../core/block.h"
+#include "../core/storage_names.h"
 #include "../rules/rule_handle.h"
 #include "table.h"
 
@@ -46,8 +48,12 @@ inline std::map<std::string, int64_t> table_layout() {
       {"ENTRY_OPERANDS", offsetof(DeviceEntry, operand)},
       {"OPERAND_BYTES", sizeof(Addresses)},
       {"OPERAND_DATA", offsetof(Addresses, data)},
+      {"OPERAND_EXTRA", offsetof(Addresses, extra)},
+      {"ENTRY_ID", offsetof(DeviceEntry, id)},
+      {"ENTRY_FIRST_INDEX", offsetof(DeviceEntry, first_index)},
       {"ENTRY_STEP", offsetof(DeviceEntry, step)},
       {"ENTRY_SCALAR_STATE", offsetof(DeviceEntry, scalar_state)},
+      {"ENTRY_ROW", offsetof(DeviceEntry, row)},
       {"ENTRY_NUMEL", offsetof(DeviceEntry, numel)},
       {"ENTRY_LAYOUT", offsetof(DeviceEntry, layout)},
       {"ENTRY_SUM_LAYOUT", offsetof(DeviceEntry, sum_layout)},
@@ -77,11 +83,13 @@ inline std::map<std::string, int64_t> table_layout() {
       {"REDUCES", kReduces},
       {"SUMS_GIVEN", kSumsGiven},
       {"OPERANDS", kOperands},
+      {"INDEX", kIndex},
       {"PARAM", kParam},
       {"GRAD", kGrad},
       {"FIRST_STATE", kFirstState},
       {"MAX_SLOTS", kMaxSlots},
       {"AVERAGE", kAverage},
+      {"BLOCK", kBlock},
       {"TILE", kTile},
       {"PART", kPart},
   };
@@ -91,10 +99,9 @@ inline std::map<std::string, int64_t> table_layout() {
   for (const auto& [name, work] : {std::pair{"SUM", Work::sum}, {"APPLY", Work::apply}})
     out[std::string("WORK_") + name] = static_cast<int64_t>(work);
   for (const auto& [name, d] :
-       {std::pair{"F32", DType::f32}, {"F64", DType::f64}, {"BF16", DType::bf16}, {"F16", DType::f16}}) {
-    out[name] = static_cast<int64_t>(d);
+       {std::pair{"F32", DType::f32}, {"F64", DType::f64}, {"BF16", DType::bf16}, {"F16", DType::f16}})
     out[std::string("LR_") + name] = static_cast<int64_t>(lr_dtype_of(d));
-  }
+  for (const auto& [name, s] : storage_names()) out[upper(name)] = static_cast<int64_t>(s);
   for (int k = 0; k < kOptions; ++k) out[upper(kOptionKeys[k])] = kFirstOption + k;
   return out;
 }

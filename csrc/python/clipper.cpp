@@ -34,7 +34,7 @@ void Clipper::bind(const TensorHandOver::Tensors& tensors) {
     const torch::stable::Tensor& t = tensors_[i];
     const auto sizes = to_vector(t.sizes()), strides = to_vector(t.strides());
     Entry& e = table_.entries.at(places_.at(i));
-    e.param() = e.grad() = {t.mutable_data_ptr(), nullptr, dtype_of(t)};
+    e.param() = e.grad() = {t.mutable_data_ptr(), nullptr, storage_of(dtype_of(t))};
     e.numel = t.numel();
     e.active = true;
     if (e.numel > 1 && !row_major(sizes, strides)) {

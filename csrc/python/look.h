@@ -39,7 +39,7 @@ class Look {
   bool dense_tensor(PyObject*, TensorView&) const;
   bool negated(PyObject*, const TensorView&) const;
   bool same_shape(const TensorView&) const;
-  void writes(const TensorView& v) { ranges_.add(v.data, v.dtype, v.ndim, v.sizes, v.strides); }
+  void writes(const TensorView& v) { ranges_.add(v.data, size_of(v.dtype), v.ndim, v.sizes, v.strides); }
 
   const TensorReader& reader_ = TensorReader::get();
   const pybind11::dict state_;

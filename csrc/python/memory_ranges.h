@@ -14,7 +14,8 @@ namespace fusedoptim {
 
 class MemoryRanges {
  public:
-  void add(const void* data, DType dtype, int ndim, const int64_t* sizes, const int64_t* strides) {
+  // size: of an element.
+  void add(const void* data, int64_t size, int ndim, const int64_t* sizes, const int64_t* strides) {
     int64_t elements = 1;
     for (int d = 0; d < ndim; ++d) {
       if (sizes[d] == 0) return;
@@ -22,7 +23,7 @@ class MemoryRanges {
     }
     dense_ = dense_ && dense(ndim, sizes, strides);
     const auto begin = reinterpret_cast<uintptr_t>(data);
-    ranges_.push_back({begin, begin + static_cast<uintptr_t>(elements * size_of(dtype))});
+    ranges_.push_back({begin, begin + static_cast<uintptr_t>(elements * size)});
   }
   void clear() {
     ranges_.clear();

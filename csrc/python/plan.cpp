@@ -50,7 +50,9 @@ void Plan::check_names(const std::vector<HyperArgs>& hyper, const std::vector<st
 }
 
 void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
-                 std::optional<py::list> counted, py::object sums, bool wide, std::optional<ShardArgs> shards) {
+                 std::optional<py::list> counted, py::object sums, bool wide, std::optional<ShardArgs> shards,
+                 const std::vector<StoredArgs>& stored, py::list watched) {
+  for (py::handle key : watched) watched_keys_.push_back(py::reinterpret_borrow<py::object>(key));
   PythonMemory::keep_sums(table_, std::move(sums));
   table_.wide = wide;
   if (shards) take_shards(*shards);
@@ -62,6 +64,8 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
     Group group;
     group.dict = py::reinterpret_borrow<py::object>(g);
     group.params = g[params_key_];
+    for (const py::object& key : watched_keys_)
+      group.watched.push_back(py::reinterpret_borrow<py::object>(PyDict_GetItem(g.ptr(), key.ptr())));
     group.begin = static_cast<int64_t>(params_.size());
     for (py::handle p : group.params) {
       params_.push_back(py::reinterpret_borrow<py::object>(p));
@@ -82,6 +86,9 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
     member_[i].param = params_[i].ptr();
     member_[i].dormant = asleep.count(params_[i].ptr()) > 0;
   }
+  stored_ = stored;
+  stored_at_.assign(params_.size(), -1);
+  for (size_t k = 0; k < stored_.size(); ++k) stored_at_.at(std::get<0>(stored_[k])) = static_cast<int>(k);
   bindings_.resize(params_.size());
   const size_t width = 6 + rule_.slots;
   if (bindings.size() % width != 0) throw std::runtime_error("a plan's bindings have another width");
@@ -144,9 +151,9 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
   shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
   shapes_.insert(shapes_.end(), strides.begin(), strides.end());
   e.numel = p.numel();
-  e.param().storage = dtype_of(p);
+  e.param().storage = storage_of(dtype_of(p));
   e.param().data = watch_.add(p);
-  if (zero_grad_) kept_.add(e.param().data, e.param().storage, m.ndim, m.shape, m.shape + m.ndim);
+  if (zero_grad_) kept_.add(e.param().data, element_size(p), m.ndim, m.shape, m.shape + m.ndim);
   m.memory = tensor_memory(p.get());
   m.written_begin = static_cast<int64_t>(written_.size());
   const auto writes = [&](int at) { this->writes(tensors.at(at).get(), at, at != binding[0]); };
@@ -169,17 +176,17 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     }
     const StableTensor& s = tensors.at(at);
     Operand& o = e.state(k);
-    o.storage = dtype_of(s);
+    o.storage = storage_of(dtype_of(s));
     o.data = watch_.add(s);
     writes(at);
     std::vector<int64_t>& own = strides_[i].of[kFirstState + k] = to_vector(s.strides());
-    if (zero_grad_) kept_.add(o.data, o.storage, m.ndim, m.shape, own.data());
+    if (zero_grad_) kept_.add(o.data, element_size(s), m.ndim, m.shape, own.data());
     if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), own.data());
   }
   const int step = binding[2 + rule_.slots], scalar = binding[3 + rule_.slots];
   if (rule_.has_step && step < 0) m.ready = false;
   if (rule_.next_scalar_state && scalar < 0) m.ready = false;
-  if (rule_.has_step && step >= 0) {
+  if (step >= 0) {
     e.step_dtype = dtype_of(tensors.at(step));
     // Each by itself also where all are views of one buffer, as on a GPU: giving one of them other memory (.data =)
     // leaves no trace in what they share. 4 ns each.
@@ -190,8 +197,39 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     e.scalar_state = static_cast<float*>(watch_.add(tensors.at(scalar)));
     writes(scalar);
   }
+  if (stored_at_[i] >= 0) bind_stored(stored_[stored_at_[i]], tensors);
   m.written_end = static_cast<int64_t>(written_.size());
   e.first = binding[4 + rule_.slots] != 0;
+}
+
+void Plan::bind_stored(const StoredArgs& stored, const std::vector<StableTensor>& tensors) {
+  const auto& [i, operands, row, id, first_index, index_strides] = stored;
+  Member& m = member_[i];
+  Entry& e = table_.entries[i];
+  for (const auto& [k, storage, extra] : operands) {
+    Operand& o = e.operand[k];
+    o.storage = static_cast<Storage>(storage);
+    if (extra < 0) continue;
+    const StableTensor& t = tensors.at(extra);
+    o.extra = watch_.add(t);
+    const auto sizes = to_vector(t.sizes()), strides = to_vector(t.strides());
+    if (zero_grad_) kept_.add(o.extra, element_size(t), static_cast<int>(sizes.size()), sizes.data(), strides.data());
+    writes(t.get(), extra, true);
+  }
+  e.row = row;
+  if (row) m.linear = m.linear && m.logical;
+  if (!e.is_stochastic()) return;
+  if (!e.step) m.ready = false;
+  e.id = id;
+  e.first_index = first_index;
+  // Random bits go by places in the whole tensor: these follow each other in memory, or are looked up.
+  const std::vector<int64_t> sizes(m.shape, m.shape + m.ndim);
+  std::vector<int64_t>& own = strides_[i].of[kIndex];
+  own.resize(m.ndim);
+  int64_t expected = 1;
+  for (int d = m.ndim; d-- > 0; expected *= sizes[d]) own[d] = expected;
+  if (index_strides) own = *index_strides;
+  m.linear = m.linear && m.logical && same_strides(m.ndim, m.shape, own.data(), m.shape + m.ndim);
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {

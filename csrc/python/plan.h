@@ -38,6 +38,13 @@ class Plan {
   // a group without the key, if there may be such.
   using HyperArgs = std::tuple<std::string, int, double, double, std::optional<double>>;
   using ShardArgs = std::tuple<py::object, py::object, py::list>;
+  // How a parameter and its states are stored, where that is more than their dtypes: its position among all; operands,
+  // each with its storage and the tensor that it keeps beside, or -1; elements in a row of what is in blocks, or 0; for
+  // random bits its id, the place of its first element in the whole tensor, and that tensor's strides where they are
+  // not its own.
+  using OperandArgs = std::tuple<int, int, int>;
+  using StoredArgs =
+      std::tuple<int, std::vector<OperandArgs>, int64_t, uint64_t, int64_t, std::optional<std::vector<int64_t>>>;
   // hyper: all that a step reads of a group, in the order of a rule's rows, which have lr's dtype after lr; states: the
   // rule's, with the parameter's shape. Their names have to be the compiled rule's.
   // device: whose tensors it steps, as DLPack names it. launcher: see make_executor.h.
@@ -53,8 +60,10 @@ class Plan {
   // counted: that list, to have torch's own function raise their version counters; None if they can be raised here.
   // sums, wide: see StepTable. The former is a tensor with an fp64 number per parameter, on the device.
   // shards: for parameters that are DTensors: see ShardReader, and for each tensor in that list its DTensor or None.
+  // watched: keys of groups whose values must stay as they are.
   void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
-             std::optional<py::list> counted, py::object sums, bool wide, std::optional<ShardArgs> shards);
+             std::optional<py::list> counted, py::object sums, bool wide, std::optional<ShardArgs> shards,
+             const std::vector<StoredArgs>& stored, py::list watched);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
   // then make a new one.
@@ -102,8 +111,8 @@ class Plan {
     bool logical = false;                        // which is the logical one
     bool prepared = false;                       // by the executor, for the gradient's dtype and layout
   };
-  struct Strides {                       // of a member whose operands may differ in memory order
-    std::vector<int64_t> of[kOperands];  // the parameter's are Member::shape's
+  struct Strides {                      // of a member whose operands may differ in memory order
+    std::vector<int64_t> of[kStrides];  // the parameter's are Member::shape's
     std::unique_ptr<Layout> layout;
   };
   struct Hyper {
@@ -127,9 +136,10 @@ class Plan {
     py::object dict, params;
     int64_t begin, end;  // its members
     Variant variant;
-    bool on_device = false;         // has members on this plan's device
-    std::vector<py::object> items;  // key, value, ... of dict, if no value that matters can change in place
-    uint64_t version = 0;           // of dict
+    bool on_device = false;           // has members on this plan's device
+    std::vector<py::object> items;    // key, value, ... of dict, if no value that matters can change in place
+    std::vector<py::object> watched;  // the values of watched keys, which are null where there is none
+    uint64_t version = 0;             // of dict
     bool unchanged();
   };
 
@@ -148,6 +158,7 @@ class Plan {
   bool read_tensor(PyObject* value, const Hyper&, double* row);
   void bind(const std::vector<torch::stable::Tensor>& tensors);
   void bind_member(int64_t i, const std::vector<torch::stable::Tensor>& tensors, const std::vector<int>& binding);
+  void bind_stored(const StoredArgs& stored, const std::vector<torch::stable::Tensor>& tensors);
   void prefetch_gradients(int64_t i) const;
   void raise_versions() const;
   py::list counted_by_torch() const;
@@ -171,6 +182,9 @@ class Plan {
   std::vector<Strides> strides_;
   std::vector<int64_t> shapes_;  // what Member::shape points into
   std::vector<std::vector<int>> bindings_;
+  std::vector<StoredArgs> stored_;
+  std::vector<int> stored_at_;  // of each parameter, where in stored_; or -1
+  std::vector<py::object> watched_keys_;
   StateSnapshot snapshot_;
   StorageWatch watch_;
   bool bound_ = false;

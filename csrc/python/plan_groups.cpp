@@ -85,6 +85,9 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
   PyObject* dict = g.dict.ptr();
   double* h = row.value;
   bool immutable = true;
+  for (size_t k = 0; k < watched_keys_.size(); ++k)
+    if (PyDict_GetItem(dict, watched_keys_[k].ptr()) != g.watched[k].ptr())
+      return stale("how a group's parameters and states are stored has changed");
   for (const Hyper& hyper : hyper_)
     if (!read_hyper(dict, hyper, h, immutable)) return false;
   const Variant variant = rule_.variant_of(h);

@@ -41,7 +41,7 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   const bool linear = m.linear && (e.numel <= 1 || same_strides(m.ndim, m.shape, g.strides, m.shape + m.ndim));
   const bool plain = linear && m.logical;
   std::unique_ptr<Layout>& layout = strides_[i].layout;
-  bool changed = !m.prepared || e.grad().storage != g.dtype || linear != (e.layout == nullptr);
+  bool changed = !m.prepared || e.grad().storage != storage_of(g.dtype) || linear != (e.layout == nullptr);
   std::vector<int64_t>& strides = strides_[i].of[kGrad];
   changed = changed || (!plain && !same_strides(g.ndim, g.sizes, g.strides, strides.data()));
   grads_moved_ = grads_moved_ || changed || e.grad().data != g.data;
@@ -49,13 +49,13 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
     layout = std::make_unique<Layout>();
     strides.assign(g.strides, g.strides + g.ndim);
     layout->sizes.assign(m.shape, m.shape + m.ndim);
-    for (int k = 0; k < kOperands; ++k) layout->strides[k] = strides_[i].of[k];
+    for (int k = 0; k < kStrides; ++k) layout->strides[k] = strides_[i].of[k];
     layout->strides[kParam].assign(m.shape + m.ndim, m.shape + 2 * m.ndim);
     layout->simplify();
   }
   e.grad().data = g.data;
   if (changed) {
-    e.grad().storage = g.dtype;
+    e.grad().storage = storage_of(g.dtype);
     e.layout = linear ? nullptr : layout.get();
     e.sum_layout = plain ? nullptr : layout.get();
     executor_->prepare(e, group_[e.group].variant);
@@ -106,7 +106,7 @@ bool Plan::written_apart() {
     if (!table_.entries[i].active) continue;
     TensorView g;
     if (!TensorReader::get().view(local_gradient(static_cast<int64_t>(i)).ptr(), g)) return false;
-    written_ranges_.add(g.data, g.dtype, g.ndim, g.sizes, g.strides);
+    written_ranges_.add(g.data, size_of(g.dtype), g.ndim, g.sizes, g.strides);
   }
   written_ranges_.sort();
   return written_ranges_.apart_from(kept_);

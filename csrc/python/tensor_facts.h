@@ -27,6 +27,13 @@ inline DType dtype_of(const torch::stable::Tensor& t) {
   }
 }
 
+// In bytes, of an element.
+inline int64_t element_size(const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  const bool is_code = t.scalar_type() == ScalarType::Char || t.scalar_type() == ScalarType::Byte;
+  return is_code ? 1 : size_of(dtype_of(t));
+}
+
 template <class Range>
 std::vector<int64_t> to_vector(const Range& r) {
   return {r.begin(), r.end()};

@@ -11,6 +11,7 @@ struct Adagrad {
   enum Hyper { kLrDecay = kFirstRuleHyper, kWeightDecay, kEps, kMaximize, kHypers };
   static constexpr const char* hyper_names[] = {"lr_decay", "weight_decay", "eps", "maximize"};
   enum Slot { kSum, kSlots };
+  static constexpr int second_moment = kSum;
   static constexpr const char* state_names[] = {"sum"};
 
   static constexpr int powers = 0;

@@ -24,6 +24,7 @@ struct Adam {
       "betas[0]",       "betas[1]", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay",
       "bias_correction"};
   enum Slot { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kSlots };
+  static constexpr int second_moment = kExpAvgSq;
   static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 
   static constexpr int powers = 2;

@@ -13,6 +13,7 @@ struct Clip {
   static constexpr const char* hyper_names[] = {nullptr};
   enum Slot { kSlots };
   static constexpr const char* state_names[] = {nullptr};
+  static constexpr int second_moment = -1;
 
   static constexpr int powers = 0;
   static constexpr int variants = 1;

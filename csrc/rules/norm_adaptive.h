@@ -14,6 +14,7 @@ struct NormAdaptive {
   enum Hyper { kBeta = kFirstRuleHyper, kEps, kWeightDecay, kMaximize, kHypers };
   static constexpr const char* hyper_names[] = {"beta", "eps", "weight_decay", "maximize"};
   enum Slot { kSlots };
+  static constexpr int second_moment = -1;
   static constexpr const char* state_names[] = {nullptr};
 
   static constexpr int powers = 0;

@@ -12,6 +12,7 @@ struct RMSprop {
   enum Hyper { kAlpha = kFirstRuleHyper, kEps, kWeightDecay, kMomentum, kCentered, kMaximize, kHypers };
   static constexpr const char* hyper_names[] = {"alpha", "eps", "weight_decay", "momentum", "centered", "maximize"};
   enum Slot { kSquareAvg, kMomentumBuffer, kGradAvg, kSlots };
+  static constexpr int second_moment = kSquareAvg;
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
 
   // bit 0 of the variant: momentum; bit 1: centered

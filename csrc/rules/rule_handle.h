@@ -24,6 +24,7 @@ struct RuleHandle {
   const char* const* state_names;
   int hypers, slots, variants;  // columns of a row, those of every rule included; states
   bool has_step, needs_norm, divides;
+  int second_moment;  // the state that is one, or -1
   // Which code, and which states, a row of hyper-parameters needs.
   int (*variant)(const double* hyper);
   bool (*uses)(int variant, int slot);

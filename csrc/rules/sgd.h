@@ -12,6 +12,7 @@ struct SGD {
   enum Hyper { kMomentum = kFirstRuleHyper, kDampening, kWeightDecay, kNesterov, kMaximize, kHypers };
   static constexpr const char* hyper_names[] = {"momentum", "dampening", "weight_decay", "nesterov", "maximize"};
   enum Slot { kMomentumBuffer, kSlots };
+  static constexpr int second_moment = -1;
   static constexpr const char* state_names[] = {"momentum_buffer"};
 
   // variant 1 has momentum
