@@ -195,6 +195,21 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
     )
 
 
+def assert_same_raw(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
+    """Bit for bit: a zero's sign and a NaN's payload count, too."""
+    assert a.dtype == b.dtype and a.shape == b.shape, (what, a.dtype, b.dtype, a.shape, b.shape)
+    of_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    x, y = (t.detach().contiguous().view(of_size) for t in (a, b))
+    if torch.equal(x, y):
+        return
+    differ = (x != y).nonzero()
+    first = tuple(differ[0].tolist())
+    raise AssertionError(
+        f"{what}: {len(differ)} of {a.numel()} elements differ, first at {first}: "
+        f"{x[first].item():#x} ({a[first].item()!r}) != {y[first].item():#x} ({b[first].item()!r})"
+    )
+
+
 def assert_same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer, what: str = "") -> None:
     """Parameters and every state, bit for bit."""
     pairs = zip(_params(a), _params(b), strict=True)
