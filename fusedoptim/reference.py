@@ -310,7 +310,8 @@ def _in_rows(x: Tensor) -> Tensor:
     """With a row for each index of the first dimension, padded with zeros to whole blocks: rows, blocks, 128. One
     dimension is one row."""
     rows = x.reshape(x.shape[0], x.shape[1:].numel()) if x.dim() > 1 else x.reshape(1, x.numel())
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = -(-rows.shape[1] // BLOCK)
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK)).view(rows.shape[0], blocks, BLOCK)
 
 
 def _out_of_rows(x: Tensor, shape: torch.Size) -> Tensor:

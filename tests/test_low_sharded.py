@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 import torch.distributed as dist
 from low_layouts import CASES, Part, alone, assert_a_part, params_of
 from ranks import run
