@@ -48,6 +48,8 @@ def ids_of(optimizer: HasIds) -> dict[Tensor, int]:
     found: dict[Tensor, int] = {}
     for group in optimizer.param_groups:
         names = group.get("param_names")
+        if names is not None and len(names) != len(group["params"]):  # of more than a wrapper has left here
+            names = None
         for i, p in enumerate(group["params"]):
             number = len(found)
             found[p] = number if names is None else fnv1a(_WRAPPERS.sub("", names[i]))
