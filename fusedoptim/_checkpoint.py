@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
+from ._blocks import format_in_blocks, names_in_blocks
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtensor import is_dtensor, local, whole
 from ._dtypes import DTYPES, compute_dtype
@@ -66,7 +67,8 @@ class Loader:
         self.groups, self.defaults, self.rule, self.name = groups, defaults, rule, name
         self.slots = {slot.name for slot in rule.states}
         #: Those that lie where their parameter lies.
-        self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS}
+        blocks = {part for name in self.slots for part in names_in_blocks(name)}
+        self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS} | blocks
         self.widened: list[str] = []
 
     def prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class Loader:
                 found[name] = value
                 lent.setdefault(p, Lent([kept.entry], set())).names.add(name)
             else:
-                found[name] = _copy(value.detach(), dtype, p, name in self.placed)
+                found[name] = _copy(value.detach(), dtype, p, self._shape(name, p))
         return found
 
     def _note_wider(self, found: dict[str, Any], kept: dict[str, Kept], group: Group, index: int, i: int) -> None:
@@ -186,6 +188,11 @@ class Loader:
         if asked_dtype(group, name) is not None:
             return state_dtype(group, name, p)
         return saved if saved.itemsize >= p.dtype.itemsize else p.dtype
+
+    def _shape(self, name: str, p: Tensor) -> torch.Size | None:
+        """Of a state that a step reads, if that lies as its parameter does."""
+        of_blocks = format_in_blocks(name, p, self.rule)
+        return of_blocks.shape if of_blocks is not None else p.shape if name in self.placed else None
 
     def warn_of_wider_states(self) -> None:
         if self.widened:
@@ -272,13 +279,14 @@ def _whole_scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     return {name: whole(values[name]) for name in names if name}
 
 
-def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: bool = False) -> Tensor:
+def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: torch.Size | None = None) -> Tensor:
     """With memory of its own, on its parameter's device and, where it has its shape, in its memory order; one that a
-    step reads is placed as the parameter is."""
+    step reads, in this shape, is placed as the parameter is."""
     if not is_materialised(p):
         return saved.clone()
     plain = not (is_dtensor(saved) or is_dtensor(p))
-    if (of_step or plain) and _can_be_stepped(p) and saved.is_floating_point() and fits_in_place(p, saved):
+    can_be_placed = of_step is not None or (plain and saved.is_floating_point())
+    if can_be_placed and _can_be_stepped(p) and fits_in_place(p, saved, of_step or p.shape):
         return placed(p, saved, dtype)
     return saved.to(p.device, dtype, copy=True)
 

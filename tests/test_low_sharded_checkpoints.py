@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from low_layouts import CASES, Part, alone, assert_a_part, params_of
 from ranks import run
+from sharded_models import shard, whole
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -104,6 +105,30 @@ def in_memory(layout: str, kinds: list[tuple[dict[str, Any], dict[str, Any]]]) -
         target.check(STEPS, f"{to_get}, later")
 
 
+def by_hand() -> None:
+    """By load_state_dict: whole tensors, of which every rank takes its part, and DTensors that lie elsewhere."""
+    for source_layout, target_layout, as_saved in (
+        ("fsdp2", "fsdp2", whole),
+        ("single", "fsdp2", whole),
+        ("tensor_parallel", "fsdp2", lambda t: t),
+        ("fsdp2", "in_columns", lambda t: t),
+    ):
+        source, target = Training(source_layout), Training(target_layout, seed=1)
+        source.advance(range(HALF))
+        for name, part in target.parts.items():
+            content = source.optimizers[name].state_dict()
+            for i, (p, q) in enumerate(zip(part.params, source.parts[name].params, strict=True)):
+                shard(p).copy_(part.part(i, whole(q)))
+            for values in content["state"].values():
+                for key in values:
+                    values[key] = as_saved(values[key])
+            target.optimizers[name].load_state_dict(content)
+        what = f"{source_layout} to {target_layout}"
+        target.check(HALF, f"{what}, loaded")
+        target.advance(range(HALF, STEPS))
+        target.check(STEPS, f"{what}, later")
+
+
 # ---- the tests ----
 
 
@@ -136,6 +161,10 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"full_state_dict": True}, {"full_state_dict": True}),
     ({"full_state_dict": True, "cpu_offload": True}, {"full_state_dict": True, "broadcast_from_rank0": True}),
 ]
+
+
+def test_loading_by_hand() -> None:
+    run(2, by_hand)
 
 
 def test_state_dicts_of_every_kind() -> None:
