@@ -293,7 +293,10 @@ class FusedOptimizer(Optimizer):
         """As torch.optim's: states, which are the optimizer's own tensors, and groups, without the options of this
         package that are off."""
         _checkpoint.renew_early_states(self)
-        return super().state_dict()
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            group.update(_group_keys.spelled(group))
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class or of its namesake in torch.optim.

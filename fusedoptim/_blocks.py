@@ -11,6 +11,7 @@ from . import reference
 from ._distributed import sharded_by_fsdp1
 from ._dtensor import is_dtensor, local, wrapped
 from ._rule import SQUARES, Rule
+from ._shard_maps import cuts_no_block
 
 #: What is added to the name of a state in blocks.
 CODES, SCALES = "_q8", "_scale"
@@ -31,7 +32,7 @@ def slot_of(name: str) -> str:
 def row_of(p: Tensor) -> int:
     """The number of elements in a row, of which blocks are cut: those with the same index of the first dimension. One
     dimension is one row."""
-    return p.numel() if p.dim() < 2 else p.numel() // max(p.shape[0], 1)
+    return p.numel() if p.dim() < 2 else p.shape[1:].numel()
 
 
 def can_be_in_blocks(p: Tensor) -> bool:
@@ -43,20 +44,19 @@ def can_be_in_blocks(p: Tensor) -> bool:
 
 
 def check_blocks(p: Tensor, who: str) -> None:
-    """Raises ValueError for a DTensor whose shards cut blocks."""
+    """Raises ValueError, on all ranks alike, for a DTensor whose shards cut blocks."""
     if not is_dtensor(p) or not can_be_in_blocks(p):
         return
-    for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
-        if not placement.is_shard() or placement.dim == 0:
-            continue
-        ranks = p.device_mesh.size(dim)  # type: ignore[attr-defined]
-        rest = p.shape[placement.dim :].numel()
-        if placement.dim != 1 or rest % (ranks * reference.BLOCK) or p.shape[1] % ranks:
-            raise ValueError(
-                f"{who} is sharded in dimension {placement.dim} in parts that are not whole blocks of "
-                f"{reference.BLOCK} elements: keep its states in more bits, by a group of its own with "
-                "state_dtype={...: torch.bfloat16}"
-            )
+    try:
+        whole = cuts_no_block(p, reference.BLOCK)
+    except ValueError as error:
+        raise ValueError(f"{who} {error}") from None
+    if not whole:
+        raise ValueError(
+            f"{who} has shards ({p.placements}) that are not whole blocks of {reference.BLOCK} elements of "  # type: ignore[attr-defined]
+            "a row, of which states in 8 bits are made: keep its states in more bits, by a group of its own with "
+            "state_dtype=torch.bfloat16"
+        )
 
 
 class BlockPart(NamedTuple):

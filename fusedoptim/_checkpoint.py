@@ -20,7 +20,7 @@ from ._placing import check_place, fits_in_place, placed
 from ._prepare import make_early_states
 from ._rule import EMA, Group, Rule
 from ._states import HasStates, scalars
-from ._storage import DTYPES_OF_MASTERS, as_the_rule_says, asked_dtype, state_names
+from ._storage import DTYPES_OF_MASTERS, as_the_rule_says, asked_dtype, state_dtype, state_names
 from ._warnings import warn
 
 #: The states by which one knows whose a checkpoint is. Those of torch.optim's optimizers that this package does not
@@ -183,7 +183,9 @@ class Loader:
             return compute_dtype(p)
         if name not in self.slots:
             return saved
-        return asked_dtype(group, name) or (saved if saved.itemsize >= p.dtype.itemsize else p.dtype)
+        if asked_dtype(group, name) is not None:
+            return state_dtype(group, name, p)
+        return saved if saved.itemsize >= p.dtype.itemsize else p.dtype
 
     def warn_of_wider_states(self) -> None:
         if self.widened:

@@ -216,3 +216,17 @@ def stored(group: Group, rule: Rule, p: Tensor, states: Mapping[str, Any]) -> tu
     found = [stored_param(group, p)]
     found += [stored_state(group, s, states) for s in rule.states]
     return tuple(x for x in found if x is not None)
+
+
+def will_be_stochastic(group: Group, rule: Rule, p: Tensor, states: Mapping[str, Any]) -> bool:
+    """Whether anything of a parameter with these states is, once it has those that it lacks."""
+    if not is_low(group):
+        return False
+    lacking = [
+        s
+        for s in rule.states
+        if s.needed_in(group) and all(states.get(name) is None for name in (s.name, *names_in_blocks(s.name)))
+    ]
+    return any(s.is_stochastic for s in stored(group, rule, p, states)) or any(
+        is_stochastic(group, s.name, s.kind) and state_dtype(group, s.name, p) == torch.bfloat16 for s in lacking
+    )
