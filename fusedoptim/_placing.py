@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dtensor import alike, is_dtensor, local, same_layout
+from ._dtensor import alike, is_dtensor, local, same_layout, wrapped
 
 
 def check_place(p: Tensor, value: Any, name: str, who: str) -> None:
@@ -50,16 +50,21 @@ def placed(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     Of a whole tensor every rank takes its part. A DTensor that is placed otherwise is redistributed: a collective, so
     that all ranks must load alike.
     """
-    if not is_dtensor(p):
-        return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
-    part = _part(p, value)
-    own = torch.empty_like(local(p), dtype=dtype, requires_grad=False).copy_(part)
-    return alike(p, own)  # type: ignore[no-any-return]
+    own = torch.empty_like(local(p), dtype=dtype, requires_grad=False).copy_(part_of(p, value))
+    return alike(p, own) if is_dtensor(p) else own
+
+
+def scales_placed(p: Tensor, value: Tensor) -> Tensor:
+    """The same of scales of blocks, which have a shape of their own."""
+    own = part_of(p, value).to(local(p).device, copy=True, memory_format=torch.contiguous_format)
+    return wrapped(p, own, value.shape)
 
 
 @torch.no_grad()
-def _part(p: Any, value: Any) -> Tensor:
+def part_of(p: Any, value: Any) -> Tensor:
     """This rank's shard of a state; it may lie in the state's own memory."""
+    if not is_dtensor(p):
+        return value  # type: ignore[no-any-return]
     mesh = p.device_mesh
     if is_dtensor(value):
         if same_layout(p, value):
