@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import assert_same_bits
+from cases import assert_same_raw
 from sharded_models import is_dtensor, mesh, shard
 from torch import Tensor, nn
 
@@ -209,7 +209,7 @@ def assert_a_part(part: Part, optimizer: Any, expected: list[dict[str, Tensor]],
                 own, whole = (by_element(t, of) for t, of in ((own, part.index[i]), (whole, expected[i]["parameter"])))
             if whole.dim():
                 whole = part.part(i, whole)
-            assert_same_bits(own, whole, about)
+            assert_same_raw(own, whole, about)
         for name, state in optimizer.state[p].items():
             if is_dtensor(p) and isinstance(state, Tensor) and name != "step":
                 assert is_dtensor(state) and state.placements == p.placements, (what, i, name)
@@ -221,3 +221,13 @@ def by_element(scales: Tensor, of: Tensor) -> Tensor:
     """The scale of each element."""
     rows = scales.repeat_interleave(BLOCK, 1)
     return rows[:, : of.shape[1:].numel()].reshape(of.shape)
+
+
+def distributed(t: Tensor, *placements: Any) -> Any:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, mesh(dist.get_world_size()), placements, src_data_rank=None)
+
+
+def differ(a: list[Tensor], b: list[Tensor]) -> list[bool]:
+    return [not torch.equal(x, y) for x, y in zip(a, b, strict=True)]
