@@ -39,15 +39,15 @@ class Switch:
 
 
 BF16, FP32 = ((("AdamW", dtype, "gpt2-xl", "kept"),) for dtype in ("bf16", "fp32"))
-NORMS = (("NormAdaptive", "fp32", "1G", "kept"), ("NormAdaptive", "fp32", "gpt2-xl", "kept"))
+NORMS = (("NormAdaptive", "fp32", "gpt2-small", "kept"), ("NormAdaptive", "fp32", "gpt2-xl", "kept"))
 CLIPPED = (("AdamW+clip", "fp32", "300x1024", "kept"), ("AdamW+clip", "fp32", "gpt2-small", "kept"))
 #: A line per variant, most telling first.
 SWITCHES = (
-    Switch("branching", (*BF16, *FP32), library="branching"),
-    Switch("six-blocks", (*BF16, *FP32), library="six-blocks"),
-    Switch("windows of an eighth", NORMS, {"norm_windows": 8}),
-    Switch("windows of a half", NORMS, {"norm_windows": 2}),
+    Switch("windows of a quarter", NORMS, {"norm_windows": 4}),
+    Switch("windows of a tensor", NORMS, {"norm_windows": 1 << 20}),
     Switch("overlap", CLIPPED, {"overlap": 1}),
+    Switch("six-blocks", (*BF16, *FP32), library="six-blocks"),
+    Switch("branching", (*BF16, *FP32), library="branching"),
 )
 
 

@@ -301,7 +301,10 @@ class FusedOptimizer(Optimizer):
         read, so that it goes on from the 16-bit parameters. Others take :meth:`portable_state_dict`.
         """
         _checkpoint.renew_early_states(self)
-        return _portable.marked(super().state_dict(), self.rule)
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            group.update(_group_keys.spelled(group))
+        return _portable.marked(found, self.rule)
 
     def portable_state_dict(self) -> dict[str, Any]:
         """A state_dict that says the same in torch.optim's words, whatever ``master``, ``state_dtype`` and ``rounding``

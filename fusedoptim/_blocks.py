@@ -12,6 +12,7 @@ from . import reference
 from ._distributed import sharded_by_fsdp1
 from ._dtensor import alike, is_dtensor, local, wrapped
 from ._rule import SQUARES, Rule
+from ._shard_maps import cuts_no_block
 
 #: What is added to the name of a state in blocks.
 CODES, SCALES = "_q8", "_scale"
@@ -44,20 +45,19 @@ def can_be_in_blocks(p: Tensor) -> bool:
 
 
 def check_blocks(p: Tensor, who: str) -> None:
-    """Raises ValueError for a DTensor whose shards cut blocks."""
+    """Raises ValueError, on all ranks alike, for a DTensor whose shards cut blocks."""
     if not is_dtensor(p) or not can_be_in_blocks(p):
         return
-    for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
-        if not placement.is_shard() or placement.dim == 0:
-            continue
-        ranks = p.device_mesh.size(dim)  # type: ignore[attr-defined]
-        rest = p.shape[placement.dim :].numel()
-        if placement.dim != 1 or rest % (ranks * reference.BLOCK) or p.shape[1] % ranks:
-            raise ValueError(
-                f"{who} is sharded in dimension {placement.dim} in parts that are not whole blocks of "
-                f"{reference.BLOCK} elements: keep its states in more bits, by a group of its own with "
-                "state_dtype={...: torch.bfloat16}"
-            )
+    try:
+        whole = cuts_no_block(p, reference.BLOCK)
+    except ValueError as error:
+        raise ValueError(f"{who} {error}") from None
+    if not whole:
+        raise ValueError(
+            f"{who} has shards ({p.placements}) that are not whole blocks of {reference.BLOCK} elements of "  # type: ignore[attr-defined]
+            "a row, of which states in 8 bits are made: keep its states in more bits, by a group of its own with "
+            "state_dtype=torch.bfloat16"
+        )
 
 
 class BlockPart(NamedTuple):

@@ -13,14 +13,14 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _masters
 from ._bitsandbytes import of_bitsandbytes
-from ._blocks import CODES, SCALES, can_be_in_blocks
+from ._blocks import can_be_in_blocks, format_in_blocks, names_in_blocks
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtensor import is_dtensor, local, whole
 from ._dtypes import DTYPES, compute_dtype
 from ._fakes import is_fake
 from ._group_keys import completed
 from ._lending import Lent, can_be_lent, held_alone, is_large
-from ._placing import check_place, fits_in_place, placed, scales_placed
+from ._placing import check_place, fits_in_place, placed
 from ._portable import without_marks
 from ._prepare import make_early_states
 from ._recoding import Recoded, recoded
@@ -85,8 +85,8 @@ class Loader:
         self.groups, self.defaults, self.rule, self.name = groups, defaults, rule, name
         self.slots = {slot.name for slot in rule.states}
         #: Those that lie where their parameter lies.
-        self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS} | {name + CODES for name in self.slots}
-        self.scales = {name + SCALES for name in self.slots}
+        blocks = {part for name in self.slots for part in names_in_blocks(name)}
+        self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS} | blocks
         self.widened: list[str] = []
 
     def prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -204,10 +204,8 @@ class Loader:
             elif kept.entry is not None and dtype == value.dtype and can_be_lent(value, p):
                 found[name] = value
                 lent.setdefault(p, Lent([kept.entry], set())).names.add(name)
-            elif name in self.scales and is_dtensor(p) and _can_be_stepped(p):
-                found[name] = scales_placed(p, value.detach())
             else:
-                found[name] = _copy(value.detach(), dtype, p, name in self.placed)
+                found[name] = _copy(value.detach(), dtype, p, self._shape(name, p))
         return found
 
     def _note_wider(self, found: dict[str, Any], kept: dict[str, Kept], group: Group, index: int, i: int) -> None:
@@ -230,6 +228,11 @@ class Loader:
         if asked == "int8" and can_be_in_blocks(p):  # to be encoded, from what it is now
             return saved
         return new if asked is not None or saved.itemsize < new.itemsize else saved
+
+    def _shape(self, name: str, p: Tensor) -> torch.Size | None:
+        """Of a state that a step reads, if that lies as its parameter does."""
+        of_blocks = format_in_blocks(name, p, self.rule)
+        return of_blocks.shape if of_blocks is not None else p.shape if name in self.placed else None
 
     def warn_of_wider_states(self) -> None:
         if self.widened:
@@ -316,14 +319,14 @@ def _whole_scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     return {name: whole(values[name]) for name in names if name}
 
 
-def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: bool = False) -> Tensor:
+def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: torch.Size | None = None) -> Tensor:
     """With memory of its own, on its parameter's device and, where it has its shape, in its memory order; one that a
-    step reads is placed as the parameter is."""
+    step reads, in this shape, is placed as the parameter is."""
     if not is_materialised(p):
         return saved.clone()
     plain = not (is_dtensor(saved) or is_dtensor(p))
-    fits = fits_in_place(p, saved) and (saved.is_floating_point() or of_step)
-    if (of_step or plain) and _can_be_stepped(p) and fits:
+    can_be_placed = of_step is not None or (plain and saved.is_floating_point())
+    if can_be_placed and _can_be_stepped(p) and fits_in_place(p, saved, of_step or p.shape):
         return placed(p, saved, dtype)
     return saved.to(p.device, dtype, copy=True)
 

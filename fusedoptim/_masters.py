@@ -18,9 +18,15 @@ from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, Stored, needs, stored_
 
 def new_master(name: str, p: Tensor) -> Tensor:
     """The state under this name of a parameter that is its number exactly."""
-    if name == MASTER:
-        return p.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
-    return torch.zeros_like(p, dtype=DTYPES_OF_MASTERS[name], memory_format=torch.preserve_format, requires_grad=False)
+    own = _like(local(p), DTYPES_OF_MASTERS[name]).copy_(
+        local(p).detach() if name == MASTER else torch.zeros((), device=p.device)
+    )
+    return alike(p, own) if is_dtensor(p) else own
+
+
+def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Kernels find what is kept beside an element where they find that, also in a parameter with gaps."""
+    return torch.empty_strided(p.shape, p.stride(), dtype=dtype, device=p.device)
 
 
 def wanted(group: Group, p: Tensor) -> str | None:
@@ -152,5 +158,5 @@ def _parts(p: Tensor, values: Mapping[str, Any], how: Stored) -> Iterator[tuple[
 
 def _placed(p: Tensor, value: Tensor) -> Tensor:
     """As the parameter lies: elements in logical order."""
-    own = torch.empty_like(local(p), dtype=value.dtype, requires_grad=False).copy_(value.view(local(p).shape))
+    own = _like(local(p), value.dtype).copy_(value.view(local(p).shape))
     return alike(p, own) if is_dtensor(p) else own

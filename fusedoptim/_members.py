@@ -20,8 +20,17 @@ from ._overlap import sharing
 from ._random_places import NOWHERE, Place, ids_of, place_of
 from ._recoding import Recoded
 from ._rule import EMA
+from ._shard_maps import check_index_map
 from ._states import Changes, HasStates, StateMaker, converted
-from ._storage import Stored, check_stored_param, has_low_states, is_low, state_names, stored
+from ._storage import (
+    Stored,
+    check_stored_param,
+    has_low_states,
+    is_low,
+    state_names,
+    stored,
+    will_be_stochastic,
+)
 
 
 @dataclass
@@ -215,6 +224,8 @@ def _check(optimizer: HasStates, index: int, i: int) -> Conversion:
     there = {**values, **new}
     _check_tensors.check_states(p, there, rule, who)
     _check_tensors.check_complete(there, rule, who)
+    if is_dtensor(p) and will_be_stochastic(group, rule, p, there):
+        check_index_map(p, who)
     return Conversion(p, values, new, unusual)
 
 

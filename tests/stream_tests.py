@@ -99,11 +99,13 @@ def test_memory_used_on_another_stream_is_not_given_away_too_soon(backend: str) 
     torch.cuda.synchronize()
     b.step()
     set_both(mine, theirs, 1)
-    torch.cuda._sleep(20_000_000)
+    torch.cuda._sleep(400_000_000)
     a.step()
     a._drop_runners()
+    rubbish, reserved = [], torch.cuda.memory_reserved()
     with torch.cuda.stream(side):
-        rubbish = [torch.full((n,), -1, dtype=torch.int64, device="cuda") for n in (64, 256, 1024, 4096)]
+        while torch.cuda.memory_reserved() == reserved:  # all that was left of what the stream has had
+            rubbish.append(torch.full((64,), -1, dtype=torch.int64, device="cuda"))
     b.step()
     torch.cuda.synchronize()
     assert_same(a, b)

@@ -1,5 +1,5 @@
 """``python -m benchmarks.gpu.steps``: a few steps of every optimizer, compared with the CPU, for tools that watch
-kernels. With --large, the main kernels at a size that only memory limits, for a profiler."""
+kernels. With --profiled, a step each of what a profiler is to look at."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from torch import Tensor
 import fusedoptim
 
 from ..common import arguments
-from ..measure.optimizers import DTYPES, SETTINGS, Work
+from ..measure import plan
+from ..measure.data import Data
+from ..measure.optimizers import SETTINGS
 from ..measure.peers import ours
 
 #: One element, a tail alone, a tile and a tail, several chunks; and more tensors than kernel arguments can name.
 SIZES, MANY = (1, 17, 1025, 70_001), (3,) * 4100
-STEPS, LARGE = 3, 1 << 26
+STEPS = 3
+#: What only memory limits; what should find gradients in the L2 again; what is over soon.
+PROFILED = [("AdamW", dtype, "64M") for dtype in ("fp32", "bf16", "bf16+fp32")]
+PROFILED += [("NormAdaptive", "fp32", "gpt2-small"), ("AdamW", "fp32", "300x1024"), ("AdamW", "fp32", "465-groups")]
 
 
 def placed(values: Tensor, sizes: Sequence[int], device: str) -> list[Tensor]:
@@ -55,22 +60,23 @@ def check(device: str) -> int:
     return min(1, wrong)
 
 
-def large(device: str) -> int:
-    for name, dtypes in (("AdamW", tuple(DTYPES)), ("SGD", ("fp32", "bf16")), ("NormAdaptive", ("fp32",))):
-        for dtype in dtypes:
-            p = torch.nn.Parameter(torch.zeros(LARGE, dtype=DTYPES[dtype].param, device=device))
-            p.grad = torch.ones_like(p)
-            ours(Work(SETTINGS[name], DTYPES[dtype]), [{"params": [p]}], device).step()
-            print(f"{device}: {name} {dtype}", flush=True)
+def profiled(device: str) -> int:
+    for key in PROFILED:
+        row = plan.row((*key, "kept"))
+        data = Data(row.case, row.work.dtypes.param, torch.device(device), 1)
+        params = data.parameters()
+        data.give_gradients(params, 0)
+        ours(row.work, data.groups(params, 1e-3)).step()
+        print(f"{device}: {' '.join(key)}", flush=True)
     return 0
 
 
 def main() -> int:
     p = arguments.Parser(prog="python -m benchmarks.gpu.steps", description=__doc__)
     p.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    p.add_argument("--large", action="store_true")
+    p.add_argument("--profiled", action="store_true")
     args = p.parse_args()
-    return (large if args.large else check)(args.device)
+    return (profiled if args.profiled else check)(args.device)
 
 
 if __name__ == "__main__":

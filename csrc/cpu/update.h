@@ -165,7 +165,7 @@ class Tiles {
  public:
   using T = typename M::T;
 
-  Tiles(const Entry& e, const UpdateInputs& in) : e_(e), in_(in), is_stochastic_(e.is_stochastic()) {
+  Tiles(const Entry& e, const UpdateInputs& in) : e_(e), in_(in), is_stochastic_(e.is_stochastic) {
     for (int k = 0; k < kOperands; ++k) {
       const bool read = is_read(k);
       used_[k] = !read ? kNot : is_in_blocks(e.operand[k].storage) ? kBlocks : e.layout ? kCopied : kInPlace;
