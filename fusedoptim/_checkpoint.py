@@ -23,7 +23,7 @@ from ._lending import Lent, can_be_lent, held_alone, is_large
 from ._placing import check_place, fits_in_place, placed
 from ._portable import without_marks
 from ._prepare import make_early_states
-from ._recoding import recoded
+from ._recoding import Recoded, recoded
 from ._rule import EMA, Group, Rule
 from ._states import HasStates, scalars
 from ._storage import (
@@ -182,10 +182,12 @@ class Loader:
                 if p in state:
                     kept = {name: value for name, value in state[p].items() if isinstance(value, Kept)}
                     found = self._restore_one(kept, p, group, lent)
-                    self._note_wider(found, kept, group, index, i)
-                    new = recoded(group, self.rule, p, found) if _can_be_stepped(p) else {}
+                    new: Recoded = _masters.loaded(group, p, found) if _can_be_stepped(p) else {}
+                    if _can_be_stepped(p):
+                        new |= recoded(group, self.rule, p, {**found, **new})
                     found = {**state[p], **found, **new}
                     state[p] = {name: value for name, value in found.items() if name not in new or value is not None}
+                    self._note_wider(state[p], kept, group, index, i)
 
     def _restore_one(
         self, values: dict[str, Kept], p: Tensor, group: Group, lent: dict[Tensor, Lent]
@@ -207,11 +209,11 @@ class Loader:
         return found
 
     def _note_wider(self, found: dict[str, Any], kept: dict[str, Kept], group: Group, index: int, i: int) -> None:
-        for name in self.slots & kept.keys():
-            before, now = kept[name].value, found[name]
-            if isinstance(now, Tensor) and before.dtype.itemsize < now.dtype.itemsize:
+        for name in self.slots & found.keys():
+            before, now = kept.get(name, kept.get(name + CODES)), found[name]
+            if before is not None and isinstance(now, Tensor) and before.value.dtype.itemsize < now.dtype.itemsize:
                 who = describe(group, index, i)
-                self.widened.append(f"{name!r} of {who}, from {before.dtype} to {now.dtype}")
+                self.widened.append(f"{name!r} of {who}, from {before.value.dtype} to {now.dtype}")
 
     def _dtype(self, name: str, value: Tensor, p: Tensor, group: Group) -> torch.dtype:
         """Of a state that is loaded. None becomes narrower, and none stays narrower than a new one would be."""

@@ -74,28 +74,44 @@ def converted(group: Group, p: Tensor, values: Mapping[str, Any]) -> dict[str, T
     return found
 
 
+def loaded(group: Group, p: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """The state that a group asks for, of a ``master`` that was loaded and is what the parameter was rounded from; and
+    None for that, if it is another."""
+    name, how = wanted(group, p), stored_param(group, p)
+    if name is None or how is None or not _is_there(MASTER, p, values):
+        return {}
+    rest = [split(how.storage, x, number) for x, number in _parts(p, values, how._replace(extra=MASTER))]
+    found: dict[str, Tensor | None] = {name: _placed(p, torch.cat(rest))}
+    if name != MASTER:
+        return {**found, MASTER: None}
+    return {} if torch.equal(local(values[MASTER]), local(found[name])) else found  # type: ignore[arg-type]
+
+
 def split(storage: str, x: Tensor, number: Tensor) -> Tensor:
     """What is kept beside a parameter that stays as it is, for it to stand for these numbers.
 
-    With a remainder the parameter is that number rounded to nearest, and of two that are as near the one farther from
-    zero. Where somebody else took the nearer one, the number that is kept is off by one unit in the last place of the
-    remainder.
+    A parameter is that number rounded to nearest: of two that are as near it is the even one with ``master``, and with
+    a remainder the one farther from zero. Where it is the other one, the number that is kept is off by one unit in the
+    last place, so that it is not taken for one of before somebody wrote to the parameter. Where it is neither, nothing
+    is kept.
 
     Args:
         storage: how the parameter is stored, by its name in csrc/core/storage.h.
         x: of the parameter.
         number: fp32.
     """
-    if storage.endswith("_master"):
-        return number
     bits, of_x = (t.contiguous().view(torch.int32).long() for t in (number, x.float()))
+    if storage.endswith("_master"):
+        beyond = (bits + 1).to(torch.int32).view(torch.float32)
+        return torch.where((number.to(x.dtype) != x) & (beyond.to(x.dtype) == x), beyond, number)
     dtype, unit = torch.int16, 0
     if storage == "bf16_remainder8":
         dtype, unit = torch.int8, 8
         bits = bits + 0x7F + (bits >> 8 & 1) >> 8 << 8
     ends = torch.iinfo(dtype)
-    rest = (bits - of_x >> unit).clamp(ends.min, ends.max)
-    rest = torch.where((bits ^ of_x < 0) | number.isnan() | x.isnan(), 0, rest).to(dtype)
+    rest = bits - of_x >> unit
+    other = (bits ^ of_x < 0) | (rest < ends.min) | (rest > ends.max + 1) | number.isnan() | x.isnan()
+    rest = torch.where(other, 0, rest.clamp(max=ends.max)).to(dtype)
     return rest.view(torch.bfloat16) if unit == 0 else rest
 
 
