@@ -66,7 +66,7 @@ def test_memory_orders(backend: str, case: Case, lies: Callable[[Tensor], Tensor
 @pytest.mark.parametrize("case", LOW, ids=str)
 def test_replayed_graphs_draw_new_bits(backend: str, case: Case) -> None:
     pair = both(backend, case, parameters(LARGE, torch.bfloat16))
-    mine, a, _, b = pair
+    _, a, _, b = pair
     step(pair, 1)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -76,4 +76,3 @@ def test_replayed_graphs_draw_new_bits(backend: str, case: Case) -> None:
         graph.replay()
         b.step()
     assert_same(a, b)
-    assert all(torch.isfinite(p).all() for p in mine)
