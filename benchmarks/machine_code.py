@@ -192,7 +192,7 @@ def read(library: Path, architecture: str | None = None) -> dict[str, Kernel]:
 
 def rule_and_width(name: str) -> tuple[str, bool] | None:
     """Of a kernel that steps: its rule's name in C++, and whether it is for tensors with operands of 64 bits."""
-    match = re.search(r"step_kernelINS_\d+(\w+?)ELb([01])E", name)
+    match = re.search(r"step_kernelINS_\d+(\w+?)ELb([01])ELb0E", name)
     return None if match is None else (match[1], match[2] == "1")
 
 

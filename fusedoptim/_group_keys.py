@@ -59,7 +59,12 @@ def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rul
             result[key] = rule.absent[key]
         elif key in group or key not in rule.extensions:
             result[key] = group.get(key, defaults[key])
-    result.update({key: group[key] for key in STORAGE if key in group})
+    own = {key: group[key] for key in STORAGE if key in group}
+    result.update(own)
+    rounding = result.get("rounding")
+    if "master" in own and "rounding" not in own and isinstance(rounding, Mapping):
+        # With a master parameters are not rounded on their own, whatever they were before.
+        result["rounding"] = {name: value for name, value in rounding.items() if name != "param"}
     return result
 
 

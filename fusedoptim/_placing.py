@@ -51,7 +51,7 @@ def placed(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     Of a whole tensor every rank takes its part. A DTensor that is placed otherwise is redistributed: a collective, so
     that all ranks must load alike.
     """
-    part = _part(p, value) if is_dtensor(p) else value
+    part = part_of(p, value)
     if value.shape != p.shape:
         own = torch.empty(part.shape, dtype=dtype, device=local(p).device).copy_(part)
         return wrapped(p, own, value.shape)
@@ -60,8 +60,10 @@ def placed(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def _part(p: Any, value: Any) -> Tensor:
+def part_of(p: Any, value: Any) -> Tensor:
     """This rank's shard of a state; it may lie in the state's own memory."""
+    if not is_dtensor(p):
+        return value  # type: ignore[no-any-return]
     mesh = p.device_mesh
     if is_dtensor(value):
         if same_layout(p, value):

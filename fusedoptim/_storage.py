@@ -139,6 +139,12 @@ def is_low(group: Group) -> bool:
     return any(group.get(key, off) != off for key, off in STORAGE.items())
 
 
+def has_low_states(state: Mapping[Any, Any], rule: Rule) -> bool:
+    """Whether there are states that only groups have which ask for something: one may have asked before."""
+    names = {name for slot in rule.states for name in names_in_blocks(slot.name)} | {*MASTERS.values()}
+    return not all(names.isdisjoint(values) for values in state.values() if isinstance(values, dict))
+
+
 def state_dtype(group: Group, name: str, p: Tensor) -> torch.dtype:
     """Of a new state with the parameter's shape."""
     asked = asked_dtype(group, name)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import assert_same_bits
+from cases import assert_same_raw
 from sharded_models import is_dtensor, mesh, shard
 from torch import Tensor, nn
 
@@ -45,11 +45,12 @@ def fsdp2(model: Net, on: Any = None, **options: Any) -> nn.Module:
     return model
 
 
-def in_columns(model: Net) -> nn.Module:
+def in_columns(model: Net, on: Any = None) -> nn.Module:
     """In whole blocks, where these are several; in rows else."""
     from torch.distributed.tensor import Shard
 
-    return fsdp2(model, shard_placement_fn=lambda p: Shard(int(p is model.down.weight or p is model.conv.weight)))
+    columns = {model.down.weight, model.conv.weight}
+    return fsdp2(model, on, shard_placement_fn=lambda p: Shard(int(p in columns)))
 
 
 def tensor_parallel(model: Net, on: Any = None) -> nn.Module:
@@ -66,6 +67,12 @@ def both(model: Net) -> nn.Module:
     return fsdp2(tensor_parallel(model, on["tensor"]), on["data"])
 
 
+def both_in_columns(model: Net) -> nn.Module:
+    """``down`` is cut twice by columns."""
+    on = mesh(2, 2, names=("data", "tensor"))
+    return in_columns(tensor_parallel(model, on["tensor"]), on["data"])
+
+
 def hsdp(model: Net) -> nn.Module:
     return fsdp2(model, mesh(2, 2, names=("replicate", "shard")))
 
@@ -74,17 +81,13 @@ def ddp(model: Net) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def compiled(model: Net) -> nn.Module:
-    return torch.compile(ddp(model))  # type: ignore[return-value]
-
-
 def single(model: Net) -> nn.Module:
     return model
 
 
 Layout = Callable[[Net], nn.Module]
 LAYOUTS: dict[str, Layout] = {
-    f.__name__: f for f in (fsdp2, in_columns, tensor_parallel, both, hsdp, ddp, compiled, single)
+    f.__name__: f for f in (fsdp2, in_columns, tensor_parallel, both, both_in_columns, hsdp, ddp, single)
 }
 
 
@@ -170,13 +173,20 @@ def gradient(i: int, p: Tensor, step: int) -> Tensor:
 # ---- the same of one process ----
 
 
-@functools.cache
 def alone(case: str, steps: int, named: bool) -> list[dict[str, Tensor]]:
     """Parameters and states of one process that has all of them, by the reference."""
+    return _run_alone(case, named)[steps - 1]
+
+
+@functools.cache
+def _run_alone(case: str, named: bool) -> list[list[dict[str, Tensor]]]:
     part = Part("single", CASES[case].dtype)
     optimizer = CASES[case].make(params_of(part.model, named), backend="reference")
-    part.advance(optimizer, range(steps))
-    return contents(part.params, optimizer)
+    found = []
+    for step in range(4):
+        part.advance(optimizer, range(step, step + 1))
+        found.append(contents(part.params, optimizer))
+    return found
 
 
 def params_of(model: nn.Module, named: bool) -> Any:
@@ -202,7 +212,7 @@ def assert_a_part(part: Part, optimizer: Any, expected: list[dict[str, Tensor]],
                 own, whole = (by_element(t, of) for t, of in ((own, part.index[i]), (whole, expected[i]["parameter"])))
             if whole.dim():
                 whole = part.part(i, whole)
-            assert_same_bits(own, whole, about)
+            assert_same_raw(own, whole, about)
         for name, state in optimizer.state[p].items():
             if is_dtensor(p) and isinstance(state, Tensor) and name != "step":
                 assert is_dtensor(state) and state.placements == p.placements, (what, i, name)
@@ -214,3 +224,13 @@ def by_element(scales: Tensor, of: Tensor) -> Tensor:
     """The scale of each element."""
     rows = scales.repeat_interleave(BLOCK, 1)
     return rows[:, : of.shape[1:].numel()].reshape(of.shape)
+
+
+def distributed(t: Tensor, *placements: Any) -> Any:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, mesh(dist.get_world_size()), placements, src_data_rank=None)
+
+
+def differ(a: list[Tensor], b: list[Tensor]) -> list[bool]:
+    return [not torch.equal(x, y) for x, y in zip(a, b, strict=True)]

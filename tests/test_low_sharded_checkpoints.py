@@ -18,17 +18,16 @@ from torch import nn
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 HALF, STEPS = 2, 4
+NAMES = ["all stochastic", "remainder", "8 bits", "remainder8", "sgd"]
 
 
 class Training:
     """A model for each case, with its optimizer."""
 
     def __init__(self, layout: str, seed: int = 0) -> None:
-        self.parts = {name: Part(layout, case.dtype, seed) for name, case in CASES.items()}
+        self.parts = {name: Part(layout, CASES[name].dtype, seed) for name in NAMES}
         self.model = nn.ModuleDict({name: part.model for name, part in self.parts.items()})
-        self.optimizers = {
-            name: case.make(params_of(self.parts[name].model, named=True)) for name, case in CASES.items()
-        }
+        self.optimizers = {name: CASES[name].make(params_of(self.parts[name].model, named=True)) for name in NAMES}
 
     def advance(self, steps: range) -> None:
         for name, part in self.parts.items():

@@ -9,7 +9,7 @@
 
 namespace fusedoptim::cuda {
 
-inline constexpr int32_t kApiVersion = 5;
+inline constexpr int32_t kApiVersion = 6;
 
 // In place of a rule's name: the kernels that measure and reduce.
 inline constexpr const char *kMeasure = "(measure)", *kReduce = "(reduce)";
@@ -22,8 +22,9 @@ struct Api {
   int32_t argument_bytes, entry_bytes;
   // Whether this library's kernels can run on a device.
   const char* (*check)(int32_t device);
-  // A rule's kernel, as launch() takes it; null if there is none. wide: there may be operands of 64 bits.
-  const void* (*find)(const char* rule, int32_t wide);
+  // A rule's kernel, as launch() takes it; null if there is none. wide: there may be operands of 64 bits. stored: there
+  // may be storages that are no dtypes.
+  const void* (*find)(const char* rule, int32_t wide, int32_t stored);
   // overlaps: it may begin while the launch before still runs, for which it waits itself.
   const char* (*launch)(int32_t device, const void* kernel, const gpu::StepArgs& args, uint32_t blocks,
                         int32_t overlaps, void* stream);

@@ -29,11 +29,14 @@ void CudaDevice::write(const gpu::Memory& to, const void* from, int64_t bytes, v
 }
 
 gpu::Program CudaDevice::prepare(gpu::Purpose purpose, const RuleHandle& rule, bool wide,
-                                 const std::vector<gpu::Kind>&) {
+                                 const std::vector<gpu::Kind>& kinds) {
   const char* name = purpose == gpu::Purpose::measure  ? kMeasure
                      : purpose == gpu::Purpose::reduce ? kReduce
                                                        : rule.name;
-  const void* kernel = api->find(name, wide);
+  bool stored = false;
+  for (const gpu::Kind& kind : kinds)
+    for (Storage s : kind.storage) stored = stored || !is_dtype(s);
+  const void* kernel = api->find(name, wide, stored);
   if (!kernel) throw std::runtime_error(std::string("the CUDA kernels have none for the rule ") + name);
   return {kernel, [](const void*) {}};  // lives as long as the library
 }

@@ -4,6 +4,7 @@
 
 #include "../core/step_count.h"
 #include "norm.cuh"
+#include "stored_update.cuh"
 #include "update.cuh"
 
 namespace fusedoptim::cuda {
@@ -74,8 +75,8 @@ struct Progress {
 
 // The first warp's work: the scalars of the block's tensor, which lane 0 writes. Returns what they were made from.
 // Powers are the longest part of it by far, up to a microsecond each: each has a lane of its own.
-template <class Rule, class T>
-__device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars<T>& scalars, const BlockWork& work,
+template <class Rule, class T, bool stored>
+__device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars<T>& scalars, BlockWork& work,
                                                  const StepArgs& args, double sum_of_squares) {
   const DeviceEntry& e = work.entry;
   const uint64_t* row = row_of(args, e.group);
@@ -87,6 +88,10 @@ __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars
     hyper[kLr] = load_element<double>(reinterpret_cast<const void*>(static_cast<uintptr_t>(row[kLr])), d, 0);
   }
   const double step = next_step(e.step, e.kind.step_dtype);
+  if constexpr (stored) {
+    if (threadIdx.x < kWords && work.is_stochastic())
+      work.random.prepare(threadIdx.x, static_cast<uint64_t>(hyper_of(row, kRoundingSeed)), e, step, work.begin);
+  }
   PowMemo pow;
   if constexpr (Rule::powers > 0) {
     const int lane = threadIdx.x % kWarp;
@@ -103,11 +108,25 @@ __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars
   return {in.step, 0.0f};
 }
 
+// The entry's own variant of the rule.
+template <class Rule, class T, bool wide, bool stored, int variant = 0>
+__device__ __forceinline__ void update_variant(const BlockWork& work, const typename Rule::template Scalars<T>& scalars,
+                                               const int64_t* layouts) {
+  if constexpr (variant < Rule::variants) {
+    if (work.entry.kind.variant != variant)
+      update_variant<Rule, T, wide, stored, variant + 1>(work, scalars, layouts);
+    else if constexpr (stored)
+      update_stored_range<Rule, variant, T, wide>(work, scalars, layouts);
+    else
+      update_range<Rule, variant, T, wide>(work, scalars, layouts);
+  }
+}
+
 // One thread's work, after its block has read the step and the average: the last block of the tensor to get here stores
 // the new ones.
-template <class Rule>
+template <class Rule, bool stored>
 __device__ __forceinline__ void arrive(const BlockWork& work, const StepArgs& args, Progress progress) {
-  if constexpr (!Rule::has_step && !Rule::needs_norm) return;
+  if constexpr (!Rule::has_step && !Rule::needs_norm && !stored) return;  // what rounds stochastically counts steps
   const DeviceEntry& e = work.entry;
   EntryControl& control = args.tables.control[work.index];
   const uint32_t blocks = static_cast<uint32_t>(work.items);
@@ -122,26 +141,26 @@ __device__ __forceinline__ void arrive(const BlockWork& work, const StepArgs& ar
   if constexpr (Rule::needs_norm) *e.scalar_state = progress.scalar_state;
 }
 
-template <class Rule, class T, bool wide>
-__device__ __forceinline__ void prepare_and_update(const BlockWork& work, const StepArgs& args, double sum_of_squares) {
+template <class Rule, class T, bool wide, bool stored>
+__device__ __forceinline__ void prepare_and_update(BlockWork& work, const StepArgs& args, double sum_of_squares) {
   __shared__ typename Rule::template Scalars<T> scalars;
   Progress progress;
-  if (threadIdx.x < kWarp) progress = prepare_scalars<Rule, T>(scalars, work, args, sum_of_squares);
+  if (threadIdx.x < kWarp) progress = prepare_scalars<Rule, T, stored>(scalars, work, args, sum_of_squares);
   __syncthreads();
   // Behind the barrier, so that the other warps need not wait for it.
-  if (threadIdx.x == 0) arrive<Rule>(work, args, progress);
-  update_variant<Rule, T, wide>(work, scalars, args.tables.layouts);
+  if (threadIdx.x == 0) arrive<Rule, stored>(work, args, progress);
+  update_variant<Rule, T, wide, stored>(work, scalars, args.tables.layouts);
 }
 
-template <class Rule, bool wide>
-__device__ __forceinline__ void prepare_and_update(const BlockWork& work, const StepArgs& args, double sum_of_squares) {
+template <class Rule, bool wide, bool stored>
+__device__ __forceinline__ void prepare_and_update(BlockWork& work, const StepArgs& args, double sum_of_squares) {
   if constexpr (wide) {
     if (work.computes_in_f64()) {
-      prepare_and_update<Rule, double, wide>(work, args, sum_of_squares);
+      prepare_and_update<Rule, double, wide, stored>(work, args, sum_of_squares);
       return;
     }
   }
-  prepare_and_update<Rule, float, wide>(work, args, sum_of_squares);
+  prepare_and_update<Rule, float, wide, stored>(work, args, sum_of_squares);
 }
 
 // Sums the tiles of a part, each by a warp, and leaves the sums at `out`, tile by tile.
@@ -167,8 +186,8 @@ __device__ inline double sum_of_part(const BlockWork& work, const double* sums) 
   });
 }
 
-// An elementwise rule. wide: some operands may have 64 bits.
-template <class Rule, bool wide>
+// An elementwise rule. wide: some operands may have 64 bits. stored: some storages may be no dtypes.
+template <class Rule, bool wide, bool stored>
 __global__ void __launch_bounds__(kThreads, wide ? kWideBlocksPerSM : kBlocksPerSM)
     step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
@@ -187,11 +206,11 @@ __global__ void __launch_bounds__(kThreads, wide ? kWideBlocksPerSM : kBlocksPer
   if (skip)
     zero_gradient<wide>(work, args.tables.layouts);
   else
-    prepare_and_update<Rule, wide>(work, args, 0.0);
+    prepare_and_update<Rule, wide, stored>(work, args, 0.0);
 }
 
 // A rule that needs the gradient's norm first. Blocks take tickets, so that what a block waits for has begun already.
-template <class Rule, bool wide>
+template <class Rule, bool wide, bool stored>
 __global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(const __grid_constant__ StepArgs args) {
   __shared__ BlockWork work;
   __shared__ double sums[kTilesPerPart];
@@ -239,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(c
         sum_of_squares = wait_for_sum(t.control[work.index]);
       }
       __syncthreads();
-      prepare_and_update<Rule, wide>(work, args, sum_of_squares);
+      prepare_and_update<Rule, wide, stored>(work, args, sum_of_squares);
     }
   }
   // The last block leaves the counters as it found them.

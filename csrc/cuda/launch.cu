@@ -60,30 +60,37 @@ cudaError_t launch(void (*kernel)(Args), uint32_t blocks, int threads, void* str
 
 using Kernel = void (*)(StepArgs);
 
-template <class Rule, bool wide>
+template <class Rule, bool wide, bool stored>
 Kernel kernel_of() {
-  if constexpr (Rule::needs_norm)
-    return norm_step_kernel<Rule, wide>;
+  if constexpr (std::is_same_v<Rule, Clip>)  // what clips has gradients alone, whose storages are dtypes
+    return step_kernel<Rule, wide, false>;
+  else if constexpr (Rule::needs_norm)
+    return norm_step_kernel<Rule, wide, stored>;
   else
-    return step_kernel<Rule, wide>;
+    return step_kernel<Rule, wide, stored>;
 }
 
 struct Named {
   const char* name;
-  Kernel kernel[2];  // for operands of up to 32 bits, and of 64
+  // For operands of up to 32 bits, and of 64; and the same for storages that may be no dtypes.
+  Kernel kernel[4];
 };
 
 template <class... R>
 const std::vector<Named>& kernels(RuleList<R...>) {
-  static const std::vector<Named> all{{R::name, {kernel_of<R, false>(), kernel_of<R, true>()}}...,
-                                      {kMeasure, {measure_kernel<false>, measure_kernel<true>}},
-                                      {kReduce, {reduce_kernel, reduce_kernel}}};
+  static const std::vector<Named> all{
+      {R::name,
+       {kernel_of<R, false, false>(), kernel_of<R, true, false>(), kernel_of<R, false, true>(),
+        kernel_of<R, true, true>()}}...,
+      {kMeasure, {measure_kernel<false>, measure_kernel<true>, measure_kernel<false>, measure_kernel<true>}},
+      {kReduce, {reduce_kernel, reduce_kernel, reduce_kernel, reduce_kernel}}};
   return all;
 }
 
-const void* find(const char* rule, int32_t wide) {
+const void* find(const char* rule, int32_t wide, int32_t stored) {
   for (const Named& named : kernels(Rules{}))
-    if (std::strcmp(named.name, rule) == 0) return reinterpret_cast<const void*>(named.kernel[wide != 0]);
+    if (std::strcmp(named.name, rule) == 0)
+      return reinterpret_cast<const void*>(named.kernel[(wide ? 1 : 0) + (stored ? 2 : 0)]);
   return nullptr;
 }
 

@@ -44,7 +44,7 @@ __device__ __noinline__ double square_at(const BlockWork& work, int64_t i, const
   int64_t at[kOperands];
   at[kGrad] = i;
   if (e.sum_layout >= 0) strided_offsets(layouts + e.sum_layout, i, at);
-  return square(load_single<T, wide>(work.data(kGrad), work.storage(kGrad), at[kGrad]), work.transforms<T>().grad);
+  return square(load_single<T, wide>(work.data(kGrad), work.dtype(kGrad), at[kGrad]), work.transforms<T>().grad);
 }
 
 // The sum of squares of a tile of the gradient that the rule gets.
@@ -52,7 +52,7 @@ template <class T, bool wide>
 __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
   const auto transform = work.transforms<T>().grad;
-  const DType d = work.storage(kGrad);
+  const DType d = work.dtype(kGrad);
   const int64_t start = tile * kTile;
   if constexpr (!wide) {
     const int64_t bytes = size_of(d);

@@ -19,21 +19,8 @@ struct Known {
 };
 struct LookedUp {
   static constexpr Around around = Around::everything;
-  static __device__ DType of(const BlockWork& work, int operand) { return work.storage(operand); }
+  static __device__ DType of(const BlockWork& work, int operand) { return work.dtype(operand); }
 };
-
-// Whether a variant reads and writes an operand. The moving average is not among these.
-template <class Rule, int variant>
-constexpr bool uses(int operand) {
-  return operand < kFirstState || (operand < kFirstState + Rule::kSlots && Rule::uses(variant, operand - kFirstState));
-}
-
-template <class Rule, int variant>
-constexpr int states_of() {
-  int states = 0;
-  for (int k = 0; k < Rule::kSlots; ++k) states += Rule::uses(variant, k);
-  return states;
-}
 
 // Whether a tensor's operands have these storages, and nothing happens after the rule.
 template <class Rule, int variant, class Storages>
@@ -41,13 +28,8 @@ __device__ __forceinline__ bool has(const BlockWork& work) {
   bool all = !work.zero_grad() && !work.average();
 #pragma unroll
   for (int k = 0; k < kFirstState + Rule::kSlots; ++k)
-    if (uses<Rule, variant>(k)) all = all && work.storage(k) == Storages::of(work, k);
+    if (uses<Rule, variant>(k)) all = all && work.dtype(k) == Storages::of(work, k);
   return all;
-}
-
-template <class T>
-__device__ __forceinline__ T& value_of(Element<T>& x, int operand) {
-  return operand == kParam ? x.param : operand == kGrad ? x.grad : x.state[operand - kFirstState];
 }
 
 // ---- single elements ----
@@ -66,7 +48,7 @@ __device__ __forceinline__ void load_operands(Single<T>& x, const BlockWork& wor
     for (int k = 0; k < kOperands; ++k) x.at[k] = i;
 #pragma unroll
   for (int k = 0; k < kOperands; ++k) {
-    if (uses<Rule, variant>(k)) value_of(x.value[0], k) = load_single<T, wide>(work.data(k), work.storage(k), x.at[k]);
+    if (uses<Rule, variant>(k)) value_of(x.value[0], k) = load_single<T, wide>(work.data(k), work.dtype(k), x.at[k]);
   }
   x.value[0].state[kAverage] =
       work.average() ? load_single<T, wide>(work.data(kAverageOperand), kCompute<T>, x.at[kAverageOperand]) : T(0);
@@ -77,12 +59,12 @@ __device__ __forceinline__ void update_operands(Single<T>& x, const BlockWork& w
                                                 const typename Rule::template Scalars<T>& c) {
   update_elements<Rule, variant, Lane<T>, Around::before>(x.value, work.transforms<T>(), c);
   if (work.average())
-    average_element<Lane<T>>(x.value[0], work.transforms<T>(), as_stored(x.value[0].param, work.storage(kParam)));
+    average_element<Lane<T>>(x.value[0], work.transforms<T>(), as_stored(x.value[0].param, work.dtype(kParam)));
   if (work.zero_grad()) x.value[0].grad = T(0);
 #pragma unroll
   for (int k = 0; k < kOperands; ++k) {
     if (k == kGrad ? work.zero_grad() : uses<Rule, variant>(k))
-      store_single<wide>(work.data(k), work.storage(k), x.at[k], value_of(x.value[0], k));
+      store_single<wide>(work.data(k), work.dtype(k), x.at[k], value_of(x.value[0], k));
   }
   if (work.average())
     store_single<wide>(work.data(kAverageOperand), kCompute<T>, x.at[kAverageOperand], x.value[0].state[kAverage]);
@@ -159,7 +141,7 @@ __device__ __forceinline__ void finish_group(const Group& x, const BlockWork& wo
     Raw raw;
     fetch<kGroup>(raw, at, kCompute<T>);
     decode<kGroup>(averages, raw, kCompute<T>);
-    decode<kGroup>(params, x.operand[kParam], work.storage(kParam));
+    decode<kGroup>(params, x.operand[kParam], work.dtype(kParam));
     for (int j = 0; j < kGroup; ++j) {
       Element<T> e;
       e.state[kAverage] = averages[j];
@@ -169,7 +151,7 @@ __device__ __forceinline__ void finish_group(const Group& x, const BlockWork& wo
     encode<kGroup>(raw, averages, kCompute<T>);
     put<kGroup>(at, raw, kCompute<T>);
   }
-  const DType grad = work.storage(kGrad);
+  const DType grad = work.dtype(kGrad);
   if (t.zero_grad) put<kGroup>(static_cast<char*>(work.data(kGrad)) + i * size_of(grad), Raw{}, grad);
 }
 
@@ -247,13 +229,13 @@ __device__ __forceinline__ Vectors vectors(const BlockWork& work) {
   const auto for_each = [&](const auto& f) {
 #pragma unroll
     for (int k = 0; k < kOperands; ++k)
-      if (uses<Rule, variant>(k)) f(work.data(k), size_of(work.storage(k)));
-    if (work.average()) f(work.data(kAverageOperand), size_of(work.storage(kAverageOperand)));
+      if (uses<Rule, variant>(k)) f(work.data(k), size_of(work.dtype(k)));
+    if (work.average()) f(work.data(kAverageOperand), size_of(work.dtype(kAverageOperand)));
   };
   for_each([&](const void*, int64_t size) { sizes |= static_cast<uint32_t>(size); });
   const int width = sizes == 8 ? 2 : sizes > 8 ? 1 : sizes >= 4 ? 4 : 8;
   // Sizes and widths are powers of 2.
-  const uint32_t bytes = static_cast<uint32_t>(size_of(work.storage(kParam))), group = width * bytes;
+  const uint32_t bytes = static_cast<uint32_t>(size_of(work.dtype(kParam))), group = width * bytes;
   const uint32_t over = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(work.data(kParam))) & (group - 1);
   const int head = static_cast<int>((group - over) & (group - 1)) >> (bytes == 2 ? 1 : bytes == 4 ? 2 : 3);
   uint32_t misaligned = width == 1 ? 1 : 0;
@@ -300,18 +282,6 @@ __device__ __forceinline__ void update_range(const BlockWork& work, const typena
   update_singles<Rule, variant, T, wide>(work, 0, gap, done, gap + end - done, c, layouts);
 }
 
-// The same, for the entry's own variant.
-template <class Rule, class T, bool wide, int variant = 0>
-__device__ __forceinline__ void update_variant(const BlockWork& work, const typename Rule::template Scalars<T>& scalars,
-                                               const int64_t* layouts) {
-  if constexpr (variant < Rule::variants) {
-    if (work.entry.kind.variant == variant)
-      update_range<Rule, variant, T, wide>(work, scalars, layouts);
-    else
-      update_variant<Rule, T, wide, variant + 1>(work, scalars, layouts);
-  }
-}
-
 // For a step that is skipped.
 template <bool wide>
 __device__ __noinline__ void zero_gradient(const BlockWork& work, const int64_t* layouts) {
@@ -319,7 +289,7 @@ __device__ __noinline__ void zero_gradient(const BlockWork& work, const int64_t*
     int64_t at[kOperands];
     at[kGrad] = i;
     if (work.entry.layout >= 0) strided_offsets(layouts + work.entry.layout, i, at);
-    store_single<wide>(work.data(kGrad), work.storage(kGrad), at[kGrad], 0.0f);
+    store_single<wide>(work.data(kGrad), work.dtype(kGrad), at[kGrad], 0.0f);
   }
 }
 

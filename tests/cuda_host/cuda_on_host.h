@@ -301,6 +301,12 @@ T __shfl_down_sync(unsigned, T value, int delta) {
   const int from = block.lane() + delta;
   return block.exchange(value, [&](const auto& of) { return from < cuda_on_host::kWarpSize ? of(from) : value; });
 }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  auto& block = cuda_on_host::Block::current();
+  const int from = block.lane() ^ mask;
+  return block.exchange(value, [&](const auto& of) { return of(from); });
+}
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   return cuda_on_host::Block::current().exchange(predicate, [](const auto& of) {
     unsigned bits = 0;
@@ -308,6 +314,7 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
     return bits;
   });
 }
+inline bool __all_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) == ~0u; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // Vector accesses must be aligned, as on a GPU.
@@ -330,6 +337,10 @@ template <class T>
 void __stcs(T* p, T x) {
   require_alignment(p);
   std::memcpy(p, &x, sizeof(T));
+}
+template <class T>
+void __stcg(T* p, T x) {
+  __stcs(p, x);
 }
 inline uint32_t atomicAdd(uint32_t* p, uint32_t x) {
   const uint32_t before = *p;
