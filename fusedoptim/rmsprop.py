@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def _check(group: Group) -> None:
     if number(group["centered"]) != 0 and "int8" in (asked_dtype(group, name) for name in ("square_avg", "grad_avg")):
         raise ValueError(
-            "state_dtype='int8' is not for 'square_avg' and 'grad_avg' of a centered RMSprop: it divides by the root of "
+            "state_dtype='int8' is not for 'square_avg' and 'grad_avg' of a centered RMSprop: it divides by a root of "
             "a difference of the two, which errors of three percent make negative; use state_dtype="
             "{'momentum_buffer': 'int8', 'square_avg': torch.float32, 'grad_avg': torch.float32}"
         )
