@@ -338,18 +338,24 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class or of its namesake in torch.optim.
 
-        What it carries is taken over; an option of this package that it does not carry stays as it is here. States have
-        ``state_dtype`` if that was given; else every one keeps the dtype that it was saved in (torch casts it to its
-        parameter's), but that none is narrower than a new one would be; a warning names what was widened. ``step`` may
-        be any number. States of parameters that no step can take as they are, and entries under names that no optimizer
-        has, are carried along.
+        What it carries is taken over; an option of this package that it does not carry stays as it is here, and so do
+        ``master``, ``state_dtype`` and ``rounding`` where they were given. States are stored as these say: one in
+        another dtype, or in 8 bits, is converted, to nearest; a ``master`` of fp32 numbers becomes a remainder, or the
+        other way round. Without a ``state_dtype`` every state keeps the dtype that it was saved in (torch casts it to
+        its parameter's), but that none is narrower than a new one would be; a warning names what was widened. ``step``
+        may be any number. The states of bitsandbytes' optimizers, in 32 and 8 bits, are known by their names there.
+        States of parameters that no step can take as they are, and entries under names that no optimizer has, are
+        carried along.
+
+        Load the model first: a ``master`` has to be what the parameters were rounded from.
 
         Two optimizers never share a state. Tensors are copied: at once if anything beside the state_dict holds them, or
         if another device, dtype or memory order is needed; else before the first step, if the state_dict is still there
         by then, which has the copies then. Until that step whoever writes to one of them writes to both.
 
         Raises:
-            ValueError: if it is another optimizer's, or does not fit; nothing is loaded then.
+            ValueError: if it is another optimizer's, does not fit, or has a ``master`` of another step than the
+                parameters'; nothing is loaded then.
         """
         _checkpoint.load(self, super().load_state_dict, state_dict)
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _masters
 from ._bitsandbytes import of_bitsandbytes
-from ._blocks import can_be_in_blocks, format_in_blocks, names_in_blocks
+from ._blocks import CODES, can_be_in_blocks, format_in_blocks, names_in_blocks
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtensor import is_dtensor, local, whole
 from ._dtypes import DTYPES, compute_dtype

@@ -118,7 +118,8 @@ def _to_come(optimizer: HasStates) -> dict[str, int]:
             for p in group["params"]:
                 if not p.requires_grad or is_lazy(p) or p.layout != torch.strided:
                     continue
-                like = torch.empty_like(local(p), device="meta")
+                own = local(p)
+                like = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
                 for name, value in maker.missing(group, p, optimizer.state.get(p, {}), like):
                     sizes[name] += sum(part.untyped_storage().nbytes() for part in _parts(value))
     return dict(sizes)

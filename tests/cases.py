@@ -106,7 +106,6 @@ LOW = [
     _low(
         "rmsprop_8_bits",
         "RMSprop",
-        centered=True,
         momentum=0.5,
         alpha=0.7,
         state_dtype="int8",

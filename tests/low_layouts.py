@@ -45,11 +45,12 @@ def fsdp2(model: Net, on: Any = None, **options: Any) -> nn.Module:
     return model
 
 
-def in_columns(model: Net) -> nn.Module:
+def in_columns(model: Net, on: Any = None) -> nn.Module:
     """In whole blocks, where these are several; in rows else."""
     from torch.distributed.tensor import Shard
 
-    return fsdp2(model, shard_placement_fn=lambda p: Shard(int(p is model.down.weight or p is model.conv.weight)))
+    columns = {model.down.weight, model.conv.weight}
+    return fsdp2(model, on, shard_placement_fn=lambda p: Shard(int(p in columns)))
 
 
 def tensor_parallel(model: Net, on: Any = None) -> nn.Module:
@@ -66,6 +67,12 @@ def both(model: Net) -> nn.Module:
     return fsdp2(tensor_parallel(model, on["tensor"]), on["data"])
 
 
+def both_in_columns(model: Net) -> nn.Module:
+    """``down`` is cut twice by columns."""
+    on = mesh(2, 2, names=("data", "tensor"))
+    return in_columns(tensor_parallel(model, on["tensor"]), on["data"])
+
+
 def hsdp(model: Net) -> nn.Module:
     return fsdp2(model, mesh(2, 2, names=("replicate", "shard")))
 
@@ -74,17 +81,13 @@ def ddp(model: Net) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def compiled(model: Net) -> nn.Module:
-    return torch.compile(ddp(model))  # type: ignore[return-value]
-
-
 def single(model: Net) -> nn.Module:
     return model
 
 
 Layout = Callable[[Net], nn.Module]
 LAYOUTS: dict[str, Layout] = {
-    f.__name__: f for f in (fsdp2, in_columns, tensor_parallel, both, hsdp, ddp, compiled, single)
+    f.__name__: f for f in (fsdp2, in_columns, tensor_parallel, both, both_in_columns, hsdp, ddp, single)
 }
 
 

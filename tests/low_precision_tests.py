@@ -29,7 +29,7 @@ def pair(kernels: Kernels, case: Case, params: list[torch.nn.Parameter], **optio
 
 
 def shapes(kernels: Kernels) -> list[tuple[int, ...]]:
-    return [(), (17,), (33, 170), (100, 63)] if kernels.slow else LOW_SHAPES
+    return [(), (17,), (3, 1370), (4, 1024)] if kernels.slow else LOW_SHAPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,7 +48,7 @@ def test_every_way_to_store_has_the_same_bits(kernels: Kernels, case: Case, dtyp
 
 @pytest.mark.parametrize("case", LOW, ids=str)
 def test_with_all_options_and_gradients_of_another_dtype(kernels: Kernels, case: Case) -> None:
-    if kernels.slow and case.optimizer != "AdamW":
+    if kernels.slow and case.name != "adamw_8_bits":
         pytest.skip("takes too long where programs take milliseconds")
     both = pair(kernels, case, parameters(shapes(kernels), torch.bfloat16), **ALL)
     for step in range(2 if kernels.slow else 4):
@@ -74,7 +74,8 @@ def test_groups_that_store_in_different_ways(kernels: Kernels) -> None:
     ]
     found = []
     for backend in (kernels.backend, compared_with(kernels)):
-        groups = [{"params": parameters([(3, 70), (64, 65)], torch.bfloat16, i), **o} for i, o in enumerate(options)]
+        sizes = [(3, 70), (3, 1370) if kernels.slow else (64, 65)]
+        groups = [{"params": parameters(sizes, torch.bfloat16, i), **o} for i, o in enumerate(options)]
         params = [p for group in groups for p in group["params"]]
         found.append((params, Case("mixed", "AdamW").make(groups, backend=backend)))
     for step in range(2 if kernels.slow else 4):
@@ -94,7 +95,7 @@ def test_memory_orders_change_nothing(kernels: Kernels, case: Case, layout: str)
     """Of parameters and gradients: the bits of contiguous ones, in rows and blocks of the logical order."""
     if kernels.slow and (case.name not in ("adamw_low", "rmsprop_8_bits") or layout not in ("transposed", "slice")):
         pytest.skip("takes too long where programs take milliseconds")
-    made = [(4, 3, 5, 6), (16, 3, 17, 9)]
+    made = [(4, 3, 5, 6), (4, 11, 12, 8) if kernels.slow else (16, 3, 17, 9)]
     values = [gradient(torch.empty(s), 99, i).to(torch.bfloat16) for i, s in enumerate(made)]
     plain, other = ([torch.nn.Parameter(how(x.clone())) for x in values] for how in (torch.clone, LAYOUTS[layout]))
     a, b = case.make(plain, backend="cpu"), case.make(other, backend=kernels.backend)
@@ -110,11 +111,12 @@ def test_memory_orders_change_nothing(kernels: Kernels, case: Case, layout: str)
 
 @pytest.mark.parametrize("case", LOW[:5:2], ids=str)
 def test_any_alignment(kernels: Kernels, case: Case) -> None:
-    if kernels.slow and case.optimizer != "RMSprop":
+    if kernels.slow and case.optimizer == "RMSprop":
         pytest.skip("takes too long where programs take milliseconds")
-    offsets = [(p, g) for p in (range(1, 4, 2) if kernels.slow else range(9)) for g in (p, 0)]
+    offsets = [(p, g) for p in ([1] if kernels.slow else range(9)) for g in (p, 0)]
+    rows, row = (3, 1370) if kernels.slow else (33, 130)
     params = [
-        torch.nn.Parameter(moved(gradient(torch.empty(33 * 130), 9, i).to(torch.bfloat16), p).view(33, 130))
+        torch.nn.Parameter(moved(gradient(torch.empty(rows * row), 9, i).to(torch.bfloat16), p).view(rows, row))
         for i, (p, _) in enumerate(offsets)
     ]
     both = pair(kernels, case, params)
@@ -122,7 +124,7 @@ def test_any_alignment(kernels: Kernels, case: Case) -> None:
         (mine, a), (theirs, b) = both
         for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
             q.grad = gradient(q, step, i)
-            p.grad = moved(q.grad.view(-1), offsets[i][1]).view(33, 130)
+            p.grad = moved(q.grad.view(-1), offsets[i][1]).view(rows, row)
         a.step()
         b.step()
     assert_same_optimizers(a, b)

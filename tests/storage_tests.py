@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import spelled
 import torch
-from cases import assert_same_raw, force_grad
+from cases import COVERING, assert_same_raw, force_grad
 from device import Kernels
 from torch import Tensor
 
@@ -33,6 +33,7 @@ OF_PARAMETERS: dict[str, tuple[torch.dtype, dict[str, Any], str | None]] = {
 BLOCKS = ("q8", "q8_stochastic", "q8_squares", "q8_squares_stochastic")
 #: Rows of whole blocks; with a short last one, even of one element; that begin at any address.
 SHAPES_IN_BLOCKS = [(96, 1024), (7, 1000), (3, 2049), (5, 1003), (65, 64), (33, 2, 65)]
+FEW_SHAPES_IN_BLOCKS = [(4, 1024), (5, 1003)]
 
 
 def f32(bits: Tensor) -> Tensor:
@@ -40,13 +41,26 @@ def f32(bits: Tensor) -> Tensor:
     return ((bits & 0xFFFFFFFF) - ((bits & 0x80000000) << 1)).to(torch.int32).view(torch.float32)
 
 
+#: How many numbers to go through, by how long a backend takes: every how many upper halves, and the logarithm of the
+#: number of those at random.
+Extent = tuple[int, int]
+FEW, MANY, ALL_HALVES = (97, 14), (5, 18), (1, 22)
+
+
+def extent(kernels: Kernels) -> Extent:
+    if kernels.slow or COVERING:
+        return FEW
+    return ALL_HALVES if kernels.backend == "cpu" else MANY
+
+
 @cache
-def any_bits(slow: bool) -> Tensor:
-    """fp32 numbers: every upper half with lower halves about which roundings differ, and others at random."""
+def any_bits(extent: Extent = ALL_HALVES) -> Tensor:
+    """fp32 numbers: upper halves with lower halves about which roundings differ, and others at random."""
+    every, logarithm = extent
     lower = torch.tensor([0, 1, 0x7F, 0x80, 0x81, 0x17F, 0x180, 0x7FFF, 0x8000, 0x8001, 0x8080, 0xFF80, 0xFFFF])
-    upper = torch.arange(0, 1 << 16, 97 if slow else 1) << 16
+    upper = torch.arange(0, 1 << 16, every) << 16
     draw = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, 1 << 32, (1 << (14 if slow else 22),), generator=draw)
+    drawn = torch.randint(0, 1 << 32, (1 << logarithm,), generator=draw)
     special = torch.tensor([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000, 0xFF800000, 0x7F7FFFFF, 0x80000000, 1])
     return f32(torch.cat([(upper[:, None] | lower).reshape(-1), special, drawn]))
 
@@ -75,9 +89,9 @@ def random_bits(x: Tensor, half: int) -> Tensor:
 
 
 @cache
-def encoded(storage: str, slow: bool, half: int = 0) -> tuple[Tensor, Tensor | None]:
+def encoded(storage: str, extent: Extent, half: int = 0) -> tuple[Tensor, Tensor | None]:
     """What is not in blocks."""
-    x = any_bits(slow)
+    x = any_bits(extent)
     if storage.endswith("_master"):
         return reference.encode(storage, x, None)
     elements, extra = spelled.encode(storage, spelled.bits(x), random_bits(x, half).numpy())
@@ -105,12 +119,12 @@ def encoded_in_blocks(storage: str, shape: tuple[int, ...], half: int) -> tuple[
 def test_what_a_parameter_keeps(kernels: Kernels, storage: str) -> None:
     """Also the average, which takes all of it."""
     dtype, options, beside = OF_PARAMETERS[storage]
-    x = any_bits(kernels.slow)
+    x = any_bits(extent(kernels))
     p = torch.nn.Parameter(torch.full_like(x, -0.0, dtype=dtype))
     force_grad(p, x)
     o = fusedoptim.SGD([p], lr=1.0, maximize=True, ema_decay=0.0, backend=kernels.backend, **options)
     o.step()
-    elements, extra = encoded(storage, kernels.slow)
+    elements, extra = encoded(storage, extent(kernels))
     assert_same_numbers(p.detach(), elements)
     if beside is not None:
         assert extra is not None
@@ -121,13 +135,13 @@ def test_what_a_parameter_keeps(kernels: Kernels, storage: str) -> None:
 
 
 def test_what_a_state_of_16_bits_keeps(kernels: Kernels) -> None:
-    x = any_bits(kernels.slow)
+    x = any_bits(extent(kernels))
     options = {"state_dtype": torch.bfloat16, "rounding": "stochastic", "rounding_seed": SEED}
     p = torch.nn.Parameter(torch.zeros_like(x))
     p.grad = x
     o = fusedoptim.SGD([p], lr=0.0, momentum=0.9, backend=kernels.backend, **options)
     o.step()
-    elements, _ = encoded("bf16_stochastic", kernels.slow, half=2)
+    elements, _ = encoded("bf16_stochastic", extent(kernels), half=2)
     assert_same_raw(o.state[p]["momentum_buffer"], elements)
 
 
@@ -135,7 +149,7 @@ def test_what_a_state_of_16_bits_keeps(kernels: Kernels) -> None:
 def test_what_a_state_in_blocks_keeps(kernels: Kernels, storage: str) -> None:
     rounding = "stochastic" if storage.endswith("_stochastic") else "nearest"
     options = {"state_dtype": "int8", "rounding": rounding, "rounding_seed": SEED, "backend": kernels.backend}
-    for shape in SHAPES_IN_BLOCKS[4 if kernels.slow else 0 :]:
+    for shape in FEW_SHAPES_IN_BLOCKS if kernels.slow else SHAPES_IN_BLOCKS:
         p = torch.nn.Parameter(torch.zeros(shape))
         p.grad = for_blocks(shape)
         if storage.startswith("q8_squares"):
@@ -150,9 +164,7 @@ def test_what_a_state_in_blocks_keeps(kernels: Kernels, storage: str) -> None:
 
 def test_a_state_of_16_bits_beside_numbers_of_64(kernels: Kernels) -> None:
     """These are rounded to fp32 first."""
-    if kernels.backend == "triton":
-        pytest.skip("has no fp64 beside 16 bits in its interpreter")
-    x = any_bits(True).double() * (1 + 2.0**-30)  # fp32 rounds it back
+    x = any_bits(FEW).double() * (1 + 2.0**-30)  # fp32 rounds it back
     p = torch.nn.Parameter(torch.zeros_like(x))
     p.grad = x
     options = {"state_dtype": torch.bfloat16, "rounding": "stochastic", "rounding_seed": SEED}
@@ -165,9 +177,9 @@ def test_a_state_of_16_bits_beside_numbers_of_64(kernels: Kernels) -> None:
 # ---- what is read ----
 
 
-def halves(slow: bool) -> tuple[Tensor, Tensor]:
-    """Every 16-bit number, with remainders: those about which signs and zeros differ, and others at random. int16."""
-    upper = torch.arange(-(1 << 15), 1 << 15, 31 if slow else 1)
+def halves(every: int) -> tuple[Tensor, Tensor]:
+    """16-bit numbers, with remainders: those about which signs and zeros differ, and others at random. int16."""
+    upper = torch.arange(-(1 << 15), 1 << 15, every)
     lower = torch.tensor([0, 1, 0x7FFF, -0x8000, -0x7FFF, -1, 0xFF, 0x80, 0x7F00])
     drawn = torch.randint(-(1 << 15), 1 << 15, (len(upper), 7), generator=torch.Generator().manual_seed(1))
     rest = torch.cat([lower.expand(len(upper), -1), drawn], 1)
@@ -178,7 +190,7 @@ def halves(slow: bool) -> tuple[Tensor, Tensor]:
 def test_what_is_read_of_a_parameter(kernels: Kernels, storage: str) -> None:
     """Its decay is added to a gradient of -0, which is the momentum's first."""
     dtype, options, beside = OF_PARAMETERS[storage]
-    upper, rest = halves(kernels.slow)
+    upper, rest = halves(extent(kernels)[0])
     p = torch.nn.Parameter(upper.view(dtype))
     extra = {
         None: None,
@@ -199,17 +211,18 @@ def test_what_is_read_of_a_parameter(kernels: Kernels, storage: str) -> None:
 
 
 def blocks_to_read() -> tuple[Tensor, Tensor]:
-    """Every byte, under scales of every exponent."""
-    scales = torch.cat(
-        [torch.ldexp(torch.full((277,), 1.37), torch.arange(-149, 128)), torch.tensor([0.0, torch.nan, 3.4e38])]
-    )
-    return torch.arange(256).repeat(len(scales), 1), scales[:, None].expand(-1, 2).contiguous()
+    """Every byte, under every exponent that a scale can have. A block of zeros has no other code than 0."""
+    scales = torch.ldexp(torch.full((228,), 1.37), torch.arange(-100, 128))
+    scales = torch.cat([scales, torch.tensor([2.0**-100, 3.4e38, torch.nan, 0.0])])
+    codes = torch.arange(256).repeat(len(scales), 1)
+    codes[-1] = 0
+    return codes, scales[:, None].expand(-1, 2).contiguous()
 
 
 def test_what_is_read_of_blocks(kernels: Kernels) -> None:
     codes, scales = blocks_to_read()
     if kernels.slow:
-        codes, scales = codes[::15], scales[::15]
+        codes, scales = codes[-18:], scales[-18:]
     codes = (codes - ((codes & 128) << 1)).to(torch.int8)
     p = torch.nn.Parameter(torch.full(codes.shape, -0.0))
     o = fusedoptim.SGD([p], lr=1.0, momentum=1.0, state_dtype="int8", backend=kernels.backend)
@@ -223,7 +236,7 @@ def test_what_is_read_of_squares_in_blocks(kernels: Kernels) -> None:
     """The largest so far is half of it, by a beta of a half."""
     codes, scales = blocks_to_read()
     if kernels.slow:
-        codes, scales = codes[::15], scales[::15]
+        codes, scales = codes[-18:], scales[-18:]
     codes = codes.to(torch.uint8)
     p = torch.nn.Parameter(torch.zeros(codes.shape))
     o = fusedoptim.Adam(

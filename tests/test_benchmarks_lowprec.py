@@ -102,6 +102,10 @@ def test_bytes_of_other_optimizers_count_what_subclasses_hold() -> None:
     assert bytes_of(optimizer) == 3 * 2 * p.numel() + 8 + 4  # the other parameter, and step
 
 
+def test_the_guide_has_the_results() -> None:
+    assert report.main(["--check", str(report.ROOT / "fusedoptim" / "guides" / "low_precision.md")]) == 0
+
+
 def test_distance_and_spread() -> None:
     one, exact, start = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
     assert finetuning.distance(one, exact, start) == 0.5

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built
 STEPS = 3
 LAYOUTS = {
     2: ["fsdp2", "in_columns", "tensor_parallel", "ddp"],
-    4: ["fsdp2", "in_columns", "tensor_parallel", "both", "hsdp"],
+    4: ["fsdp2", "in_columns", "tensor_parallel", "both", "both_in_columns", "hsdp"],
 }
 
 

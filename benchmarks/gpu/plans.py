@@ -1,6 +1,6 @@
-"""What the check of a machine with a GPU runs: two plans of bash commands, most telling first, each with a time limit.
+"""What the check of a machine with a GPU runs: plans of bash commands, most telling first, each with a time limit.
 
-The second plan is for after the mends of what the first one found.
+The second plan is for after the mends of what the first one found, the last for parameters and states in fewer bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from .toolkit import tool
 
 PYTHON = f"{shlex.quote(sys.executable)} -m"
 CHECKS, TESTS, BENCH = "checks.log", "tests.log", "bench.log"
-GPU_TESTS, QUOTIENTS = "tests/test_cuda_gpu.py tests/test_composition_gpu.py", "tests/test_quotients.py"
+GPU_TESTS = "tests/test_cuda_gpu.py tests/test_composition_gpu.py tests/test_low_gpu.py"
+QUOTIENTS, LOW = "tests/test_quotients.py", "tests/test_low_gpu.py"
 MORE_TESTS = "tests/test_{amp,profiling,gradient_release,readme,lightning}.py"
 #: Without those whose tables fill a log.
 SECTIONS = "{SpeedOfLight,SchedulerStats,WarpStateStats,MemoryWorkloadAnalysis,LaunchStats}"
@@ -62,6 +63,7 @@ def plans(device: str, folder: Path, prebuilt: str) -> dict[str, list[Step]]:
     out, huge, right = shlex.quote(str(folder)), "two_to_the_32", r"(?s) 0 wrong.*SUMMARY: 0 "
     peers = "--peer 'torch fused' --peer 'torch foreach'"
     both = f"{peers} --peer 'Triton backend'"
+    few = "" if device == "cuda" else "--elements 65536"
     launched, switches = ("cuda", "") if device == "cuda" else ("none", "--switch overlap")
     # The clocks stay as they are, as everywhere; and our kernels alone, by name: those of torch would take the time.
     ncu = f"ncu --clock-control none -k regex:step_kernel --print-details all --section={SECTIONS} --metrics {BYTES}"
@@ -97,5 +99,14 @@ def plans(device: str, folder: Path, prebuilt: str) -> dict[str, list[Step]]:
             benchmark("benchmarks", 85, device, f"{out}/second.json", both),
             tests("more tests", 25, device, "not triton", 6, MORE_TESTS),
             tests("Triton tests", 60, device, f"triton and not {huge}", 8),
+        ],
+        "low": [
+            *begin,
+            tests("CUDA tests", 75, device, "not triton", 6, LOW),
+            Step(
+                "storages", BENCH, 40, f"{PYTHON} benchmarks.gpu.storages --device {device} {few} --out {out}/low.json"
+            ),
+            watched("memcheck", 40, device, right, sanitizer, "--low"),
+            tests("Triton tests", 90, device, "triton", 8, LOW),
         ],
     }
