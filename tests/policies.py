@@ -24,7 +24,7 @@ SGD = Case("sgd", "SGD", {"momentum": 0.9, "lr": 0.01})
 CASES = [
     ADAMW,
     SGD,
-    Case("rmsprop", "RMSprop", {"centered": True, "momentum": 0.5, "lr": 1e-3}),
+    Case("rmsprop", "RMSprop", {"momentum": 0.5, "lr": 1e-3}),
     Case("adagrad", "Adagrad", {"initial_accumulator_value": 0.5}),
 ]
 MASTERS: list[Any] = ["remainder", "remainder8", F32]

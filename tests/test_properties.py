@@ -54,8 +54,9 @@ def ways_to_store(draw: st.DrawFn, case: Case) -> tuple[dict[str, Any], list[tor
     dtypes, roundings = [None, torch.float32, torch.bfloat16], ["auto", "nearest", "stochastic"]
     maximum = case.options.get("amsgrad", False)
     master = draw(st.sampled_from([None, "remainder", "remainder8", torch.float32]))
-    of_states = {name: dtypes + ["int8"] * (kind != MAXIMUM) for name, kind in states.items()}
-    state_dtype = draw(one_or_by_name(dtypes + ["int8"] * (not maximum), of_states))
+    centered = {"square_avg", "grad_avg"} if case.options.get("centered") else set()
+    of_states = {n: dtypes + ["int8"] * (kind != MAXIMUM and n not in centered) for n, kind in states.items()}
+    state_dtype = draw(one_or_by_name(dtypes + ["int8"] * (not maximum and not centered), of_states))
     of_all = {name: roundings[: 2 if kind == MAXIMUM else 3] for name, kind in states.items()}
     of_all["param"] = roundings[: 3 if master is None else 2]
     rounding = draw(one_or_by_name(roundings, of_all))

@@ -64,7 +64,7 @@ def plans(device: str, folder: Path, prebuilt: str) -> dict[str, list[Step]]:
     peers = "--peer 'torch fused' --peer 'torch foreach'"
     both = f"{peers} --peer 'Triton backend'"
     few = "" if device == "cuda" else "--elements 65536"
-    launched, switches = ("cuda", "") if device == "cuda" else ("none", "--switch overlap")
+    launched, switches = ("cuda", "") if device == "cuda" else ("none", "--case gpt2-small")
     # The clocks stay as they are, as everywhere; and our kernels alone, by name: those of torch would take the time.
     ncu = f"ncu --clock-control none -k regex:step_kernel --print-details all --section={SECTIONS} --metrics {BYTES}"
     sanitizer = "compute-sanitizer --kernel-name kns=fusedoptim --error-exitcode 86"
@@ -97,8 +97,8 @@ def plans(device: str, folder: Path, prebuilt: str) -> dict[str, list[Step]]:
             watched("ncu", 30, device, "DRAM Throughput", ncu, "--profiled"),
             Step("launches", BENCH, 12, f"{PYTHON} benchmarks.launch_cost", "on the device"),
             benchmark("benchmarks", 85, device, f"{out}/second.json", both),
-            tests("more tests", 25, device, "not triton", 6, MORE_TESTS),
-            tests("Triton tests", 60, device, f"triton and not {huge}", 8),
+            tests("more tests", 40, device, "not triton", 6, MORE_TESTS),
+            tests("Triton tests", 90, device, f"triton and not {huge}", 8),
         ],
         "low": [
             *begin,
