@@ -16,15 +16,13 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .optimizers import DTYPES, Work
+from .optimizers import Work
 from .timing import explain
 
 Groups = list[dict[str, Any]]
 FLOAT_ONLY = ("fp32",)
 #: States in the parameter's dtype; states in fp32; either.
 PURE, WIDE, ALL = ("fp32", "bf16"), ("fp32", "bf16+fp32"), ("fp32", "bf16", "bf16+fp32")
-#: Those that are options of fusedoptim's.
-OPTIONS = tuple(d.name for d in DTYPES.values() if d.options)
 #: Compilers of a whole step take about a second per so many tensors; beyond this they would take minutes.
 COMPILED_TENSORS = 32
 #: Likewise those that compile a step for each shape.
@@ -159,7 +157,7 @@ def ours(work: Work, groups: Groups, backend: str | None = None) -> Any:
     return work.setting.make(groups, backend=backend, **options)
 
 
-@_peer("to nearest", _in(OPTIONS, "AdamW"), differs={"AdamW": "rounds to nearest"})
+@_peer("to nearest", _in(("stochastic",), "AdamW"), differs={"AdamW": "rounds to nearest"})
 def _nearest(_: Any, work: Work, groups: Groups) -> Any:
     """fusedoptim without options: bf16 that is rounded to nearest."""
     return work.setting.make(groups)
