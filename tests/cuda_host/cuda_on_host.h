@@ -222,6 +222,7 @@ class Block {
 };
 
 inline int64_t launches = 0;
+inline int64_t streamed = 0;  // bytes that groups of elements were fetched by
 // Only these blocks of a launch run; for tensors too large to go through.
 inline unsigned first_block = 0, last_block = ~0u;
 
@@ -275,6 +276,10 @@ extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_h
   return cuda_on_host::launches;
 }
 
+extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_host_streamed() {
+  return cuda_on_host::streamed;
+}
+
 extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host_only_blocks(unsigned first,
                                                                                              unsigned last) {
   cuda_on_host::first_block = first;
@@ -323,24 +328,25 @@ void require_alignment(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) cuda_on_host::Block::fail("misaligned access");
 }
 template <class T>
-T __ldcs(const T* p) {
+T __ldcg(const T* p) {
   require_alignment(p);
   T x;
   std::memcpy(&x, p, sizeof(T));
   return x;
 }
 template <class T>
-T __ldcg(const T* p) {
-  return __ldcs(p);
+T __ldcs(const T* p) {
+  cuda_on_host::streamed += sizeof(T);
+  return __ldcg(p);
 }
 template <class T>
-void __stcs(T* p, T x) {
+void __stcg(T* p, T x) {
   require_alignment(p);
   std::memcpy(p, &x, sizeof(T));
 }
 template <class T>
-void __stcg(T* p, T x) {
-  __stcs(p, x);
+void __stcs(T* p, T x) {
+  __stcg(p, x);
 }
 inline uint32_t atomicAdd(uint32_t* p, uint32_t x) {
   const uint32_t before = *p;
