@@ -39,15 +39,14 @@ class Switch:
 
 
 BF16, FP32 = ((("AdamW", dtype, "gpt2-xl", "kept"),) for dtype in ("bf16", "fp32"))
-NORMS = (("NormAdaptive", "fp32", "1G", "kept"), ("NormAdaptive", "fp32", "gpt2-xl", "kept"))
-CLIPPED = (("AdamW+clip", "fp32", "300x1024", "kept"), ("AdamW+clip", "fp32", "gpt2-small", "kept"))
+NORMS = (("NormAdaptive", "fp32", "gpt2-small", "kept"), ("NormAdaptive", "fp32", "gpt2-xl", "kept"))
 #: A line per variant, most telling first.
 SWITCHES = (
-    Switch("branching", (*BF16, *FP32), library="branching"),
+    Switch("keep summed", NORMS, {"keep_summed": 1}),
+    Switch("keep summed, windows of a quarter", NORMS, {"keep_summed": 1, "norm_windows": 4}),
+    Switch("windows of a sixteenth", NORMS, {"norm_windows": 16}),
     Switch("six-blocks", (*BF16, *FP32), library="six-blocks"),
-    Switch("windows of an eighth", NORMS, {"norm_windows": 8}),
-    Switch("windows of a half", NORMS, {"norm_windows": 2}),
-    Switch("overlap", CLIPPED, {"overlap": 1}),
+    Switch("branching", (*BF16, *FP32), library="branching"),
 )
 
 
@@ -117,12 +116,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", default="cuda", help=f"one of {', '.join(DEVICES)} (default: cuda)")
     p.add_argument("--out", type=Path, help="write the results to this JSON file, one by one")
     p.add_argument("--switch", action="append", help=f"of {', '.join(s.name for s in SWITCHES)}")
+    p.add_argument("--case", action="append", help="only with these; can be repeated")
     args = p.parse_args(argv)
     device = device_named(args.device)
     chosen = arguments.known("--switch", args.switch, [s.name for s in SWITCHES])
     results: list[Result] = []
     for switch in (s for s in SWITCHES if s.name in chosen):
-        for key in switch.cases:
+        for key in (k for k in switch.cases if args.case is None or k[2] in args.case):
             try:
                 results.append(measure(switch, key, device))
             except Exception as error:  # of this pair, and nothing to the others

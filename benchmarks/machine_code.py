@@ -95,8 +95,8 @@ class Kernel:
         return REGISTERS // (warp * THREADS // 32)
 
     def loops(self, every_way: bool = False) -> Iterator[Loop]:
-        """Those that stream operands, in the order of their addresses. ``every_way``: one for each number of stores that
-        a pass can make, not only for the most."""
+        """Those that stream operands, in the order of their addresses. ``every_way``: each once for every number of
+        stores that a pass can make, not only for the most."""
         at = {i.address: n for n, i in enumerate(self.code)}
         after = [self._next(n, at) for n in range(len(self.code))]
         before: list[list[int]] = [[] for _ in after]
@@ -204,16 +204,19 @@ def rule_and_width(name: str, stored: bool = False) -> tuple[str, bool] | None:
 def known_mix(loop: Loop, states: int) -> tuple[str, int] | None:
     """Of a loop for storages that may be no dtypes, of a rule with so many states, one of them a second moment: which
     mix it is for, and how many elements a pass has. By what it loads and stores, 16 and 8 bytes at once, and how often
-    it rounds two numbers to bf16."""
+    it rounds two numbers to bf16. None for the loop that looks storages up."""
+    if loop.branches > 20:
+        return None
     accesses = tuple(loop.count(rf"{op}\.E\.EF\.{bits}\b") for op in ("LDG", "STG") for bits in (128, 64))
     pairs, n = loop.count(r"F2FP\.BF16"), states
     return {
-        ((2 + n, 0, 1 + n, 0), 0): ("fp32", 4),
+        ((2 + n, 0, 1 + n, 0), 0): ("bf16 stochastic, all states as well", 8),
         ((2 + n, 0, 1 + n, 0), 4 * n): ("bf16, v stochastic", 8),
         ((2 + n, 0, 1 + n, 0), 4 * (n - 1)): ("bf16 stochastic, v as well", 8),
         ((3 + n, 0, 2 + n, 0), 4 * (n - 1)): ("remainder, v stochastic", 8),
         ((n, 3, n, 2), 0): ("remainder, fp32 states", 4),
         ((3, n, 2, n), 0): ("remainder, 8 bits", 8),
+        ((2, n + 1, 1, n + 1), 0): ("8-bit remainder, 8 bits", 8),
     }.get((accesses, pairs))
 
 

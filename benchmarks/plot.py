@@ -35,7 +35,7 @@ LARGE_CASES = ("llama3-8b-shard", "gpt2-xl", "gpt2-small", "64M", "resnet50")
 #: What the speed-up is shown for: memory-bound, many tensors, many groups.
 SPEEDUP_CASES = ("gpt2-small", "64M", "vit-l16", "resnet50", "2000x1024", "2000x64", "5000-odd", "465-groups")
 STREAM_SAYS = "plain pass with the same reads and writes"
-COLOURS = dict(zip(DTYPES, ("#2171b5", "#d94801", "#238b45"), strict=True))
+COLOURS = dict(zip(DTYPES, ("#2171b5", "#d94801", "#238b45", "#fdae6b", "#756bb1", "#bcbddc"), strict=True))
 
 
 def _kept(results: Results) -> dict[tuple[str, str, str], Result]:

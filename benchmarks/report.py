@@ -18,6 +18,7 @@ from pathlib import Path
 from .common import arguments
 from .common.arguments import UsageError
 from .common.files import write_atomically
+from .lowprec.table import table as of_schemes
 from .measure.environment import source
 from .measure.goals import GOALS
 from .measure.results import Result, Results, load
@@ -74,8 +75,9 @@ def tables(results: Results) -> str:
     if results.environment["device"] == "cuda":
         parts = [f"**{results.environment['gpu']}**", *parts, unmeasured("cuda", rows)]
     parts += [device_details(rows), flat(results.host), scaling(results)]
+    parts += [of_schemes(results.runs)] if results.runs else []
     if not results.finished:
-        parts.append(f"(The run was interrupted: {len(results.rows)} of {results.planned} rows.)")
+        parts.append(f"(The run was interrupted: {len(results.rows) + len(results.runs)} of {results.planned} rows.)")
     return "\n\n".join([p for p in parts if p] + [source(results.environment)])
 
 

@@ -11,12 +11,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fusedoptim import _native
+
 from . import machine_code
 
-#: As csrc/core/dtype.h numbers them.
-DTYPES = {"fp32": 0, "bf16": 2}
-#: A rule with the states of its plain variant, and that variant.
+#: A rule with the states of its plain variant, and that variant. Its squares come last.
 RULES = {"adam": (2, 0), "sgd": (1, 1), "rmsprop": (1, 0), "adagrad": (1, 0), "norm_adaptive": (0, 0)}
+#: Which of their states are squares.
+SQUARES = {"adam": 1, "rmsprop": 0, "adagrad": 0}
+#: How the parameter, the gradient, a state and squares are stored, by the names in csrc/core/storage_names.h.
+SCHEMES = {
+    "fp32": ("f32", "f32", "f32", "f32"),
+    "bf16": ("bf16", "bf16", "bf16", "bf16"),
+    "stochastic, bf16": ("bf16_stochastic", "bf16", "bf16", "bf16_stochastic"),
+    "stochastic, 8 bits": ("bf16_stochastic", "bf16", "q8_stochastic", "q8_squares_stochastic"),
+    "remainder, fp32": ("bf16_remainder", "bf16", "f32", "f32"),
+    "remainder, bf16": ("bf16_remainder", "bf16", "bf16", "bf16_stochastic"),
+    "remainder, 8 bits": ("bf16_remainder", "bf16", "q8", "q8_squares_stochastic"),
+    "remainder8, 8 bits": ("bf16_remainder8", "bf16", "q8", "q8_squares_stochastic"),
+    "master, fp32": ("bf16_master", "bf16", "f32", "f32"),
+}
 
 
 #: What code a tensor needs: see TritonDevice.prepare.
@@ -28,6 +42,20 @@ def kind(param: int, grad: int, state: int, variant: int, states: int, average: 
     used = (1 << states) - 1
     storages = (param, grad, *(state if used >> k & 1 else 0 for k in range(3)), int(param == 1))
     return storages, 0, variant, used | average << 3
+
+
+def stored(rule: str, scheme: str) -> Kind:
+    """Of a tensor of a rule's plain variant, and one of SCHEMES."""
+    states, variant = RULES[rule]
+    names = storages_of(rule, scheme)
+    numbers = [_native._C.storages()[name] for name in names]
+    return (*numbers, *[0] * (6 - len(numbers))), 0, variant, (1 << states) - 1
+
+
+def storages_of(rule: str, scheme: str) -> list[str]:
+    """The names of those of the parameter, the gradient and the states."""
+    param, grad, state, squares = SCHEMES[scheme]
+    return [param, grad, *(squares if SQUARES.get(rule) == k else state for k in range(RULES[rule][0]))]
 
 
 def generate(rule: str | None, kinds: tuple[Kind, ...], backend: str = "cuda", arch: int | str = 90) -> Any:
@@ -63,15 +91,15 @@ def main() -> None:
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        generate("sgd", (0,), arch=args.arch)  # Triton's own start
-        print("| rule | dtype | seconds | registers | instructions per element |\n|---|---|---:|---:|---:|")
-        for rule, (states, variant) in RULES.items():
-            for name, dtype in DTYPES.items():
+        generate("clip", (kind(0, 0, 0, 0, 0),), arch=args.arch)  # Triton's own start
+        print("| rule | storages | seconds | registers | instructions per element |\n|---|---|---:|---:|---:|")
+        for rule in RULES:
+            for scheme in SCHEMES:
                 begun = time.perf_counter()
-                compiled = generate(rule, (kind(dtype, dtype, dtype, variant, states),), arch=args.arch)
+                compiled = generate(rule, (stored(rule, scheme),), arch=args.arch)
                 seconds = time.perf_counter() - begun
                 registers, each = registers_and_instructions(compiled, Path(cache))
-                print(f"| {rule} | {name} | {seconds:.1f} | {registers} | {each:.1f} |")
+                print(f"| {rule} | {scheme} | {seconds:.1f} | {registers} | {each:.1f} |")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from . import (
     _help,
     _hooks,
     _lending,
+    _masters,
     _modes,
+    _portable,
     _prepare,
     _torch_compile,
 )
@@ -95,7 +97,7 @@ class FusedOptimizer(Optimizer):
         self._averaging = False  # within ema_weights()
         #: States that a loaded state_dict may hold, too: see _lending.take_over.
         self._lent: dict[Tensor, _lending.Lent] = {}
-        #: Of parameters, where another optimizer says what they are: see _random_ids.py.
+        #: Of parameters, where another optimizer says what they are: see _random_places.py.
         self._ids: dict[Tensor, int] = {}
         self._loader: _checkpoint.Loader | None = None
         if scales_in_step(self._options):
@@ -218,7 +220,8 @@ class FusedOptimizer(Optimizer):
     def memory(self) -> _footprint.Footprint:
         """The bytes that parameters, gradients and every state take now, and those of states that are still to come.
 
-        ``print(optimizer.memory())`` shows a table. Tables of addresses and the scratch memory of norms are not in it.
+        ``print(optimizer.memory())`` shows a table, which says as well how many bytes each element of the parameters
+        takes, by state and in all. Tables of addresses and the scratch memory of norms are not in it.
         Parameters on the meta device take nothing, so that it says what states a model would need before there is one.
         """
         return _footprint.measure(self)
@@ -291,25 +294,68 @@ class FusedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's: states, which are the optimizer's own tensors, and groups, without the options of this
-        package that are off."""
+        package that are off.
+
+        States are as they are stored, so that training goes on with the same bits: with ``"int8"`` codes and scales,
+        on which torch.optim's step raises an error; with ``master="remainder"`` bits that it carries along and does not
+        read, so that it goes on from the 16-bit parameters. Others take :meth:`portable_state_dict`.
+        """
         _checkpoint.renew_early_states(self)
-        return super().state_dict()
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            group.update(_group_keys.spelled(group))
+        return _portable.marked(found, self.rule)
+
+    def portable_state_dict(self) -> dict[str, Any]:
+        """A state_dict that says the same in torch.optim's words, whatever ``master``, ``state_dtype`` and ``rounding``
+        are: for torch.optim's namesake, for other libraries, and for an optimizer with other options of these.
+
+        States have the parameter's shape, in fp32 or fp64: those in 8 bits are decoded. The fp32 numbers that 16-bit
+        parameters stand for are a state ``master``, where the optimizer keeps any. States that are in fp32 already are
+        the optimizer's own tensors, all others new ones; DTensors stay such. Groups have none of these options.
+        torch.optim keeps moments in the parameter's dtype, hence rounds what it loads, and does not read ``master``.
+        """
+        return _portable.portable(self, self.state_dict())
+
+    def reset_master(self) -> None:
+        """Takes the parameters as they are for the fp32 numbers that they stand for, in groups with ``master``.
+
+        A step takes what others wrote to such a parameter for its new number anyhow, but with a remainder adds what
+        that had left of the old one, less than a unit in the parameter's last place; and a ``master`` of before the
+        write would be refused with a checkpoint. Counts as a write to the states. Without such states it does nothing.
+
+        Raises:
+            RuntimeError: within :meth:`ema_weights`, where the parameters are their averages.
+        """
+        if self._averaging:
+            raise RuntimeError("reset_master() within ema_weights(), whose end writes the parameters: call it after it")
+        _lending.take_over(self._lent, self.state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if isinstance(values := self.state.get(p), dict):
+                    _masters.reset(p, values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class or of its namesake in torch.optim.
 
-        What it carries is taken over; an option of this package that it does not carry stays as it is here. States have
-        ``state_dtype`` if that was given; else every one keeps the dtype that it was saved in (torch casts it to its
-        parameter's), but that none is narrower than a new one would be; a warning names what was widened. ``step`` may
-        be any number. States of parameters that no step can take as they are, and entries under names that no optimizer
-        has, are carried along.
+        What it carries is taken over; an option of this package that it does not carry stays as it is here, and so do
+        ``master``, ``state_dtype`` and ``rounding`` where they were given. States are stored as these say: one in
+        another dtype, or in 8 bits, is converted, to nearest; a ``master`` of fp32 numbers becomes a remainder, or the
+        other way round. Without a ``state_dtype`` every state keeps the dtype that it was saved in (torch casts it to
+        its parameter's), but that none is narrower than a new one would be; a warning names what was widened. ``step``
+        may be any number. The states of bitsandbytes' optimizers, in 32 and 8 bits, are known by their names there.
+        States of parameters that no step can take as they are, and entries under names that no optimizer has, are
+        carried along.
+
+        Load the model first: a ``master`` has to be what the parameters were rounded from.
 
         Two optimizers never share a state. Tensors are copied: at once if anything beside the state_dict holds them, or
         if another device, dtype or memory order is needed; else before the first step, if the state_dict is still there
         by then, which has the copies then. Until that step whoever writes to one of them writes to both.
 
         Raises:
-            ValueError: if it is another optimizer's, or does not fit; nothing is loaded then.
+            ValueError: if it is another optimizer's, does not fit, or has a ``master`` of another step than the
+                parameters'; nothing is loaded then.
         """
         _checkpoint.load(self, super().load_state_dict, state_dict)
 

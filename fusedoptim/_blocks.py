@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import reference
 from ._distributed import sharded_by_fsdp1
-from ._dtensor import is_dtensor, local, wrapped
+from ._dtensor import alike, is_dtensor, local, wrapped
 from ._rule import SQUARES, Rule
+from ._shard_maps import cuts_no_block
 
 #: What is added to the name of a state in blocks.
 CODES, SCALES = "_q8", "_scale"
@@ -31,7 +33,7 @@ def slot_of(name: str) -> str:
 def row_of(p: Tensor) -> int:
     """The number of elements in a row, of which blocks are cut: those with the same index of the first dimension. One
     dimension is one row."""
-    return p.numel() if p.dim() < 2 else p.numel() // max(p.shape[0], 1)
+    return p.numel() if p.dim() < 2 else p.shape[1:].numel()
 
 
 def can_be_in_blocks(p: Tensor) -> bool:
@@ -43,20 +45,19 @@ def can_be_in_blocks(p: Tensor) -> bool:
 
 
 def check_blocks(p: Tensor, who: str) -> None:
-    """Raises ValueError for a DTensor whose shards cut blocks."""
+    """Raises ValueError, on all ranks alike, for a DTensor whose shards cut blocks."""
     if not is_dtensor(p) or not can_be_in_blocks(p):
         return
-    for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
-        if not placement.is_shard() or placement.dim == 0:
-            continue
-        ranks = p.device_mesh.size(dim)  # type: ignore[attr-defined]
-        rest = p.shape[placement.dim :].numel()
-        if placement.dim != 1 or rest % (ranks * reference.BLOCK) or p.shape[1] % ranks:
-            raise ValueError(
-                f"{who} is sharded in dimension {placement.dim} in parts that are not whole blocks of "
-                f"{reference.BLOCK} elements: keep its states in more bits, by a group of its own with "
-                "state_dtype={...: torch.bfloat16}"
-            )
+    try:
+        whole = cuts_no_block(p, reference.BLOCK)
+    except ValueError as error:
+        raise ValueError(f"{who} {error}") from None
+    if not whole:
+        raise ValueError(
+            f"{who} has shards ({p.placements}) that are not whole blocks of {reference.BLOCK} elements of "  # type: ignore[attr-defined]
+            "a row, of which states in 8 bits are made: keep its states in more bits, by a group of its own with "
+            "state_dtype=torch.bfloat16"
+        )
 
 
 class BlockPart(NamedTuple):
@@ -83,18 +84,73 @@ def _shape_of_scales(p: Tensor) -> torch.Size:
 
 def new_in_blocks(name: str, p: Tensor, squares: bool, fill: float) -> Tensor:
     """One of the two, for a state with this number everywhere."""
-    storage = "q8_squares" if squares else "q8"
-    of_row, _ = reference.encode(storage, torch.full((1, reference.BLOCK), fill, device="cpu"), None)
-    scale = reference.encode(storage, torch.full((1, 1), fill, device="cpu"), None)[1]
-    assert scale is not None
+    code, scale = _constant(squares, fill)
     if name.endswith(CODES):
-        return torch.full_like(
-            p, int(of_row[0, 0]), dtype=of_row.dtype, memory_format=torch.preserve_format, requires_grad=False
-        )
-    own = torch.full(_shape_of_scales(local(p)), float(scale), dtype=torch.float32, device=local(p).device)
+        dtype = torch.uint8 if squares else torch.int8
+        return torch.full_like(p, code, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    own = torch.full(_shape_of_scales(local(p)), scale, dtype=torch.float32, device=local(p).device)
     return wrapped(p, own, _shape_of_scales(p))
 
 
-def in_blocks(codes: Tensor, scales: Tensor, squares: bool) -> Tensor:
-    """The numbers, fp32, of this process's shard."""
-    return reference.decode("q8_squares" if squares else "q8", local(codes), local(scales))
+def _constant(squares: bool, fill: float) -> tuple[int, float]:
+    """The code and the scale of a block that has one number. Fakes, which a mode makes, have no values."""
+    if fill == 0:
+        return 0, 0.0
+    with _disable_current_modes():
+        codes, scales = reference.encode(_storage(squares), torch.full((1, reference.BLOCK), fill, device="cpu"), None)
+        assert scales is not None
+        return int(codes[0, 0]), float(scales)
+
+
+def _storage(squares: bool) -> str:
+    return "q8_squares" if squares else "q8"
+
+
+#: Elements that are converted at a time, whole blocks: what is computed in between takes 8 bytes for each, several
+#: times.
+PART = 1 << 22
+
+
+def to_blocks(p: Tensor, value: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+    """The codes and the scales, placed as the parameter is, of a state that has its shape and placement."""
+    own, shape = local(value).detach(), _shape_of_scales(local(p))
+    codes = torch.empty_like(local(p), dtype=torch.uint8 if squares else torch.int8, requires_grad=False)
+    scales = torch.empty(shape, dtype=torch.float32, device=own.device)
+    if own.numel() > 0:
+        rows = own.reshape(shape[0], -1)
+        parts = _split(rows, _height(rows), PART)
+        found = [[reference.encode(_storage(squares), x, None) for x in part] for part in parts]
+        codes.copy_(_joined([[c for c, _ in part] for part in found]).view(own.shape))
+        scales.copy_(_joined([[s for _, s in part if s is not None] for part in found]))
+    return _as(p, codes), wrapped(p, scales, _shape_of_scales(p))
+
+
+def out_of_blocks(p: Tensor, codes: Tensor, scales: Tensor, squares: bool, dtype: torch.dtype) -> Tensor:
+    """The numbers, placed as the parameter is."""
+    own, of_blocks = local(codes).detach(), local(scales).detach()
+    found = torch.empty_like(local(p), dtype=dtype, requires_grad=False)
+    if own.numel() > 0:
+        rows = own.reshape(of_blocks.shape[0], -1)
+        height = _height(rows)
+        parts = zip(_split(rows, height, PART), _split(of_blocks, height, PART // reference.BLOCK), strict=True)
+        decoded = [
+            [reference.decode(_storage(squares), *both).to(dtype) for both in zip(*part, strict=True)] for part in parts
+        ]
+        found.copy_(_joined(decoded).view(own.shape))
+    return _as(p, found)
+
+
+def _as(p: Tensor, shard: Tensor) -> Tensor:
+    return alike(p, shard) if is_dtensor(p) else shard
+
+
+def _height(rows: Tensor) -> int:
+    return max(1, PART // rows.shape[1])
+
+
+def _split(rows: Tensor, height: int, width: int) -> list[list[Tensor]]:
+    return [[part.contiguous() for part in torch.split(some, width, 1)] for some in torch.split(rows, height)]
+
+
+def _joined(parts: list[list[Tensor]]) -> Tensor:
+    return torch.cat([torch.cat(part, 1) for part in parts])

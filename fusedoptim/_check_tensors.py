@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._blocks import format_in_blocks
+from ._blocks import format_in_blocks, names_in_blocks
 from ._dtensor import is_dtensor, local, same_layout, same_placements
 from ._dtypes import DTYPES, NAMES, compute_dtype
 from ._fakes import is_fake
@@ -152,6 +152,11 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
             value = local(value)
         if value.layout != torch.strided or overlaps_itself(value) or value.is_neg():
             raise ValueError(f"state {name!r} of {who} has no dense memory of its own: use .contiguous()")
+    for pair in (names_in_blocks(slot.name) for slot in rule.states):
+        there = [name for name in pair if state.get(name) is not None]
+        if len(there) == 1:
+            lacking = next(name for name in pair if name not in there)
+            raise ValueError(f"the state of {who} has {there[0]!r}, but lacks {lacking!r}: {remedy}")
 
 
 def check_complete(state: Mapping[str, Any], rule: Rule, who: str) -> None:

@@ -11,16 +11,31 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
+from . import _masters
+from ._bitsandbytes import of_bitsandbytes
+from ._blocks import CODES, can_be_in_blocks, format_in_blocks, names_in_blocks
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtensor import is_dtensor, local, whole
 from ._dtypes import DTYPES, compute_dtype
+from ._fakes import is_fake
 from ._group_keys import completed
 from ._lending import Lent, can_be_lent, held_alone, is_large
 from ._placing import check_place, fits_in_place, placed
+from ._portable import without_marks
 from ._prepare import make_early_states
+from ._recoding import Recoded, recoded
 from ._rule import EMA, Group, Rule
 from ._states import HasStates, scalars
-from ._storage import DTYPES_OF_MASTERS, as_the_rule_says, asked_dtype, state_names
+from ._storage import (
+    DTYPES_OF_MASTERS,
+    MASTER,
+    as_the_rule_says,
+    asked_dtype,
+    check_storage,
+    check_stored_param,
+    state_dtype,
+    state_names,
+)
 from ._warnings import warn
 
 #: The states by which one knows whose a checkpoint is. Those of torch.optim's optimizers that this package does not
@@ -37,6 +52,10 @@ SIGNATURES = {
 def note_signature(optimizer: str, rule: Rule) -> None:
     if rule.signature():
         SIGNATURES[optimizer] = rule.signature()
+
+
+#: At the end of a message.
+NOTHING = "Nothing was loaded"
 
 
 class Kept:
@@ -66,7 +85,8 @@ class Loader:
         self.groups, self.defaults, self.rule, self.name = groups, defaults, rule, name
         self.slots = {slot.name for slot in rule.states}
         #: Those that lie where their parameter lies.
-        self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS}
+        blocks = {part for name in self.slots for part in names_in_blocks(name)}
+        self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS} | blocks
         self.widened: list[str] = []
 
     def prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +97,7 @@ class Loader:
         """
         members = [(group, index, i) for index, group in enumerate(self.groups) for i in range(len(group["params"]))]
         saved_groups = state_dict["param_groups"]
+        filled = self._filled(saved_groups)
         ids = [k for group in saved_groups for k in group["params"]]
         owners = dict(zip(ids, members, strict=False))  # torch itself checks that the groups match
         kept, states = {}, state_dict["state"]
@@ -89,23 +110,39 @@ class Loader:
             if not isinstance(values, dict):
                 raise ValueError(f"this checkpoint is corrupt: the state of parameter {k!r} is {values!r}, not a dict")
             group, index, i = owners[k]
-            p = group["params"][i]
+            p, who = group["params"][i], describe(group, index, i)
             lent = {name for name in values if alone and is_large(values[name]) and held_alone(values, name)}
-            known = {**values, **scalars({**values, **_whole_scalars(values, self.rule)}, self.rule)}
+            known = without_marks(of_bitsandbytes(values, self.rule, who), self.rule)
+            known |= scalars({**known, **_whole_scalars(known, self.rule)}, self.rule)
             if _is_stepped(p, known, self.rule):
-                who = describe(group, index, i)
                 self._check(known, who)
                 for name in filter(self.placed.__contains__, known):
                     check_place(p, known[name], name, who)
                 check_states(p, known, self.rule, who, devices=False)
+                self._check_storage(filled[index] if index < len(filled) else group, p, known, who)
             kept[k] = {name: Kept(value, values if name in lent else None) for name, value in known.items()}
         if not any(kept.values()):
             self._check_groups(saved_groups)
-        filled = [
-            completed(saved, group, self.defaults, self.rule)
-            for saved, group in zip(saved_groups, self.groups, strict=False)
-        ]
         return {**state_dict, "state": kept, "param_groups": filled + list(saved_groups[len(filled) :])}
+
+    def _filled(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = []
+        for index, (saved, group) in enumerate(zip(saved_groups, self.groups, strict=False)):
+            found.append(completed(saved, group, self.defaults, self.rule))
+            try:
+                check_storage(found[-1], self.rule)
+            except ValueError as error:
+                raise ValueError(f"parameter group {index}, as this checkpoint has it: {error}. {NOTHING}") from None
+        return found
+
+    def _check_storage(self, group: Group, p: Tensor, values: Mapping[str, Any], who: str) -> None:
+        try:
+            check_stored_param(group, p, who)
+        except ValueError as error:
+            raise ValueError(f"{error}. {NOTHING}") from None
+        master = values.get(MASTER)
+        if isinstance(master, Tensor) and _masters.wanted(group, p) and not is_fake(p) and not is_fake(master):
+            _masters.check_loaded(p, master, who)
 
     def _check(self, values: Mapping[str, Any], who: str) -> None:
         """Refuses states that are provably another optimizer's, or a part of this one's. Names that nobody knows are
@@ -145,8 +182,12 @@ class Loader:
                 if p in state:
                     kept = {name: value for name, value in state[p].items() if isinstance(value, Kept)}
                     found = self._restore_one(kept, p, group, lent)
-                    self._note_wider(found, kept, group, index, i)
-                    state[p] = {**state[p], **found}
+                    new: Recoded = _masters.loaded(group, p, found) if _can_be_stepped(p) else {}
+                    if _can_be_stepped(p):
+                        new |= recoded(group, self.rule, p, {**found, **new})
+                    found = {**state[p], **found, **new}
+                    state[p] = {name: value for name, value in found.items() if name not in new or value is not None}
+                    self._note_wider(state[p], kept, group, index, i)
 
     def _restore_one(
         self, values: dict[str, Kept], p: Tensor, group: Group, lent: dict[Tensor, Lent]
@@ -164,15 +205,15 @@ class Loader:
                 found[name] = value
                 lent.setdefault(p, Lent([kept.entry], set())).names.add(name)
             else:
-                found[name] = _copy(value.detach(), dtype, p, name in self.placed)
+                found[name] = _copy(value.detach(), dtype, p, self._shape(name, p))
         return found
 
     def _note_wider(self, found: dict[str, Any], kept: dict[str, Kept], group: Group, index: int, i: int) -> None:
         for name in self.slots & found.keys():
-            before, now = kept[name].value, found[name]
-            if isinstance(now, Tensor) and before.dtype.itemsize < now.dtype.itemsize:
+            before, now = kept.get(name, kept.get(name + CODES)), found[name]
+            if before is not None and isinstance(now, Tensor) and before.value.dtype.itemsize < now.dtype.itemsize:
                 who = describe(group, index, i)
-                self.widened.append(f"{name!r} of {who}, from {before.dtype} to {now.dtype}")
+                self.widened.append(f"{name!r} of {who}, from {before.value.dtype} to {now.dtype}")
 
     def _dtype(self, name: str, value: Tensor, p: Tensor, group: Group) -> torch.dtype:
         """Of a state that is loaded. None becomes narrower, and none stays narrower than a new one would be."""
@@ -183,7 +224,15 @@ class Loader:
             return compute_dtype(p)
         if name not in self.slots:
             return saved
-        return asked_dtype(group, name) or (saved if saved.itemsize >= p.dtype.itemsize else p.dtype)
+        asked, new = asked_dtype(group, name), state_dtype(group, name, p)
+        if asked == "int8" and can_be_in_blocks(p):  # to be encoded, from what it is now
+            return saved
+        return new if asked is not None or saved.itemsize < new.itemsize else saved
+
+    def _shape(self, name: str, p: Tensor) -> torch.Size | None:
+        """Of a state that a step reads, if that lies as its parameter does."""
+        of_blocks = format_in_blocks(name, p, self.rule)
+        return of_blocks.shape if of_blocks is not None else p.shape if name in self.placed else None
 
     def warn_of_wider_states(self) -> None:
         if self.widened:
@@ -270,13 +319,14 @@ def _whole_scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     return {name: whole(values[name]) for name in names if name}
 
 
-def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: bool = False) -> Tensor:
+def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: torch.Size | None = None) -> Tensor:
     """With memory of its own, on its parameter's device and, where it has its shape, in its memory order; one that a
-    step reads is placed as the parameter is."""
+    step reads, in this shape, is placed as the parameter is."""
     if not is_materialised(p):
         return saved.clone()
     plain = not (is_dtensor(saved) or is_dtensor(p))
-    if (of_step or plain) and _can_be_stepped(p) and saved.is_floating_point() and fits_in_place(p, saved):
+    can_be_placed = of_step is not None or (plain and saved.is_floating_point())
+    if can_be_placed and _can_be_stepped(p) and fits_in_place(p, saved, of_step or p.shape):
         return placed(p, saved, dtype)
     return saved.to(p.device, dtype, copy=True)
 

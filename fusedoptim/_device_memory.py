@@ -24,5 +24,8 @@ class DeviceMemory:
         """Tells the allocator of another stream, by address, that works with the memory: nobody else is to have it
         before that is through. Neither the host nor a stream waits, and it may be told while a graph is captured."""
         if self.device.type == "cuda":
-            other = torch.cuda.ExternalStream(stream, device=self.device)  # type: ignore[no-untyped-call]
+            # The default stream's address is 0, for which ExternalStream would be a new stream.
+            other: torch.cuda.Stream = torch.cuda.default_stream(self.device)
+            if stream != 0:
+                other = torch.cuda.ExternalStream(stream, device=self.device)  # type: ignore[no-untyped-call]
             memory.record_stream(other)

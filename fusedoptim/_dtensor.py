@@ -6,6 +6,7 @@ Groups, gradients and ``optimizer.state`` hold DTensors; kernels and tables see 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,24 +85,9 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
 
 
-def index_map(p: Any) -> tuple[int, tuple[int, ...] | None]:
-    """Where the elements of this process's shard belong in the whole tensor: the flat index of the first, and by how
-    much the index grows along each dimension; None instead of these where the elements follow each other."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    strides = _row_major(p.shape)
-    if 0 in shape:
-        return 0, None
-    first = sum(o * s for o, s in zip(offset, strides, strict=True))
-    own = _row_major(shape)
-    follow = all(a == b for a, b, size in zip(strides, own, shape, strict=True) if size != 1)
-    return first, None if follow else strides
-
-
-def _row_major(shape: Any) -> tuple[int, ...]:
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     strides, size = [], 1
-    for n in reversed(tuple(shape)):
+    for n in reversed(shape):
         strides.append(size)
         size *= n
     return tuple(reversed(strides))
@@ -113,6 +99,6 @@ def wrapped(p: Any, shard: Tensor, shape: torch.Size) -> Tensor:
         return shard
     with torch.no_grad():
         made: Tensor = dtensor_class().from_local(
-            shard, p.device_mesh, p.placements, run_check=False, shape=shape, stride=_row_major(shape)
+            shard, p.device_mesh, p.placements, run_check=False, shape=shape, stride=row_major(shape)
         )
     return made

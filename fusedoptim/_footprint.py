@@ -29,23 +29,37 @@ class Footprint:
         states: by name, as in ``optimizer.state``.
         to_come: by name, the states that parameters which require a gradient lack so far, and get in their first step
             with one.
+        elements: of the parameters, on this process.
     """
 
     parameters: int
     gradients: int
     states: dict[str, int]
     to_come: dict[str, int]
+    elements: int = 0
 
     @property
     def total(self) -> int:
         """What there is now."""
         return self.parameters + self.gradients + sum(self.states.values())
 
-    def __str__(self) -> str:
+    @property
+    def rows(self) -> dict[str, int]:
+        """What is printed: parameters, gradients, each state, their total, and what is to come."""
         rows = {"parameters": self.parameters, "gradients": self.gradients, **self.states, "total": self.total}
-        rows |= {f"{name} (to come)": size for name, size in self.to_come.items()}
+        return rows | {f"{name} (to come)": size for name, size in self.to_come.items()}
+
+    @property
+    def per_element(self) -> dict[str, float]:
+        """The same, in bytes for each element of the parameters, as in ``params + states = 2 + 6 bytes``."""
+        return {name: size / self.elements if self.elements else 0.0 for name, size in self.rows.items()}
+
+    def __str__(self) -> str:
+        rows, per_element = self.rows, self.per_element
         width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}} {_readable(size):>12}" for name, size in rows.items())
+        return "\n".join(
+            f"{name:<{width}} {_readable(size):>12} {per_element[name]:>8.2f} B/element" for name, size in rows.items()
+        )
 
 
 def measure(optimizer: HasStates) -> Footprint:
@@ -73,6 +87,7 @@ def measure(optimizer: HasStates) -> Footprint:
         gradients=size(p.grad for p in params if not is_lazy(p) and p.grad is not None),
         states={name: size(tensors) for name, tensors in by_name.items() if tensors},
         to_come=_to_come(optimizer),
+        elements=sum(local(p).numel() for p in params if not is_lazy(p)),
     )
 
 
@@ -103,8 +118,9 @@ def _to_come(optimizer: HasStates) -> dict[str, int]:
             for p in group["params"]:
                 if not p.requires_grad or is_lazy(p) or p.layout != torch.strided:
                     continue
-                like = torch.empty_like(local(p), device="meta")
-                for name, value in maker.missing(group, like, optimizer.state.get(p, {})):
+                own = local(p)
+                like = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
+                for name, value in maker.missing(group, p, optimizer.state.get(p, {}), like):
                     sizes[name] += sum(part.untyped_storage().nbytes() for part in _parts(value))
     return dict(sizes)
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ._norm_groups import norm_groups
 from ._rule import STORAGE, Group, Rule
+
+#: The keys whose values may be dtypes, and the names of these.
+_OF_DTYPES = ("master", "state_dtype")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def switch_off(group: dict[str, Any], rule: Rule) -> None:
@@ -46,15 +52,37 @@ def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rul
     """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
     makes of it; all else, among it an option that is off, stays as in the optimizer's group. How things are stored is
     the program's business: what the optimizer's group says of it stays as well."""
-    result = dict(saved)
+    result = {**saved, **_unspelled(saved)}
     leave_out_what_is_off(result, rule)
     for key in defaults.keys() - result.keys():
         if key in rule.absent:
             result[key] = rule.absent[key]
         elif key in group or key not in rule.extensions:
             result[key] = group.get(key, defaults[key])
-    result.update({key: group[key] for key in STORAGE if key in group})
+    own = {key: group[key] for key in STORAGE if key in group}
+    result.update(own)
+    rounding = result.get("rounding")
+    if "master" in own and "rounding" not in own and isinstance(rounding, Mapping):
+        # With a master parameters are not rounded on their own, whatever they were before.
+        result["rounding"] = {name: value for name, value in rounding.items() if name != "param"}
     return result
+
+
+def spelled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state_dict has of a group's dtypes: their names, because torch.distributed.checkpoint gathers and sends
+    numbers and strings, and refuses dtypes."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    return {key: _replaced(group[key], names) for key in _OF_DTYPES if key in group}
+
+
+def _unspelled(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _replaced(group[key], _DTYPES) for key in _OF_DTYPES if key in group}
+
+
+def _replaced(value: Any, by: Mapping[Any, Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _replaced(item, by) for name, item in value.items()}
+    return by.get(value, value) if isinstance(value, (str, torch.dtype)) else value
 
 
 def move_state_dtype(options: dict[str, Any], defaults: dict[str, Any], groups: list[dict[str, Any]]) -> None:

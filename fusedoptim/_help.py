@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._options import DEFAULTS, StepOptions
+from ._rule import GROUP_OPTIONS
 
 #: The line of a docstring that the options' own texts take the place of.
 _REFERENCE = re.compile(r"^( *)options: see :class:`fusedoptim\.StepOptions`\.$", re.M)
@@ -39,8 +40,9 @@ def _spell_out(constructor: Any) -> None:
     parameters = list(signature.parameters.values())
     last = parameters.pop() if parameters else None
     if last is not None and last.kind is last.VAR_KEYWORD and "StepOptions" in str(last.annotation):
+        defaults = {**GROUP_OPTIONS, **DEFAULTS}
         options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=annotation)
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
             for name, annotation in typing.get_type_hints(StepOptions).items()
         ]
         constructor.__signature__ = signature.replace(parameters=[*parameters, *options])

@@ -2,66 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _versions, reference
+from ._blocks import PART
 from ._dtensor import alike, is_dtensor, local
+from ._placing import part_of
 from ._rule import Group
 from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, Stored, needs, stored_param
 
 
 def new_master(name: str, p: Tensor) -> Tensor:
     """The state under this name of a parameter that is its number exactly."""
-    if name == MASTER:
-        return p.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
-    return torch.zeros_like(p, dtype=DTYPES_OF_MASTERS[name], memory_format=torch.preserve_format, requires_grad=False)
+    own = _like(local(p), DTYPES_OF_MASTERS[name]).copy_(
+        local(p).detach() if name == MASTER else torch.zeros((), device=p.device)
+    )
+    return alike(p, own) if is_dtensor(p) else own
+
+
+def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Kernels find what is kept beside an element where they find that, also in a parameter with gaps."""
+    return torch.empty_strided(p.shape, p.stride(), dtype=dtype, device=p.device)
+
+
+def wanted(group: Group, p: Tensor) -> str | None:
+    """The state of the master that a group asks for, if this parameter has one."""
+    master = group.get("master")
+    return MASTERS[master] if master is not None and needs(MASTERS[master], p) else None
 
 
 def stored_as(p: Tensor, values: Mapping[str, Any]) -> Stored | None:
     """How a parameter is stored that has one of these states."""
     for master, name in MASTERS.items():
-        if isinstance(values.get(name), Tensor) and needs(name, p):
+        if _is_there(name, p, values) and needs(name, p):
             return stored_param({"master": master}, p)
     return None
 
 
-def number_of(p: Tensor, values: Mapping[str, Any], how: Stored | None) -> Tensor:
-    """The fp32 number, contiguous: of this process's shard."""
-    if how is None or how.extra is None:
-        return local(p).detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return reference.decode(how.storage, local(p).detach(), local(values[how.extra]))
+def _is_there(name: str, p: Tensor, values: Mapping[str, Any]) -> bool:
+    value = values.get(name)
+    return isinstance(value, Tensor) and value.shape == p.shape and value.dtype == DTYPES_OF_MASTERS[name]
 
 
-def converted(group: Group, p: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
+def number_of(p: Tensor, values: Mapping[str, Any], how: Stored) -> Tensor:
+    """The fp32 number, as the parameter lies."""
+    return _placed(p, torch.cat([reference.decode(how.storage, *both) for both in _parts(p, values, how)]))
+
+
+def converted(group: Group, p: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor | None]:
     """The state of the master that a group asks for, where there is one of another kind, or in another memory order
-    than the parameter's."""
-    master = group.get("master")
-    if master is None or not needs(MASTERS[master], p):
-        return {}
-    name = MASTERS[master]
-    there = values.get(name)
+    than the parameter's; and None for each that it does not ask for, which would say nothing of the parameter once that
+    is stepped without it."""
+    name = wanted(group, p)
+    found: dict[str, Tensor | None] = {n: None for n in MASTERS.values() if n != name and _is_there(n, p, values)}
+    if name is None:
+        return found
+    there, before = values.get(name), stored_as(p, values)
     if isinstance(there, Tensor):
-        if (
-            there.shape != p.shape
-            or local(there).stride() == local(p).stride()
-            or there.dtype != DTYPES_OF_MASTERS[name]
-        ):
-            return {}
-        return {name: _placed(p, local(there), there.dtype)}
-    before = stored_as(p, values)
-    how = stored_param(group, p)
-    if before is None or how is None or values[before.extra or ""].shape != p.shape:
+        if _is_there(name, p, values) and local(there).stride() != local(p).stride():
+            found[name] = _placed(p, local(there).contiguous())
+    elif before is not None:
+        how = stored_param(group, p)
+        assert how is not None
+        parts = _parts(p, values, before)
+        rest = [split(how.storage, x, reference.decode(before.storage, x, extra)) for x, extra in parts]
+        found[name] = _placed(p, torch.cat(rest))
+    return found
+
+
+def loaded(group: Group, p: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """The state that a group asks for, of a ``master`` that was loaded and is what the parameter was rounded from; and
+    None for that, if it is another."""
+    name, how = wanted(group, p), stored_param(group, p)
+    if name is None or how is None or not _is_there(MASTER, p, values):
         return {}
-    _, extra = reference.encode(how.storage, number_of(p, values, before), None)
-    assert extra is not None
-    return {name: _placed(p, extra, extra.dtype)}
+    rest = [split(how.storage, x, number) for x, number in _parts(p, values, how._replace(extra=MASTER))]
+    found: dict[str, Tensor | None] = {name: _placed(p, torch.cat(rest))}
+    if name != MASTER:
+        return {**found, MASTER: None}
+    return {} if torch.equal(local(values[MASTER]), local(found[name])) else found  # type: ignore[arg-type]
 
 
-def _placed(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the parameter lies."""
-    own = torch.empty_like(local(p), dtype=dtype, requires_grad=False).copy_(value)
+def split(storage: str, x: Tensor, number: Tensor) -> Tensor:
+    """What is kept beside a parameter that stays as it is, for it to stand for these numbers.
+
+    A parameter is that number rounded to nearest: of two that are as near it is the even one with ``master``, and with
+    a remainder the one farther from zero. Where it is the other one, the number that is kept is off by one unit in the
+    last place, so that it is not taken for one of before somebody wrote to the parameter. Where it is neither, nothing
+    is kept.
+
+    Args:
+        storage: how the parameter is stored, by its name in csrc/core/storage.h.
+        x: of the parameter.
+        number: fp32.
+    """
+    bits, of_x = (t.contiguous().view(torch.int32).long() for t in (number, x.float()))
+    if storage.endswith("_master"):
+        beyond = (bits + 1).to(torch.int32).view(torch.float32)
+        return torch.where((number.to(x.dtype) != x) & (beyond.to(x.dtype) == x), beyond, number)
+    dtype, unit = torch.int16, 0
+    if storage == "bf16_remainder8":
+        dtype, unit = torch.int8, 8
+        bits = bits + 0x7F + (bits >> 8 & 1) >> 8 << 8
+    ends = torch.iinfo(dtype)
+    rest = bits - of_x >> unit
+    other = (bits ^ of_x < 0) | (rest < ends.min) | (rest > ends.max + 1) | number.isnan() | x.isnan()
+    rest = torch.where(other, 0, rest.clamp(max=ends.max)).to(dtype)
+    return rest.view(torch.bfloat16) if unit == 0 else rest
+
+
+def check_loaded(p: Tensor, master: Tensor, who: str) -> None:
+    """Whether a parameter is as these numbers, rounded: to nearest, and of two that are as near to either.
+
+    Raises:
+        ValueError: if it is not, so that the parameters and the states are of different steps.
+    """
+    x = local(p).detach()
+    number = part_of(p, master).to(x.device, torch.float32)
+    fits = (number.to(x.dtype) == x) | (number.isnan() & x.isnan())
+    if x.dtype == torch.bfloat16:
+        fits |= reference.encode("bf16_remainder", number.contiguous(), None)[0] == x
+    if off := x.numel() - int(fits.sum()):
+        raise ValueError(
+            f"state 'master' of {who} is not what that was rounded from, in {off} of {x.numel()} elements: the model "
+            "and this checkpoint are of different steps. Load the model first, of the same step; if it was changed on "
+            "purpose, leave 'master' out of the states, or call optimizer.reset_master() before they are saved. "
+            "Nothing was loaded"
+        )
+
+
+@torch.no_grad()
+def reset(p: Tensor, values: Mapping[str, Any]) -> None:
+    """Makes the parameter as it is its own number."""
+    for name in MASTERS.values():
+        if _is_there(name, p, values):
+            state = values[name]
+            own = local(state).detach()
+            if name == MASTER:
+                own.copy_(local(p))
+            else:
+                own.zero_()
+            if is_dtensor(state):  # which has a version counter of its own
+                _versions.by_torch([state])
+
+
+def _parts(p: Tensor, values: Mapping[str, Any], how: Stored) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of a parameter and what it keeps beside: the elements in logical order, some at a time."""
+    both = (p, values[how.extra or ""])
+    return zip(*(torch.split(local(t).detach().reshape(-1), PART) for t in both), strict=True)
+
+
+def _placed(p: Tensor, value: Tensor) -> Tensor:
+    """As the parameter lies: elements in logical order."""
+    own = _like(local(p), value.dtype).copy_(value.view(local(p).shape))
     return alike(p, own) if is_dtensor(p) else own

@@ -18,9 +18,19 @@ from ._ema import is_early, new_average
 from ._fakes import is_fake
 from ._overlap import sharing
 from ._random_places import NOWHERE, Place, ids_of, place_of
+from ._recoding import Recoded
 from ._rule import EMA
+from ._shard_maps import check_index_map
 from ._states import Changes, HasStates, StateMaker, converted
-from ._storage import Stored, check_stored_param, is_low, state_names, stored
+from ._storage import (
+    Stored,
+    check_stored_param,
+    has_low_states,
+    is_low,
+    state_names,
+    stored,
+    will_be_stochastic,
+)
 
 
 @dataclass
@@ -48,8 +58,8 @@ class Conversion(NamedTuple):
     param: Tensor
     #: Its states as they are.
     states: dict[str, Any]
-    #: By name, those that take the place of others.
-    new: dict[str, Tensor]
+    #: By name, those that take the place of others; None for those that others took the place of.
+    new: Recoded
     #: Whether its gradient is such that another takes its place: see :func:`usual_grad`.
     grad: bool
 
@@ -61,7 +71,10 @@ class Conversion(NamedTuple):
         if self.grad and (grad := usual_grad(self.param)) is not self.param.grad:
             self.param.grad = grad
         for name, value in self.new.items():
-            changes.put(self.states, name, value)
+            if value is None:
+                changes.drop(self.states, name)
+            else:
+                changes.put(self.states, name, value)
 
 
 def usual_grad(p: Tensor) -> Tensor | None:
@@ -178,9 +191,9 @@ def note_storage(found: Found, optimizer: HasStates) -> None:
 def _make_look(optimizer: HasStates) -> Any:
     """What looks at parameters first: :func:`_check` takes 15 us, twice as much as torch's whole step, and has nothing
     to say about almost all; this takes less than one. None without the compiled library."""
-    if _native._C is None or any(is_low(group) for group in optimizer.param_groups):
-        return None
     rule = optimizer.rule
+    if _native._C is None or any(map(is_low, optimizer.param_groups)) or has_low_states(optimizer.state, rule):
+        return None
     slots: list[list[str]] = [[], []]
     for slot in rule.states:
         slots[slot.needed is not None].append(slot.name)
@@ -211,6 +224,8 @@ def _check(optimizer: HasStates, index: int, i: int) -> Conversion:
     there = {**values, **new}
     _check_tensors.check_states(p, there, rule, who)
     _check_tensors.check_complete(there, rule, who)
+    if is_dtensor(p) and will_be_stochastic(group, rule, p, there):
+        check_index_map(p, who)
     return Conversion(p, values, new, unusual)
 
 

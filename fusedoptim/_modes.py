@@ -137,7 +137,7 @@ def make_fake_states(optimizer: HasStates) -> None:
             for name, value in states.items():
                 if isinstance(value, Tensor) and not is_fake(value):  # made with the optimizer, say
                     states[name] = mode.from_tensor(value)
-            if rule.has_step and not is_own(rule) and _steps_on(backend, p.device):
+            if "step" in states and not is_own(rule) and _steps_on(backend, p.device):
                 states["step"] = states["step"].to(p.device)
         if states:
             optimizer.state[p].update(states)

@@ -132,7 +132,9 @@ class NativeRunner:
         names = [PARAM, "", *(s.name for s in self.rule.states)]  # the gradient is second
         for s in m.stored:
             extra = -1
-            if s.extra is not None:
+            if s.extra is not None and m.states.get(s.extra) is None:
+                extra = -2  # to come, with the first gradient
+            elif s.extra is not None:
                 extra = len(tensors)
                 tensors.append(m.states[s.extra])
             operands.append((names.index(s.name), numbers[s.storage], extra))

@@ -20,6 +20,10 @@ class StepOptions(TypedDict, total=False):
     no state_dict, because they describe the program and not the training: pass them again where a run is resumed.
     Copies and pickles keep them.
 
+    A group's values may change between steps. With another ``master`` or ``state_dtype`` the next step first stores
+    what there is in the new way, to nearest; a dict of states is replaced for that, not written to. Without ``master``
+    it goes on from the parameters as they are.
+
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
     updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
     separate calls in this order, but that 16-bit gradients are not rounded in between.

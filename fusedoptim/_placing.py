@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dtensor import alike, is_dtensor, local, same_layout
+from ._dtensor import alike, is_dtensor, local, same_layout, wrapped
 
 
 def check_place(p: Tensor, value: Any, name: str, who: str) -> None:
@@ -37,29 +37,33 @@ def check_place(p: Tensor, value: Any, name: str, who: str) -> None:
         )
 
 
-def fits_in_place(p: Tensor, value: Tensor) -> bool:
-    """Whether :func:`placed` can be asked."""
-    if value.shape != p.shape or value.layout != torch.strided:
+def fits_in_place(p: Tensor, value: Tensor, shape: torch.Size) -> bool:
+    """Whether :func:`placed` can be asked for a state that has to have this shape."""
+    if value.shape != shape or value.layout != torch.strided:
         return False
     return not is_dtensor(value) or (is_dtensor(p) and _on_the_same_ranks(p, value))
 
 
 def placed(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of a state, placed as its parameter is, in its memory order and on its device.
+    """A copy of a state, placed as its parameter is, in its memory order and on its device. One of another shape, which
+    is that of scales, is contiguous.
 
     Of a whole tensor every rank takes its part. A DTensor that is placed otherwise is redistributed: a collective, so
     that all ranks must load alike.
     """
-    if not is_dtensor(p):
-        return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
-    part = _part(p, value)
+    part = part_of(p, value)
+    if value.shape != p.shape:
+        own = torch.empty(part.shape, dtype=dtype, device=local(p).device).copy_(part)
+        return wrapped(p, own, value.shape)
     own = torch.empty_like(local(p), dtype=dtype, requires_grad=False).copy_(part)
-    return alike(p, own)  # type: ignore[no-any-return]
+    return alike(p, own) if is_dtensor(p) else own
 
 
 @torch.no_grad()
-def _part(p: Any, value: Any) -> Tensor:
+def part_of(p: Any, value: Any) -> Tensor:
     """This rank's shard of a state; it may lie in the state's own memory."""
+    if not is_dtensor(p):
+        return value  # type: ignore[no-any-return]
     mesh = p.device_mesh
     if is_dtensor(value):
         if same_layout(p, value):

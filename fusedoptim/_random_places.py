@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ._dtensor import index_map, is_dtensor
+from ._dtensor import is_dtensor
+from ._shard_maps import index_map
 
-#: What wrappers put before a parameter's name, or into it.
-_WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod)\.")
+#: What wrappers put before a parameter's name, or into it: DistributedDataParallel, torch.compile,
+#: FullyShardedDataParallel and checkpoint_wrapper.
+_WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Place(NamedTuple):
@@ -46,6 +48,8 @@ def ids_of(optimizer: HasIds) -> dict[Tensor, int]:
     found: dict[Tensor, int] = {}
     for group in optimizer.param_groups:
         names = group.get("param_names")
+        if names is not None and len(names) != len(group["params"]):  # of more than a wrapper has left here
+            names = None
         for i, p in enumerate(group["params"]):
             number = len(found)
             found[p] = number if names is None else fnv1a(_WRAPPERS.sub("", names[i]))

@@ -102,7 +102,7 @@ class ReferenceRunner:
         results = (self._result(m, norm, grad_scale) for m in ([] if skip else self._active()))
         # A user's function may raise. All results come before the first write then: it takes a copy of everything.
         for m, updated, work in list(results) if self.own else results:
-            state, bits = self.state[m.param], self._random_bits(m, updated.shape, work)
+            state, bits = self.state.get(m.param, {}), self._random_bits(m, updated.shape, work)
             _store(m, PARAM, m.param, updated, state, bits)
             for name, value in work.items():
                 _store(m, name, state.get(name), value, state, bits)

@@ -50,9 +50,12 @@ class Part:
         finally:
             param.requires_grad_(not frozen)
 
-    def place(self, group: dict[str, Any], index: int, i: int) -> None:
-        """Notes where the owner has the parameter."""
+    def place(self, group: dict[str, Any], index: int, i: int, its_id: int) -> None:
+        """Notes where the owner has the parameter, and what it is there, for random bits."""
         self.theirs, self.index, self.i, self.size = group, index, i, len(group["params"])
+        if self.optimizer._ids.get(self.param) != its_id:
+            self.optimizer._ids = {self.param: its_id}
+            self.optimizer._drop_runners()
         if "param_names" in group:
             self.group["param_names"] = group["param_names"][i : i + 1]
 

@@ -18,7 +18,7 @@ from . import _torch_compile
 from ._check_tensors import describe
 from ._fakes import is_fake
 from ._random_places import ids_of
-from ._storage import state_names
+from ._storage import MASTERS, state_names
 from ._torch_compile import Traceable
 
 AnyTraceable = TypeVar("AnyTraceable", bound=Traceable)
@@ -54,6 +54,8 @@ class Given(_torch_compile.Traced):
         #: Of those of the groups' values that are tensors.
         self.places: list[Place] = []
         self.values: list[Tensor] = []
+        #: Per parameter what it is, for random bits.
+        self.ids = list(ids_of(optimizer).values())
         for index, group in enumerate(optimizer.param_groups):
             self.sizes.append(len(group["params"]))
             self.groups.append({})
@@ -70,7 +72,14 @@ class Given(_torch_compile.Traced):
                 self.states += states.values()
 
     def key(self) -> tuple[Any, ...]:
-        return (self.active, tuple(self.names), tuple(self.sizes), tuple(self.places), repr(self.groups))
+        return (
+            self.active,
+            tuple(self.names),
+            tuple(self.sizes),
+            tuple(self.places),
+            tuple(self.ids),
+            repr(self.groups),
+        )
 
 
 def states_are_traced(optimizer: Traceable, tracer: Any) -> bool:
@@ -90,7 +99,14 @@ def _check_complete(optimizer: Traceable) -> None:
     for index, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             there = optimizer.state.get(p, {})
-            missing = [name for name in state_names(optimizer.rule, group, p) if there.get(name) is None]
+            needed = state_names(optimizer.rule, group, p)
+            missing = [name for name in needed if there.get(name) is None]
+            gone = [name for name in MASTERS.values() if name in there and name not in needed]
+            if p.grad is not None and gone:
+                raise RuntimeError(
+                    f"{describe(group, index, i)} has a state {gone[0]!r}, which its group does not ask for, and which "
+                    "a traced step cannot take out of the states that are given: take a step before"
+                )
             if p.grad is not None and missing:
                 raise RuntimeError(
                     f"{describe(group, index, i)} has no state {missing[0]!r}, and what a traced step makes anew would "
@@ -114,7 +130,6 @@ def twin(optimizer: AnyTraceable, groups: list[dict[str, Any]], state: dict[Any,
     """As a copy of the optimizer would be, with other groups and states. A copy proper would walk over all its own."""
     other = type(optimizer).__new__(type(optimizer))
     other.__setstate__({**optimizer.__getstate__(), "state": state, "param_groups": groups})
-    other._ids = ids_of(optimizer)
     other._agreed = True  # it steps a part of what all ranks step
     return other
 
@@ -139,6 +154,7 @@ def _step(number: int, params: list[Tensor], grads: list[Tensor], states: list[T
     for (p, name), value in zip(places, states, strict=True):
         state[p][name] = value
     other = twin(optimizer, groups, state)
+    other._ids = dict(zip(own, given.ids, strict=True))
     other._norms = optimizer._norms
     other._step(in_operator=True)
     for (p, name), value in zip(places, states, strict=True):

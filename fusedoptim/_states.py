@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _blocks, _masters, _storage
 from ._dtypes import compute_dtype
 from ._ema import new_average
+from ._recoding import Recoded, recoded
 from ._rule import EMA, SQUARES, Group, Rule, State
 from ._values import number
 
@@ -34,6 +35,9 @@ class Changes:
     def put(self, entry: dict[str, Any], name: str, value: Any) -> None:
         self._log += (entry, name, entry.get(name, _ABSENT))
         entry[name] = value
+
+    def drop(self, entry: dict[str, Any], name: str) -> None:
+        self._log += (entry, name, entry.pop(name))
 
     def undo(self) -> None:
         while self._log:
@@ -72,15 +76,15 @@ def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     return found
 
 
-def converted(p: Tensor, values: Mapping[str, Any], rule: Rule, group: Group) -> dict[str, Tensor]:
+def converted(p: Tensor, values: Mapping[str, Any], rule: Rule, group: Group) -> Recoded:
     """Those of a parameter's states that somebody else made in other dtypes than a step needs, in these. An average's
-    is the compute dtype, which is another than before after ``model.double()``. Masters are of the kind that the group
-    asks for."""
-    found = {name: value for name, value in scalars(values, rule).items() if value is not values[name]}
+    is the compute dtype, which is another than before after ``model.double()``. All are stored as the group asks, in
+    the place of what is not: that is None."""
+    found: Recoded = {name: value for name, value in scalars(values, rule).items() if value is not values[name]}
     average, dtype = values.get(EMA), compute_dtype(p)
     if isinstance(average, Tensor) and average.is_floating_point() and average.dtype != dtype:
         found[EMA] = average.to(dtype)
-    return found | _masters.converted(group, p, values)
+    return found | recoded(group, rule, p, values)
 
 
 class HasStates(Protocol):
@@ -109,12 +113,18 @@ class StateMaker:
     def of(cls, optimizer: HasStates) -> StateMaker:
         return cls(optimizer.rule, optimizer.defaults)
 
-    def missing(self, group: Group, p: Tensor, there: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    def missing(
+        self, group: Group, p: Tensor, there: Mapping[str, Any], like: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The states that a parameter lacks in this group, new, beside those that are there. To be called without
-        gradients."""
+        gradients.
+
+        Args:
+            like: what they are made for in the parameter's stead, of the same or a shard's shape.
+        """
         for name in _storage.state_names(self.rule, group, p):
             if there.get(name) is None:
-                yield name, self._new(name, self.slots.get(name), p, group)
+                yield name, self._new(name, self.slots.get(name), p if like is None else like, group)
 
     def _new(self, name: str, slot: State | None, p: Tensor, group: Group) -> Tensor:
         if slot is not None:

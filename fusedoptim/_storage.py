@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._blocks import CODES, SCALES, can_be_in_blocks, check_blocks, names_in_blocks
 from ._rule import EMA, MAXIMUM, SQUARES, STORAGE, Group, Rule, State
+from ._values import number
 
 #: States that keep what a 16-bit parameter lacks of its fp32 number.
 REMAINDER, REMAINDER8, MASTER = "param_remainder", "param_remainder8", "master"
@@ -28,6 +29,9 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def check_storage(group: Group, rule: Rule) -> None:
     """Raises ValueError for values that no group can have, or not together."""
+    seed = group.get("rounding_seed", 0)
+    if number(seed) % 1:
+        raise ValueError(f"Invalid rounding_seed: {seed!r} (it must be a whole number)")
     master = group.get("master")
     if master is not None and not _is_one_of(master, MASTERS):
         raise ValueError(f"Invalid master: {master!r}; choose 'remainder', 'remainder8', torch.float32 or None")
@@ -135,6 +139,12 @@ def is_low(group: Group) -> bool:
     return any(group.get(key, off) != off for key, off in STORAGE.items())
 
 
+def has_low_states(state: Mapping[Any, Any], rule: Rule) -> bool:
+    """Whether there are states that only groups have which ask for something: one may have asked before."""
+    names = {name for slot in rule.states for name in names_in_blocks(slot.name)} | {*MASTERS.values()}
+    return not all(names.isdisjoint(values) for values in state.values() if isinstance(values, dict))
+
+
 def state_dtype(group: Group, name: str, p: Tensor) -> torch.dtype:
     """Of a new state with the parameter's shape."""
     asked = asked_dtype(group, name)
@@ -216,3 +226,17 @@ def stored(group: Group, rule: Rule, p: Tensor, states: Mapping[str, Any]) -> tu
     found = [stored_param(group, p)]
     found += [stored_state(group, s, states) for s in rule.states]
     return tuple(x for x in found if x is not None)
+
+
+def will_be_stochastic(group: Group, rule: Rule, p: Tensor, states: Mapping[str, Any]) -> bool:
+    """Whether anything of a parameter with these states is, once it has those that it lacks."""
+    if not is_low(group):
+        return False
+    lacking = [
+        s
+        for s in rule.states
+        if s.needed_in(group) and all(states.get(name) is None for name in (s.name, *names_in_blocks(s.name)))
+    ]
+    return any(s.is_stochastic for s in stored(group, rule, p, states)) or any(
+        is_stochastic(group, s.name, s.kind) and state_dtype(group, s.name, p) == torch.bfloat16 for s in lacking
+    )

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _torch_compile
 from ._base import FusedOptimizer
 from ._check_tensors import describe
+from ._random_places import ids_of
 from ._release_checks import agreement, can_be_hooked, check_all, check_combination
 from ._release_part import Part, is_hooked
 
@@ -160,11 +161,12 @@ class StepInBackward:
         for group in groups:
             check_combination(self.optimizer, group)
         self._check_new([m for m in members if m[0] not in self.parts])
+        ids = ids_of(self.optimizer)
         for p, index, i in members:
             part = self.parts.get(p)
             if part is None:
                 part = self.parts[p] = Part(self, p)
-            part.place(groups[index], index, i)
+            part.place(groups[index], index, i, ids[p])
         owned = {p for p, _, _ in members}
         for p in [p for p in self.parts if p not in owned]:
             self.parts.pop(p).handle.remove()

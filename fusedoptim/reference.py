@@ -309,13 +309,14 @@ BLOCK, BLOCK_FORMATS = 128, {False: (5, 127, 14.75), True: (4, 255, 63487.0)}
 def _in_rows(x: Tensor) -> Tensor:
     """With a row for each index of the first dimension, padded with zeros to whole blocks: rows, blocks, 128. One
     dimension is one row."""
-    rows = x.reshape(x.shape[0] if x.dim() > 1 else 1, -1)
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK)).view(rows.shape[0], -1, BLOCK)
+    rows = x.reshape(x.shape[0], x.shape[1:].numel()) if x.dim() > 1 else x.reshape(1, x.numel())
+    blocks = -(-rows.shape[1] // BLOCK)
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK)).view(rows.shape[0], blocks, BLOCK)
 
 
 def _out_of_rows(x: Tensor, shape: torch.Size) -> Tensor:
-    rows = shape[0] if len(shape) > 1 else 1
-    return x.reshape(rows, -1)[:, : shape.numel() // max(rows, 1)].reshape(shape)
+    row = shape[1:].numel() if len(shape) > 1 else shape.numel()
+    return x.flatten(1)[:, :row].reshape(shape)
 
 
 def _encode_blocks(x: Tensor, squares: bool, random: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,23 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import FP32, SQUARES, Flag, Rule, State, at_least_0
+from ._rule import FP32, SQUARES, Flag, Group, Rule, State, at_least_0
+from ._storage import asked_dtype
 from ._values import number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import StepOptions
+
+
+def _check(group: Group) -> None:
+    if number(group["centered"]) != 0 and "int8" in (asked_dtype(group, name) for name in ("square_avg", "grad_avg")):
+        raise ValueError(
+            "state_dtype='int8' is not for 'square_avg' and 'grad_avg' of a centered RMSprop: it divides by a root of "
+            "a difference of the two, which errors of three percent make negative; use state_dtype="
+            "{'momentum_buffer': 'int8', 'square_avg': torch.float32, 'grad_avg': torch.float32}"
+        )
 
 
 class RMSprop(FusedOptimizer):
@@ -61,6 +71,7 @@ class RMSprop(FusedOptimizer):
             State("momentum_buffer", needed=lambda group: number(group["momentum"]) > 0),
             State("grad_avg", needed=lambda group: number(group["centered"]) != 0),
         ),
+        check=_check,
         sparse_alternative="Adagrad",
     )
 

@@ -83,22 +83,23 @@ def both(
     made = []
     for backend in (kernels.backend, "cpu"):
         groups = [
-            {"params": [torch.nn.Parameter(x) for x in make(i)], **without_maxima(case, policy)}
+            {"params": [torch.nn.Parameter(x) for x in make(i)], **allowed(case, policy)}
             for i, policy in enumerate(policies)
         ]
         made.append(case.make(groups, backend=backend, **options))
     return made[0], made[1]
 
 
-def without_maxima(case: Case, policy: dict[str, Any]) -> dict[str, Any]:
-    """A policy without what no maximum may have."""
-    if "amsgrad" not in case.options:
-        return policy
-    policy = dict(policy)
-    if policy.get("state_dtype") == "int8":
-        policy["state_dtype"] = {"exp_avg": "int8", "exp_avg_sq": "int8"}
-    if policy.get("rounding") == "stochastic":
-        policy["rounding"] = {"param": policy.get("master") is None and "stochastic" or "auto", "exp_avg": "stochastic"}
+def allowed(case: Case, policy: dict[str, Any]) -> dict[str, Any]:
+    """A policy without what some of the rule's states may not have."""
+    policy, eight = dict(policy), policy.get("state_dtype") == "int8"
+    if "amsgrad" in case.options:
+        if eight:
+            policy["state_dtype"] = {"exp_avg": "int8", "exp_avg_sq": "int8"}
+        if policy.get("rounding") == "stochastic":
+            policy["rounding"] = {"param": "stochastic", "exp_avg": "stochastic"}
+    if "centered" in case.options and eight:
+        policy["state_dtype"] = {"momentum_buffer": "int8", "square_avg": BF16}
     return policy
 
 

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 import triton
-from cases import FULL, Case, assert_same_optimizers, parameters, set_gradients
+from cases import BY_NAME, FULL, Case, assert_same_optimizers, gradient, parameters, set_gradients
 from device import pair
 from device_memory_tests import *  # noqa: F403
 from device_option_tests import *  # noqa: F403
 from device_tests import *  # noqa: F403
+from low_precision_tests import *  # noqa: F403
 from number_tests import *  # noqa: F403
 from parts_tests import *  # noqa: F403
+from storage_tests import *  # noqa: F403
 
+from fusedoptim import _members
+from fusedoptim._random_places import Place
 from fusedoptim.triton_kernels import kernels as code
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -162,6 +166,33 @@ def test_memory_orders(kernels: Interpreted, case: Case) -> None:
         assert kernels.launches(a) == 1
         b.step()
     assert_same_optimizers(a, b)
+
+
+#: Where a shard's first element, or element of a row, is in the whole tensor, and the strides there.
+PLACES = [
+    Place(2**64 - 3, 2**32 - 500, None),  # the counter's upper half changes within a tile
+    Place(1, 3 * 2**32 - 1, None),
+    Place(2**63, 2**40 + 12_345, None),
+    Place(7, 2**32 - 1_100, (5_001, 1_000, 1)),
+]
+
+
+def test_random_bits_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the index, the parameter, the seed and the step; where elements are in a tile, a piece or a block."""
+    monkeypatch.setattr(_members, "place_of", lambda p, its_id: PLACES[its_id % len(PLACES)])
+    found = []
+    for backend in ("triton", "cpu"):
+        shapes = [(1_100,)] * 3 + [(3, 2, 40)]
+        options = {"rounding": "stochastic", "rounding_seed": 2**53 - 1, "state_dtype": "int8"}
+        params = parameters(shapes, torch.bfloat16) + parameters([(4, 1, 1_024)] * 2 + [(3, 1_370)], torch.bfloat16)
+        found.append(BY_NAME["adamw"].make(params, backend=backend, **options))
+        for step in range(2):
+            for i, p in enumerate(params):
+                p.grad = gradient(p, step, i)
+            found[-1].step()
+            for state in found[-1].state.values():
+                state["step"] += 2**23
+    assert_same_optimizers(*found)
 
 
 def test_a_step_that_cannot_be_launched_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from benchmark_runs import TINY
 
+from benchmarks.measure import limits
 from benchmarks.measure.cases import CASES, Case, shard
 from benchmarks.measure.data import Data
+from benchmarks.measure.devices import device_named
 from benchmarks.measure.optimizers import DTYPES, SETTINGS, Work
 
 
@@ -55,6 +57,9 @@ def test_odd_sizes_are_odd_and_always_the_same() -> None:
         ("AdamW", "fp32", 28),
         ("AdamW", "bf16", 14),
         ("AdamW", "bf16+fp32", 22),
+        ("AdamW", "stochastic", 14),
+        ("AdamW", "remainder", 18),
+        ("AdamW", "remainder+int8", 2 + 2 * (2 + 2 + 2 * (1 + 4 / 128))),
         ("SGD", "fp32", 20),
         ("RMSprop", "fp32", 20),
         ("Adagrad", "fp32", 20),
@@ -63,6 +68,24 @@ def test_odd_sizes_are_odd_and_always_the_same() -> None:
 )
 def test_bytes_by_definition(optimizer: str, dtype: str, moved: int) -> None:
     assert Work(SETTINGS[optimizer], DTYPES[dtype]).bytes_per_element == moved
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plain_pass_goes_through_all_that_a_step_writes(
+    optimizer: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if optimizer == "SGD" and DTYPES[dtype].options:
+        pytest.skip("they are measured with AdamW")
+    work, arrays = Work(SETTINGS[optimizer], DTYPES[dtype]), []
+    make = limits._array
+    monkeypatch.setattr(limits, "_array", lambda *how: arrays.append(make(*how)) or arrays[-1])
+    limit = limits.stream(device_named("cpu"), work, 64)
+    limit.call()
+    gradient, *written = arrays
+    assert [a.dtype for a in written] == work.written
+    assert limit.bytes == gradient.nbytes + 2 * sum(a.nbytes for a in written)
+    assert (gradient == 1).all() and all((a.view(-1, 4) != 1).any(1).all() for a in written)
 
 
 def test_groups_share_the_tensors_and_have_their_own_learning_rates() -> None:

@@ -89,7 +89,9 @@ def test_it_says_what_it_leaves_out() -> None:
     assert text.startswith(f"A rough look: {len(rows)} of the {len(plan.chosen())} rows of a full run and 7 of its ")
     left = dict(line.removeprefix("- ").split(": ") for line in text.splitlines()[1:-1])
     assert left.keys() == {"dtypes", "cases", "conditions", "peers"}
-    assert left["dtypes"] == "bf16+fp32" and left["conditions"] == "recreated, warm"
+    assert (
+        left["dtypes"] == "bf16+fp32, stochastic, remainder, remainder+int8" and left["conditions"] == "recreated, warm"
+    )
     assert set(left["cases"].split(", ")) == set(CASES) - {row.case.name for row in rows}
     assert {"torch compiled", "bitsandbytes"} <= set(left["peers"].split(", "))
     assert "apex" not in left["peers"], "it is for GPUs alone"

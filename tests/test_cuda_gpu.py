@@ -88,11 +88,9 @@ def test_one_launch(backend: str, name: str) -> None:
         ([(1 + i % 50,) for i in range(5000)], 1, DTYPES[:1]),
         ([(1 + i % 50,) for i in range(10_000)], 3, DTYPES[:1]),
     ):
-        params = [p for i, s in enumerate(shapes) for p in parameters([s], dtypes[i % len(dtypes)])]
-        params = on_gpu(params)
-        set_gradients(params, 0)
-        for p in params:
-            p.grad = p.grad.cuda()
+        theirs = [p for i, s in enumerate(shapes) for p in parameters([s], dtypes[i % len(dtypes)])]
+        params = on_gpu(theirs)
+        set_both(params, theirs, 0)
         optimizer = case.make([{"params": params[i::groups]} for i in range(groups)], backend=backend)
         steady(optimizer)
         assert len(kernels_of(optimizer.step)) == 1, (len(shapes), groups)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -192,6 +193,23 @@ def test_groups_of_elements_are_fetched_at_once(model: Model, policy: str) -> No
         before = model.streamed()
         a.step()
         assert model.streamed() - before == READ[policy] * 64 * 256
+
+
+def test_the_allocator_is_told_of_the_default_stream_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address is 0, for which torch.cuda.ExternalStream would be a stream of torch's pool."""
+
+    class Recorded:
+        streams: ClassVar[list[str]] = []
+
+        def record_stream(self, stream: str) -> None:
+            self.streams.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: f"{address} on {device}")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"the default one on {device}")
+    memory: Any = Recorded()
+    for stream in (7, 0):
+        DeviceMemory(torch.device("cuda", 1)).used_on(memory, stream)
+    assert memory.streams == ["7 on cuda:1", "the default one on cuda:1"]
 
 
 @pytest.mark.parametrize("name", ["SGD", "NormAdaptive"])

@@ -121,22 +121,22 @@ def test_a_trainable_parameter_of_another_layout_gets_no_states() -> None:
 def test_it_prints_as_a_table() -> None:
     o = AdamW([torch.nn.Parameter(torch.ones(1 << 18))])
     assert str(o.memory()).split("\n") == [
-        "parameters               1.00 MiB",
-        "gradients                     0 B",
-        "total                    1.00 MiB",
-        "step (to come)                4 B",
-        "exp_avg (to come)        1.00 MiB",
-        "exp_avg_sq (to come)     1.00 MiB",
+        "parameters               1.00 MiB     4.00 B/element",
+        "gradients                     0 B     0.00 B/element",
+        "total                    1.00 MiB     4.00 B/element",
+        "step (to come)                4 B     0.00 B/element",
+        "exp_avg (to come)        1.00 MiB     4.00 B/element",
+        "exp_avg_sq (to come)     1.00 MiB     4.00 B/element",
     ]
     o.param_groups[0]["params"][0].grad = torch.ones(1 << 18)
     o.step()
     assert str(o.memory()).split("\n") == [
-        "parameters     1.00 MiB",
-        "gradients      1.00 MiB",
-        "step                4 B",
-        "exp_avg        1.00 MiB",
-        "exp_avg_sq     1.00 MiB",
-        "total          4.00 MiB",
+        "parameters     1.00 MiB     4.00 B/element",
+        "gradients      1.00 MiB     4.00 B/element",
+        "step                4 B     0.00 B/element",
+        "exp_avg        1.00 MiB     4.00 B/element",
+        "exp_avg_sq     1.00 MiB     4.00 B/element",
+        "total          4.00 MiB    16.00 B/element",
     ]
 
 
@@ -146,7 +146,7 @@ def test_it_prints_as_a_table() -> None:
     ids=str,
 )
 def test_units(size: int, text: str) -> None:
-    assert str(fusedoptim._footprint.Footprint(size, 0, {}, {})).startswith(f"parameters {text:>12}\n")
+    assert str(fusedoptim._footprint.Footprint(size, 0, {}, {})).startswith(f"parameters {text:>12} ")
 
 
 @pytest.mark.gpu

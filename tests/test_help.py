@@ -18,6 +18,7 @@ import fusedoptim
 from fusedoptim import AdamW, StepOptions
 from fusedoptim._norm_groups import norm_groups
 from fusedoptim._options import DEFAULTS
+from fusedoptim._rule import GROUP_OPTIONS
 
 OPTIONS = list(StepOptions.__annotations__)
 
@@ -61,7 +62,7 @@ def test_the_signature_lists_the_options(cls: Any, of: Any) -> None:
     types = typing.get_type_hints(StepOptions)
     for name in OPTIONS:
         assert found[name].kind is inspect.Parameter.KEYWORD_ONLY
-        assert found[name].default == DEFAULTS.get(name) and found[name].annotation == types[name]
+        assert found[name].default == {**GROUP_OPTIONS, **DEFAULTS}[name] and found[name].annotation == types[name]
     assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values())
 
 
@@ -144,7 +145,8 @@ def test_repr_shows_the_options_in_use() -> None:
     found = lines(o)
     first, second = found.index("Parameter Group 0"), found.index("Parameter Group 1")
     assert found[0] == "AdamW (" and found[-1] == ")"
-    assert found[1:first] == ["    skip_nonfinite: True", "    backend: reference", "    state_dtype: torch.float32"]
+    assert found[1:first] == ["    skip_nonfinite: True", "    backend: reference"]
+    assert found.count("    state_dtype: torch.float32") == 2  # of each group
     assert "    max_grad_norm: 2.0" in found[first:second] and "    ema_decay: 0.5" in found[first:second]
     assert not any("max_grad_norm" in line for line in found[second:]) and "    ema_decay: 0.5" in found[second:]
 
@@ -152,6 +154,6 @@ def test_repr_shows_the_options_in_use() -> None:
 def test_repr_shows_each_option_of_the_whole() -> None:
     for name, default in DEFAULTS.items():
         group = norm_groups(SimpleNamespace(group_name="stages"))
-        value = {"backend": "cpu", "state_dtype": torch.bfloat16, "norm_group": group}.get(name, True)
+        value = {"backend": "cpu", "norm_group": group}.get(name, True)
         assert value != default
         assert lines(AdamW(parameters([(2,)]), **{name: value}))[1] == f"    {name}: {value}"  # type: ignore[misc]

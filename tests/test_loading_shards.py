@@ -196,13 +196,18 @@ def without_communication(case: Case) -> int:
 
 
 def dtypes() -> None:
-    """As for plain tensors: an asked-for dtype wins; nothing becomes narrower, or stays narrower than new ones are."""
+    """As for plain tensors: an asked-for dtype wins, else that which the checkpoint asked for; without one nothing
+    becomes narrower, or stays narrower than new ones are."""
     bf16 = trained(ADAM, state_dtype=torch.bfloat16)
     for change in (None, as_a_whole, placed_otherwise):
         content = changed(bf16, change) if change else bf16.state_dict()
-        kept = trained(ADAM, steps=0, state_dtype=torch.bfloat16)
-        kept.load_state_dict(content)
-        check_equal(kept, bf16)
+        for options in ({"state_dtype": torch.bfloat16}, {}):
+            kept = trained(ADAM, steps=0, **options)
+            kept.load_state_dict(content)
+            check_equal(kept, bf16)
+            assert kept.param_groups[0]["state_dtype"] is torch.bfloat16
+        for group in content["param_groups"]:
+            del group["state_dtype"]  # as older versions saved it
         widened = trained(ADAM, steps=0)
         with pytest.warns(UserWarning, match="have been widened"):
             widened.load_state_dict(content)

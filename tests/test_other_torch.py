@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 PYTHONS = [p for p in os.environ.get("FUSEDOPTIM_OTHER_PYTHONS", "").split(":") if p]
-FILES = ["test_dtensor_slots.py", "test_dtensors.py", "test_dtensor_states.py", "test_loading_shards.py"]
+FILES = [
+    "test_dtensor_slots.py", "test_dtensors.py", "test_dtensor_states.py", "test_loading_shards.py",
+    "test_shard_maps.py", "test_low_sharded.py", "test_low_sharded_checkpoints.py",
+]  # fmt: skip
 
 
 @pytest.mark.skipif(not PYTHONS, reason="FUSEDOPTIM_OTHER_PYTHONS names no interpreter with another torch")

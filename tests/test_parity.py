@@ -170,7 +170,7 @@ def test_mixed_dtypes_round_once(
     mine = parameters(shapes, dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     work = [torch.nn.Parameter(p.detach().to(compute, copy=True)) for p in mine]
-    a, b = case.make(mine, state_dtype=state_dtype), case.make_torch(work, foreach=False)
+    a, b = case.make(mine, state_dtype=state_dtype, rounding="nearest"), case.make_torch(work, foreach=False)
     for step in range(10):
         set_gradients(mine, step)
         grads = [p.grad.to(grad_dtype) if grad_dtype else p.grad for p in mine]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from cases import CASES, Case, assert_same_bits, assert_same_optimizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import fusedoptim
+from fusedoptim._rule import MAXIMUM
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=6)
@@ -24,6 +29,63 @@ def test_kernels_equal_the_reference(case: Case, data: st.DataObject, shapes: li
     state_dtype = data.draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
     scale = 10.0 ** data.draw(st.integers(-6, 3))
     options = {"lr": data.draw(st.floats(0, 1)), "state_dtype": state_dtype}
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        ps = [torch.nn.Parameter(x) for x in tensors(shapes, dtypes, seed)]
+        o = case.make(ps, backend=backend, **options)
+        for step in range(steps):
+            for i, (p, g) in enumerate(zip(ps, tensors(shapes, dtypes, seed + step + 1), strict=True)):
+                p.grad = None if (seed >> i) % 5 == step else (g * scale).to(p.dtype)
+            o.step()
+        optimizers.append(o)
+    assert_same_optimizers(*optimizers)
+
+
+def one_or_by_name(values: list, others: dict[str, list]) -> st.SearchStrategy[Any]:
+    """A value for all, or one for some of these names."""
+    by_name = st.fixed_dictionaries({}, optional={name: st.sampled_from(own) for name, own in others.items()})
+    return st.sampled_from(values) | by_name
+
+
+@st.composite
+def ways_to_store(draw: st.DrawFn, case: Case) -> tuple[dict[str, Any], list[torch.dtype]]:
+    """Options of low precision, and the dtypes that parameters can have with them."""
+    states = {s.name: s.kind for s in getattr(fusedoptim, case.optimizer).rule.states}
+    dtypes, roundings = [None, torch.float32, torch.bfloat16], ["auto", "nearest", "stochastic"]
+    maximum = case.options.get("amsgrad", False)
+    master = draw(st.sampled_from([None, "remainder", "remainder8", torch.float32]))
+    centered = {"square_avg", "grad_avg"} if case.options.get("centered") else set()
+    of_states = {n: dtypes + ["int8"] * (kind != MAXIMUM and n not in centered) for n, kind in states.items()}
+    state_dtype = draw(one_or_by_name(dtypes + ["int8"] * (not maximum and not centered), of_states))
+    of_all = {name: roundings[: 2 if kind == MAXIMUM else 3] for name, kind in states.items()}
+    of_all["param"] = roundings[: 3 if master is None else 2]
+    rounding = draw(one_or_by_name(roundings, of_all))
+    options = {"master": master, "state_dtype": state_dtype, "rounding": rounding}
+    options["rounding_seed"] = draw(st.integers(0, 2**53))
+    of_params = [torch.bfloat16, torch.float32]
+    in_blocks = state_dtype == "int8" or (isinstance(state_dtype, dict) and "int8" in state_dtype.values())
+    rounded = rounding == "stochastic" or (isinstance(rounding, dict) and rounding.get("param") == "stochastic")
+    if not in_blocks:
+        of_params.append(torch.float64)
+    if master not in ("remainder", "remainder8") and not rounded:
+        of_params.append(torch.float16)
+    return options, of_params
+
+
+#: Of parameters that can have states in blocks, and that are just too small for them.
+LARGE = st.sampled_from([(16, 256), (33, 130), (2, 2049), (64, 65), (5, 7, 129), (63, 65), (4200,), (4096, 1)])
+
+
+@SETTINGS
+@given(case=st.sampled_from(CASES), data=st.data(), shapes=SHAPES, seed=st.integers(0, 9999), steps=st.integers(1, 3))
+def test_kernels_equal_the_reference_in_fewer_bits(
+    case: Case, data: st.DataObject, shapes: list, seed: int, steps: int
+) -> None:
+    options, possible = data.draw(ways_to_store(case))
+    shapes = [*shapes[:2], data.draw(LARGE)]
+    dtypes = [data.draw(st.sampled_from(possible)) for _ in shapes]
+    options["ema_decay"] = data.draw(st.sampled_from([None, 0.5]))
+    scale = 10.0 ** data.draw(st.integers(-6, 3))
     optimizers = []
     for backend in ("cpu", "reference"):
         ps = [torch.nn.Parameter(x) for x in tensors(shapes, dtypes, seed)]

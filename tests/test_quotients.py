@@ -55,18 +55,30 @@ def test_on_the_host(on_host: Path, name: str) -> None:
     check(sweep(on_host, name), name)
 
 
-@pytest.fixture(scope="module")
-def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("quotients") / "gpu.so"
-    flags = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-arch=native", "-shared"]
+def compiled(folder: Path, architecture: str) -> Path:
+    target = folder / "gpu.so"
+    flags = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-arch={architecture}", "-shared"]
     subprocess.run(
         [tool("nvcc"), *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden", str(SOURCE), "-o", str(target)], check=True
     )
     return target
 
 
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("quotients"), "native")
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which(tool("nvcc")) is None, reason="needs nvcc")
+
+
+@needs_nvcc
+def test_what_runs_on_a_gpu_compiles_without_one(tmp_path: Path) -> None:
+    assert compiled(tmp_path, "sm_90").exists()
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(shutil.which(tool("nvcc")) is None, reason="needs nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("name", SWEEPS)
 def test_on_a_gpu(on_gpu: Path, name: str) -> None:
     """With the hardware's own approximations."""

@@ -22,7 +22,7 @@ from benchmarks.witness import ieee_sqrt
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 HALF, STEPS = 2, 4
-OPTIONS = {"max_grad_norm", "clip_grad_value", "ema_decay", "bias_correction"}
+OPTIONS = {"max_grad_norm", "clip_grad_value", "ema_decay", "bias_correction", "state_dtype"}
 
 
 def with_options(case: Case, name: str, **options: Any) -> Case:

@@ -225,7 +225,7 @@ def test_gradients_are_let_go_of_after_a_step() -> None:
 
 
 def test_options_of_all_groups_are_refused_in_one() -> None:
-    values = {"zero_grad_in_step": True, "skip_nonfinite": True, "backend": "cpu", "state_dtype": torch.bfloat16}
+    values = {"zero_grad_in_step": True, "skip_nonfinite": True, "backend": "cpu"}
     for name, value in values.items():
         with pytest.raises(ValueError, match=f"a group cannot have its own {name}"):
             fusedoptim.SGD([{"params": parameters([(3,)]), name: value}])

@@ -16,8 +16,9 @@ import torch
 from variants import STATES
 
 import fusedoptim
+from benchmarks import machine_code
 from benchmarks.gpu.toolkit import cuobjdump
-from benchmarks.triton_compile import generate, kind
+from benchmarks.triton_compile import generate, kind, storages_of, stored
 from fusedoptim import _backends, _native
 
 needs_triton = pytest.mark.skipif(_native.triton_problem() is not None, reason=f"Triton: {_native.triton_problem()}")
@@ -118,6 +119,40 @@ def test_the_moving_average_goes_through_the_same_loop(
     assert code.registers * 128 * 3 <= 65536
 
 
+#: Bytes of an element, and of what is kept beside it, where these are not 2 and none.
+BYTES = {"f32": (4,), "bf16_remainder": (2, 2), "bf16_remainder8": (2, 1), "bf16_master": (2, 4)}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("rule", "scheme", "instructions"),
+    [
+        ("adam", "stochastic, bf16", 84),
+        ("adam", "remainder, bf16", 93),
+        ("adam", "stochastic, 8 bits", 136),
+        ("rmsprop", "remainder8, 8 bits", 101),
+        ("sgd", "master, fp32", 40),
+    ],
+)
+def test_what_is_stored_in_fewer_bits(rule: str, scheme: str, instructions: int, tmp_path: Path) -> None:
+    """Goes through the loop without spills, as wide as eight elements are; the largest of a block is found in registers
+    and by shuffles among the 16 threads that have it. ``instructions``: of the loop, per element, at most."""
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(generate(rule, (stored(rule, scheme),)).asm["cubin"])
+    (kernel,) = machine_code.read(file).values()
+    (loop,) = kernel.loops()
+    names = storages_of(rule, scheme)
+    sizes = [size for name in names for size in BYTES.get(name, (1,) if name.startswith("q8") else (2,))]
+    for access in ("LDG", "STG"):  # also zeros, in the gradient
+        assert loop.count(rf"{access}\.E\.EF\.128") == sum(size // 2 for size in sizes)
+        assert loop.count(rf"{access}\.E\.EF\.64") == sizes.count(1)
+        assert loop.count(rf"{access}\.E\.EF") == sum(max(size // 2, 1) for size in sizes)
+    assert loop.spills == 0
+    assert kernel.registers * 128 * 3 <= 65536
+    assert loop.count("SHFL") == 4 * sum(name.startswith("q8") for name in names)
+    assert len(loop.path) / 8 <= instructions
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
 def test_the_norm_of_all_gradients_is_summed_without_spills(dtype: int, tmp_path: Path) -> None:
@@ -170,6 +205,18 @@ def test_code_for_an_amd_gpu(name: str, dtype: int) -> None:
     assert set(re.findall(r"= f(?:mul|add|sub|div) ((?:fast|contract|arcp|afn|reassoc)?)", asm["llir"])) == {""}
     assert "fmuladd" not in asm["llir"]
     assert "v_div_fixup_f32" in code or name in ("sgd", "norm_adaptive")
+    assert "scratch_store" not in code
+
+
+@needs_triton
+def test_code_for_an_amd_gpu_with_blocks() -> None:
+    asm = generate("rmsprop", (stored("rmsprop", "remainder, 8 bits"),), "hip", "gfx942").asm
+    code = asm["amdgcn"]
+    for access in ("load", "store"):
+        assert len(re.findall(rf"(?:global|buffer)_{access}_dwordx4", code)) >= 3
+        assert len(re.findall(rf"(?:global|buffer)_{access}_dwordx2", code)) >= 1
+    assert set(re.findall(r"= f(?:mul|add|sub|div) ((?:fast|contract|arcp|afn|reassoc)?)", asm["llir"])) == {""}
+    assert "fmuladd" not in asm["llir"]
     assert "scratch_store" not in code
 
 

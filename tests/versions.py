@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, gradient, parameters
+from cases import Case, assert_same_raw, gradient, parameters
+
+from fusedoptim._blocks import slot_of
 
 #: What takes a state out of use, which then stays as it is; of all others it is the average.
 UNUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -23,11 +25,13 @@ class Saved:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.version, self.value = tensor, tensor._version, tensor.detach().clone()
-        self.loss = (torch.ones_like(self.value, requires_grad=True) * tensor.detach()).sum()
+        factor = torch.ones(tensor.shape, device=tensor.device, requires_grad=True)  # codes have no gradient
+        self.loss = (factor * tensor.detach()).sum()
 
     def check(self, written: bool, what: str) -> None:
         if not written:
-            assert self.tensor._version == self.version and torch.equal(self.tensor.detach(), self.value), what
+            assert self.tensor._version == self.version, what
+            assert_same_raw(self.tensor, self.value, what)
             self.loss.backward()
             return
         assert self.tensor._version > self.version, what
@@ -35,9 +39,15 @@ class Saved:
             self.loss.backward()
 
 
-def check_versions(case: Case, backend: str, options: dict[str, Any]) -> None:
-    """Parameters with and without a gradient, and one that never had any, each with all states that it can have."""
-    params = parameters([(5,), (3, 4), (7,), (2, 2)])
+#: Of parameters with and without a gradient, and of one that never had any before.
+SHAPES = [(5,), (3, 4), (7,), (2, 2)]
+
+
+def check_versions(
+    case: Case, backend: str, options: dict[str, Any], shapes: Any = SHAPES, dtype: torch.dtype = torch.float32
+) -> None:
+    """Of four parameters, each with all states that it can have."""
+    params = parameters(shapes, dtype)
     optimizer = case.make(params, backend=backend, **{"ema_decay": 0.9, **options})
     for step, active in enumerate(([0, 1, 2], [0, 2], [0, 1, 2], [0, 1, 2], [1])):
         unused = None
@@ -58,9 +68,10 @@ def check_versions(case: Case, backend: str, options: dict[str, Any]) -> None:
         for (i, name), s in saved.items():
             if name == "ema" and step == 0:  # the one made with the optimizer is replaced then
                 continue
-            written = i in active and name != unused
+            slot = slot_of(name)
+            written = i in active and slot != unused
             if name == "gradient":
                 written = bool(options.get("zero_grad_in_step"))
-            elif step == 4 and name == UNUSED.get(case.optimizer, AVERAGE)[1]:
+            elif step == 4 and slot == UNUSED.get(case.optimizer, AVERAGE)[1]:
                 written = False
             s.check(written, f"step {step}, {name} of parameter {i}")

@@ -97,7 +97,7 @@ def check(plan: str, steps: Sequence[Step], head: str, out: Path, seconds: float
 def main(argv: list[str] | None = None) -> int:
     p = arguments.Parser(prog="bash benchmarks/gpu_check.sh", description=__doc__)
     p.add_argument("out", metavar="OUTDIR", type=Path, help="results come here, beside what is there")
-    p.add_argument("--plan", default="first", choices=("first", "second"))
+    p.add_argument("--plan", default="first", choices=("first", "second", "low"))
     p.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="cpu tries the plan where no GPU is")
     p.add_argument("--prebuilt", metavar="DIR", default="none", help="libraries made by benchmarks.prebuild")
     p.add_argument("--commit", help="which one this is, where there is no history")

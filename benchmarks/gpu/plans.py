@@ -1,6 +1,6 @@
-"""What the check of a machine with a GPU runs: two plans of bash commands, most telling first, each with a time limit.
+"""What the check of a machine with a GPU runs: plans of bash commands, most telling first, each with a time limit.
 
-The second plan is for after the mends of what the first one found.
+The second plan is for after the mends of what the first one found, the last for parameters and states in fewer bits.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from .toolkit import tool
 
 PYTHON = f"{shlex.quote(sys.executable)} -m"
 CHECKS, TESTS, BENCH = "checks.log", "tests.log", "bench.log"
-GPU_TESTS, QUOTIENTS = "tests/test_cuda_gpu.py tests/test_composition_gpu.py", "tests/test_quotients.py"
+GPU_TESTS = "tests/test_cuda_gpu.py tests/test_composition_gpu.py tests/test_low_gpu.py"
+QUOTIENTS, LOW = "tests/test_quotients.py", "tests/test_low_gpu.py"
 MORE_TESTS = "tests/test_{amp,profiling,gradient_release,readme,lightning}.py"
-SECTIONS = "{SpeedOfLight,SchedulerStats,WarpStateStats,MemoryWorkloadAnalysis,LaunchStats,Occupancy}"
+#: Without those whose tables fill a log.
+SECTIONS = "{SpeedOfLight,SchedulerStats,WarpStateStats,MemoryWorkloadAnalysis,LaunchStats}"
+BYTES = "dram__bytes_read.sum,dram__bytes_write.sum"
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ def plans(device: str, folder: Path, prebuilt: str) -> dict[str, list[Step]]:
     out, huge, right = shlex.quote(str(folder)), "two_to_the_32", r"(?s) 0 wrong.*SUMMARY: 0 "
     peers = "--peer 'torch fused' --peer 'torch foreach'"
     both = f"{peers} --peer 'Triton backend'"
-    launched, switches = ("cuda", "") if device == "cuda" else ("none", "--switch overlap")
+    few = "" if device == "cuda" else "--elements 65536"
+    launched, switches = ("cuda", "") if device == "cuda" else ("none", "--case gpt2-small")
     # The clocks stay as they are, as everywhere; and our kernels alone, by name: those of torch would take the time.
-    ncu = f"ncu --clock-control none -k regex:step_kernel --print-details all --section={SECTIONS}"
+    ncu = f"ncu --clock-control none -k regex:step_kernel --print-details all --section={SECTIONS} --metrics {BYTES}"
     sanitizer = "compute-sanitizer --kernel-name kns=fusedoptim --error-exitcode 86"
     library = f"{PYTHON} benchmarks.prebuild --install {shlex.quote(prebuilt)}"
     compared = f"{PYTHON} benchmarks.ab --device {device} --out {out}/ab.json {switches}"
@@ -70,7 +74,7 @@ def plans(device: str, folder: Path, prebuilt: str) -> dict[str, list[Step]]:
     begin = [
         Step("device", CHECKS, 15, "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader"),
         Step("libraries", CHECKS, 150, library, "libraries "),
-        Step("self-check", CHECKS, 40, f"{PYTHON} fusedoptim", f"self-check: {device}, .* bits"),
+        Step("self-check", CHECKS, 30, f"{PYTHON} fusedoptim", f"self-check: {device}, .* bits"),
     ]
     return {
         "first": [
@@ -80,19 +84,29 @@ def plans(device: str, folder: Path, prebuilt: str) -> dict[str, list[Step]]:
             tests("beyond 2^32", 25, device, f"not triton and {huge}", 0),
             benchmark("benchmarks", 65, device, f"{out}/first.json", peers),
             Step("host", BENCH, 20, host),
-            watched("ncu", 25, device, "DRAM Throughput", ncu, "--large"),
-            watched("memcheck", 35, device, right, sanitizer),
+            watched("ncu", 30, device, "DRAM Throughput", ncu, "--profiled"),
+            watched("memcheck", 30, device, right, sanitizer),
             watched("racecheck", 30, device, right, f"{sanitizer} --tool racecheck"),
             tests("Triton tests", 90, device, f"triton and not {huge} and not torch.float16 and not torch.float64", 8),
         ],
         "second": [
             *begin,
-            tests("GPU tests", 45, device, f"not triton and not {huge}", 6),
+            tests("GPU tests", 60, device, f"not triton and not {huge}", 6),
+            tests("quotients", 20, device, "not skipped", 0, QUOTIENTS),
             Step("A against B", BENCH, 60, compared, "built in", partly=True),
+            watched("ncu", 30, device, "DRAM Throughput", ncu, "--profiled"),
             Step("launches", BENCH, 12, f"{PYTHON} benchmarks.launch_cost", "on the device"),
-            benchmark("benchmarks", 90, device, f"{out}/second.json", both),
-            benchmark("last goals", 45, device, f"{out}/left.json", f"{both} --reverse"),
-            tests("Triton tests", 60, device, f"triton and not {huge}", 8),
-            tests("more tests", 30, device, "not triton", 6, MORE_TESTS),
+            benchmark("benchmarks", 85, device, f"{out}/second.json", both),
+            tests("more tests", 40, device, "not triton", 6, MORE_TESTS),
+            tests("Triton tests", 90, device, f"triton and not {huge}", 8),
+        ],
+        "low": [
+            *begin,
+            tests("CUDA tests", 75, device, "not triton", 6, LOW),
+            Step(
+                "storages", BENCH, 40, f"{PYTHON} benchmarks.gpu.storages --device {device} {few} --out {out}/low.json"
+            ),
+            watched("memcheck", 40, device, right, sanitizer, "--low"),
+            tests("Triton tests", 90, device, "triton", 8, LOW),
         ],
     }

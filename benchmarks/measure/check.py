@@ -41,7 +41,8 @@ def complaint(
 
 
 def _expected(work: Work) -> set[str]:
-    return {str(work.dtypes.state).removeprefix("torch.")} if work.setting.states else set()
+    dtypes = [d for d in (work.dtypes.state, work.dtypes.beside) if d is not None and d.is_floating_point]
+    return {str(d).removeprefix("torch.") for d in dtypes} if work.setting.states else set()
 
 
 def _state_dtypes(params: Params, optimizer: Any) -> set[torch.dtype]:

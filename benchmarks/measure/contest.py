@@ -57,7 +57,7 @@ class Contest:
         self.row, self.device, self.peers, self.budget = row, device, peers, budget
         self.end = math.inf
         self.results: dict[str, Result] = {}
-        self.bytes = {OURS: row.case.elements * row.work.bytes_per_element}
+        self.bytes = {OURS: int(row.case.elements * row.work.bytes_per_element)}
 
     def run(self) -> dict[str, Result]:
         row = self.row

@@ -41,13 +41,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _program() -> str:
+    """The module, or the package, that is run."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.stem == "__main__" else path.stem
+
+
 def environment(device: Device) -> dict[str, object]:
     return {
         "device": device.name,
         "fusedoptim": fusedoptim.__version__,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}",
+        "command": f"python -m benchmarks.{_program()} {shlex.join(sys.argv[1:])}".rstrip(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": _cpu(),

@@ -49,13 +49,13 @@ def stream(device: Device, work: Work, elements: int) -> Limit:
     dtypes = work.dtypes
     gradient = _array(n, dtypes.param, device)
     written = [_array(n, dtype, device) for dtype in work.written]
-    return Limit(_PASSES[device.name](written, gradient, n), n * work.bytes_per_element)
+    return Limit(_PASSES[device.name](written, gradient, n), gradient.nbytes + 2 * sum(a.nbytes for a in written))
 
 
 def memory(device: Device, work: Work) -> int:
     """What both take up."""
     resident = work.resident_per_element + work.dtypes.param.itemsize
-    return 2 * COPY_BYTES[device.name] + STREAM_ELEMENTS[device.name] * resident
+    return 2 * COPY_BYTES[device.name] + int(STREAM_ELEMENTS[device.name] * resident)
 
 
 def _array(n: int, dtype: torch.dtype, device: Device) -> Tensor:
@@ -74,14 +74,16 @@ def _library() -> ctypes.CDLL:
 
 def _in_c(written: list[Tensor], gradient: Tensor, n: int) -> Call:
     library = _library()
-    arrays = [written[0], gradient, *written[1:]]
-    pointers = (ctypes.c_void_p * 4)(*(a.data_ptr() for a in arrays))
-    states = len(written) - 1
-    wide = states > 0 and written[1].dtype.itemsize > gradient.dtype.itemsize
-    words = ctypes.c_ssize_t(n * gradient.dtype.itemsize // 4)
+    size = gradient.dtype.itemsize
+    same = [a for a in written[1:] if a.dtype.itemsize == size]
+    others = [a for a in written[1:] if a.dtype.itemsize != size]
+    arrays = [written[0], gradient, *same, *others]
+    pointers = (ctypes.c_void_p * 5)(*(a.data_ptr() for a in arrays))
+    wide = bool(others) and others[0].dtype.itemsize > size
+    words = ctypes.c_ssize_t(n * size // 4)
 
     def run(keep: object = arrays) -> None:
-        library.stream(pointers, states, int(wide), words)
+        library.stream(pointers, len(same), len(others), int(wide), words)
 
     return run
 

@@ -12,15 +12,25 @@ import fusedoptim
 
 @dataclass(frozen=True)
 class Dtypes:
-    """The dtypes of parameters and gradients, and of the states that have the parameter's shape."""
+    """The dtypes of parameters and gradients, and of the states that have the parameter's shape.
+
+    ``options`` are fusedoptim's own, where there are such; ``beside`` is what it then keeps beside a parameter.
+    """
 
     name: str
     param: torch.dtype
     state: torch.dtype
+    options: dict[str, Any] = field(default_factory=dict)
+    beside: torch.dtype | None = None
 
     @property
     def mixed(self) -> bool:
         return self.param != self.state
+
+    @property
+    def state_bytes(self) -> float:
+        """Of an element. One of 8 bits has a share of its block's scale."""
+        return self.state.itemsize + (4 / 128 if self.state == torch.int8 else 0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,16 @@ DTYPES = {
         Dtypes("fp32", torch.float32, torch.float32),
         Dtypes("bf16", torch.bfloat16, torch.bfloat16),
         Dtypes("bf16+fp32", torch.bfloat16, torch.float32),
+        # First moments to nearest, second ones stochastically.
+        Dtypes("stochastic", torch.bfloat16, torch.bfloat16, {"rounding": {"param": "stochastic"}}),
+        Dtypes("remainder", torch.bfloat16, torch.bfloat16, {"master": "remainder"}, torch.bfloat16),
+        Dtypes(
+            "remainder+int8",
+            torch.bfloat16,
+            torch.int8,
+            {"master": "remainder", "state_dtype": "int8"},
+            torch.bfloat16,
+        ),
     )
 }
 
@@ -83,18 +103,20 @@ class Work:
 
     @property
     def written(self) -> list[torch.dtype]:
-        """What a step reads and writes back, an entry per array: the parameter and its states."""
-        return [self.dtypes.param] + [self.dtypes.state] * self.setting.states
+        """What a step reads and writes back, an entry per array: the parameter, what is beside it, and its states."""
+        beside = [] if self.dtypes.beside is None else [self.dtypes.beside]
+        return [self.dtypes.param, *beside] + [self.dtypes.state] * self.setting.states
 
     @property
-    def bytes_per_element(self) -> int:
+    def bytes_per_element(self) -> float:
         """What every implementation has to move: gradient, parameter and states are read once, the last two written
         once. NormAdaptive, and clipping by the norm of all gradients, need the whole norm before the first write, and
         so read gradients that exceed the caches twice; the second time is not counted, so that no share of a limit is
         flattered."""
-        return self.dtypes.param.itemsize + 2 * sum(d.itemsize for d in self.written)
+        return self.dtypes.param.itemsize + 2 * self.resident_per_element
 
     @property
-    def resident_per_element(self) -> int:
+    def resident_per_element(self) -> float:
         """Bytes of parameter and states, without the gradient."""
-        return sum(d.itemsize for d in self.written)
+        beside = 0 if self.dtypes.beside is None else self.dtypes.beside.itemsize
+        return self.dtypes.param.itemsize + beside + self.dtypes.state_bytes * self.setting.states

@@ -153,8 +153,14 @@ class _Compiled:
 
 def ours(work: Work, groups: Groups, backend: str | None = None) -> Any:
     """fusedoptim, with the backend that it chooses or another one."""
-    state_dtype = work.dtypes.state if work.dtypes.mixed else None
-    return work.setting.make(groups, state_dtype=state_dtype, backend=backend)
+    options = work.dtypes.options or {"state_dtype": work.dtypes.state if work.dtypes.mixed else None}
+    return work.setting.make(groups, backend=backend, **options)
+
+
+@_peer("to nearest", _in(("stochastic",), "AdamW"), differs={"AdamW": "rounds to nearest"})
+def _nearest(_: Any, work: Work, groups: Groups) -> Any:
+    """fusedoptim without options: bf16 that is rounded to nearest."""
+    return work.setting.make(groups)
 
 
 @_peer("eager reference", {"NormAdaptive": ALL}, temporary=4)

@@ -49,7 +49,7 @@ class Row:
         return {
             **dict(zip(("optimizer", "dtype", "case", "condition"), self.key, strict=True)),
             **{"tensors": len(self.case.shapes), "groups": self.case.groups, "elements": self.case.elements},
-            "bytes": self.case.elements * self.work.bytes_per_element,
+            "bytes": int(self.case.elements * self.work.bytes_per_element),
         }
 
 
@@ -59,8 +59,10 @@ def row(key: Key) -> Row:
 
 
 def _meaningful(key: Key) -> bool:
-    """Whether the optimizer has states for the dtypes to differ in."""
+    """Whether the optimizer has states for the dtypes to differ in. Options of fusedoptim's are measured with AdamW."""
     optimizer, dtype, _, _ = key
+    if DTYPES[dtype].options:
+        return optimizer == "AdamW"
     return SETTINGS[optimizer].states > 0 or not DTYPES[dtype].mixed
 
 

@@ -25,6 +25,8 @@ class Results:
         self.scaling: list[Result] = []
         #: Times on the host beside a GPU, if there are any: flat rows.
         self.host: list[Result] = []
+        #: Trainings in fewer bits, if there are any: see lowprec.
+        self.runs: list[Result] = []
         self.finished = False
 
     def save(self) -> None:
@@ -36,8 +38,8 @@ class Results:
         """A line per row, so that a change of results can be read."""
         head = {"format": FORMAT, "finished": self.finished, "planned": self.planned, "environment": self.environment}
         parts = [f' "{key}": {_dump(value)}' for key, value in head.items()]
-        host = (("host", self.host),) if self.host else ()
-        for key, rows in (("rows", self.rows), ("scaling", self.scaling), *host):
+        some = [(key, rows) for key, rows in (("host", self.host), ("runs", self.runs)) if rows]
+        for key, rows in (("rows", self.rows), ("scaling", self.scaling), *some):
             lines = ",\n".join(f"  {_dump(row)}" for row in rows)
             parts.append(f' "{key}": [\n{lines}\n ]' if rows else f' "{key}": []')
         return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -73,7 +75,7 @@ def load(path: Path) -> Results:
     try:
         results = Results(content["environment"], content["planned"], path)
         results.rows, results.scaling, results.finished = content["rows"], content["scaling"], content["finished"]
-        results.host = content.get("host", [])
+        results.host, results.runs = content.get("host", []), content.get("runs", [])
     except KeyError as error:
         raise UsageError(f"{path} is damaged: it has no {error}") from error
     return results

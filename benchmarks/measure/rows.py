@@ -64,7 +64,7 @@ def _fits_cache(row: Row, device: Device) -> bool:
 def _batches(row: Row, device: Device, peers: Iterable[Peer]) -> tuple[list[list[Peer]], list[str]]:
     """Peers that fit the memory together, always beside fusedoptim, and the names of those that never do."""
     elements, size = row.case.elements, row.work.dtypes.param.itemsize
-    resident = elements * row.work.resident_per_element
+    resident = int(elements * row.work.resident_per_element)
     fixed = row.gradient_sets * elements * size + resident + limits.memory(device, row.work)
     free = int(device.memory_free() * MEMORY_SHARE)
     if fixed > free:

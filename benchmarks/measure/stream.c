@@ -3,18 +3,34 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LOOP(body) \
-  _Pragma("omp parallel for schedule(static)") for (ptrdiff_t i = 0; i < n; ++i) { body }
-#define PASS(name, word)                                                             \
-  static void name(void** x, int states, ptrdiff_t n) {                              \
-    uint32_t* restrict p = x[0], * restrict g = x[1];                                \
-    word* restrict a = x[2], * restrict b = x[3];                                    \
-    if (states == 0) LOOP(p[i] += g[i];)                                             \
-    if (states == 1) LOOP(const uint32_t w = g[i]; p[i] += w; a[i] += w;)            \
-    if (states == 2) LOOP(const uint32_t w = g[i]; p[i] += w; a[i] += w; b[i] += w;) \
+#define PASS(name, others, body)                                                             \
+  static void name(void** x, ptrdiff_t n) {                                                  \
+    uint32_t* restrict p = x[0], * restrict g = x[1];                                        \
+    others _Pragma("omp parallel for schedule(static)") for (ptrdiff_t i = 0; i < n; ++i) {  \
+      const uint32_t w = g[i];                                                               \
+      p[i] += w;                                                                             \
+      body                                                                                   \
+    }                                                                                        \
   }
-PASS(equal, uint32_t)
-PASS(wide, uint64_t)
+#define ARRAY(name, type, k) type* restrict name = x[k];
+PASS(alone, , )
+PASS(one, ARRAY(a, uint32_t, 2), a[i] += w;)
+PASS(two, ARRAY(a, uint32_t, 2) ARRAY(b, uint32_t, 3), a[i] += w; b[i] += w;)
+PASS(three, ARRAY(a, uint32_t, 2) ARRAY(b, uint32_t, 3) ARRAY(c, uint32_t, 4), a[i] += w; b[i] += w; c[i] += w;)
+PASS(wide_one, ARRAY(a, uint64_t, 2), a[i] += w;)
+PASS(wide_two, ARRAY(a, uint64_t, 2) ARRAY(b, uint64_t, 3), a[i] += w; b[i] += w;)
+PASS(and_narrow_two, ARRAY(a, uint32_t, 2) ARRAY(b, uint16_t, 3) ARRAY(c, uint16_t, 4),
+     a[i] += w; b[i] += w; c[i] += w;)
 
-// x: parameter, gradient, up to two states, n words each; the words of the states are twice as long if they are wide.
-void stream(void** x, int states, int wide_states, ptrdiff_t n) { (wide_states ? wide : equal)(x, states, n); }
+// x: parameter, gradient, `same` other arrays of n words each, then `others`, whose words are twice as long if they are
+// wide, else half as long.
+void stream(void** x, int same, int others, int wide, ptrdiff_t n) {
+  if (others == 0) {
+    void (*const pass[])(void**, ptrdiff_t) = {alone, one, two, three};
+    pass[same](x, n);
+  } else if (wide) {
+    (others == 1 ? wide_one : wide_two)(x, n);
+  } else {
+    and_narrow_two(x, n);
+  }
+}

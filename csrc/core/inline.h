@@ -4,6 +4,9 @@
 // On the host: always inlined, so that no copy compiled for one instruction set can be linked into code for another.
 #define FUSEDOPTIM_INLINE inline __attribute__((always_inline))
 
+// After the parameters of a lambda.
+#define FUSEDOPTIM_INLINE_LAMBDA __attribute__((always_inline))
+
 // On the host and on a device.
 #if defined(__CUDACC__)
 #define FUSEDOPTIM_HD __host__ __device__ __forceinline__

@@ -34,15 +34,26 @@ struct RandomKey {
   }
 };
 
-// index: the lower half. U: a uint32, or a vector of them. Each half of a word serves one operand: see half_of().
+// Words of one key follow from numbers that are this far apart for elements that follow each other.
+inline constexpr uint32_t kWeylStep = 0x9E3779B1u;
+
+// index: the lower half. U: a uint32, or a vector of them.
 template <class U>
-FUSEDOPTIM_HD U random_word(U index, RandomKey key) {
-  U x = index * 0x9E3779B1u + key.start;
+FUSEDOPTIM_HD U weyl_number(U index, RandomKey key) {
+  return index * kWeylStep + key.start;
+}
+// Of such a number. Each half of a word serves one operand: see half_of_slot().
+template <class U>
+FUSEDOPTIM_HD U mixed_word(U x, RandomKey key) {
   x ^= x >> 16;
   x = x * 0x21F0AAADu + key.middle;
   x ^= x >> 15;
   x *= 0x735A2D97u;
   return x ^ x >> 15;
+}
+template <class U>
+FUSEDOPTIM_HD U random_word(U index, RandomKey key) {
+  return mixed_word(weyl_number(index, key), key);
 }
 
 // Which 16 bits of a parameter's words a state is rounded with, counted in halves: the parameter has the first, the

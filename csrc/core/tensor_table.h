@@ -37,6 +37,7 @@ struct Entry {
   DType step_dtype = DType::f32;
   bool active = false;            // has a gradient in this step
   bool first = false;             // its states were created for this step
+  bool is_stochastic = false;     // some operand takes random bits
   void* step = nullptr;           // 0-dim, fp32 or fp64; null for a rule without a step
   float* scalar_state = nullptr;  // for a rule with one
   Operand operand[kOperands] = {};
@@ -50,12 +51,6 @@ struct Entry {
   FUSEDOPTIM_HD const Operand& param() const { return operand[kParam]; }
   FUSEDOPTIM_HD const Operand& grad() const { return operand[kGrad]; }
   FUSEDOPTIM_HD const Operand& state(int k) const { return operand[kFirstState + k]; }
-  // Whether it takes random bits.
-  bool is_stochastic() const {
-    for (const Operand& o : operand)
-      if (fusedoptim::is_stochastic(o.storage)) return true;
-    return false;
-  }
   FUSEDOPTIM_HD DType compute_dtype() const { return compute_dtype_of(param().storage); }
 };
 

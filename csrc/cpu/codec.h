@@ -1,4 +1,5 @@
-// Between an operand's storage and registers of the compute type: M::width elements at once, or the last few.
+// Between an operand's storage and registers of the compute type. For whole registers the storage is known when this is
+// compiled; the last few elements of a tensor are gone through one by one, whatever their storage.
 #pragma once
 
 #include "../core/operand.h"
@@ -6,59 +7,87 @@
 
 namespace fusedoptim {
 
-// A storage that is looked up for every register: a branch that never changes within a tensor.
-inline constexpr int kAnyStorage = -1;
+// 16 random bits for each of some elements: a half of their words.
+struct RandomHalves {
+  const uint32_t* words = nullptr;  // null: zeros, for what is not rounded stochastically
+  int shift = 0;
 
-// Random bits for a register of elements. Lanes of fp64 take theirs one by one.
-template <class M>
-struct RandomBits {
-  using U = typename Integers<M::width>::U;
-  U word[kWords];
-  FUSEDOPTIM_INLINE U half(int k) const { return word[k / 2] >> (k % 2 * 16) & 0xffffu; }
+  FUSEDOPTIM_INLINE uint32_t at(int64_t k) const { return words ? words[k] >> shift & 0xffffu : 0; }
 };
 
-// fixed: the storage, where it is known when compiled. full: all of the register; else its first n elements, and zeros.
-template <class M, int fixed, bool full>
-FUSEDOPTIM_INLINE typename M::V load(const Operand& o, int64_t i, int n) {
-  using T = typename M::T;
-  const Storage s = fixed != kAnyStorage && full ? static_cast<Storage>(fixed) : o.storage;
-  if constexpr (full && sizeof(T) == 4) {
-    if (s == Storage::f32) return M::load(static_cast<const float*>(o.data) + i);
-    if (s == Storage::bf16) return M::load_bf16(static_cast<const uint16_t*>(o.data) + i);
-    if (s == Storage::f16) return M::load_f16(static_cast<const uint16_t*>(o.data) + i);
-    if (!is_dtype(s)) return load_stored_lanes<M>(o.data, o.extra, s, i);
-  } else if constexpr (full) {
-    if (s == Storage::f64) return M::load(static_cast<const double*>(o.data) + i);
-  }
-  alignas(64) T x[M::width] = {};
-  for (int k = 0; k < (full ? M::width : n); ++k) x[k] = load_stored<T>(o.data, o.extra, s, i + k);
-  return M::load(x);
+// M, the lanes of an instruction set, makes them distinct (see core/strided.h). Operands are passed by value: of one
+// whose address is known elsewhere, a loop would read the fields anew after every store.
+template <class M, class T = typename M::T>
+__attribute__((noinline)) void load_some(T* out, Operand o, int64_t i, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) out[k] = load_stored<T>(o.data, o.extra, o.storage, i + k);
+}
+template <class M, class T = typename M::T>
+__attribute__((noinline)) void store_some(const T* in, Operand o, int64_t i, int64_t n, RandomHalves random) {
+  for (int64_t k = 0; k < n; ++k) store_stored<T>(o.data, o.extra, o.storage, i + k, in[k], random.at(k));
 }
 
-template <class M, int fixed, bool full>
-FUSEDOPTIM_INLINE void store(const Operand& o, int64_t i, int n, typename M::V v, typename RandomBits<M>::U random) {
+constexpr bool reads_as_bf16(Storage s) { return s == Storage::bf16 || s == Storage::bf16_stochastic; }
+
+template <class M, Storage s>
+FUSEDOPTIM_INLINE typename M::V load(const Operand& o, int64_t i) {
   using T = typename M::T;
-  const Storage s = fixed != kAnyStorage && full ? static_cast<Storage>(fixed) : o.storage;
-  if constexpr (full && sizeof(T) == 4) {
-    if (s == Storage::f32) return M::store(static_cast<float*>(o.data) + i, v);
-    if (s == Storage::bf16) return M::store_bf16(static_cast<uint16_t*>(o.data) + i, v);
-    if (s == Storage::f16) return M::store_f16(static_cast<uint16_t*>(o.data) + i, v);
-    if (!is_dtype(s)) return store_stored_lanes<M>(o.data, o.extra, s, i, v, random);
-  } else if constexpr (full) {
-    if (s == Storage::f64) return M::store(static_cast<double*>(o.data) + i, v);
+  if constexpr (s == storage_of(kCompute<T>)) {
+    return M::load(static_cast<const T*>(o.data) + i);
+  } else {
+    using B = Bits<M>;
+    const uint16_t* const x = static_cast<const uint16_t*>(o.data) + i;
+    if constexpr (reads_as_bf16(s)) return M::load_bf16(x);
+    if constexpr (s == Storage::f16) return M::load_f16(x);
+    if constexpr (s == Storage::bf16_remainder) return B::join(x, B::load(static_cast<const int16_t*>(o.extra) + i));
+    if constexpr (s == Storage::bf16_remainder8)
+      return B::join(x, B::load(static_cast<const int8_t*>(o.extra) + i) * 256);
+    if constexpr (s == Storage::bf16_master || s == Storage::f16_master) {
+      constexpr bool is_bf16 = s == Storage::bf16_master;
+      const typename M::V master = M::load(static_cast<const float*>(o.extra) + i);
+      const auto rounded = B::of(is_bf16 ? M::as_bf16(master) : M::as_f16(master));
+      const auto element = B::of(is_bf16 ? M::load_bf16(x) : M::load_f16(x));
+      return B::value(rounded == element ? B::of(master) : element);
+    }
   }
-  alignas(64) T x[M::width];
-  uint32_t bits[M::width];
-  M::store(x, v);
-  memcpy(bits, &random, sizeof(bits));
-  for (int k = 0; k < (full ? M::width : n); ++k) store_stored<T>(o.data, o.extra, s, i + k, x[k], bits[k]);
+}
+
+// random: 16 bits for each element.
+template <class M, Storage s>
+FUSEDOPTIM_INLINE void store(const Operand& o, int64_t i, typename M::V v, typename Integers<M::width>::U random) {
+  using T = typename M::T;
+  if constexpr (s == storage_of(kCompute<T>)) {
+    M::store(static_cast<T*>(o.data) + i, v);
+  } else {
+    using B = Bits<M>;
+    uint16_t* const x = static_cast<uint16_t*>(o.data) + i;
+    if constexpr (s == Storage::bf16 || s == Storage::bf16_master) M::store_bf16(x, v);
+    if constexpr (s == Storage::f16 || s == Storage::f16_master) M::store_f16(x, v);
+    if constexpr (extra_size_of(s) == 4) M::store(static_cast<float*>(o.extra) + i, v);
+    if constexpr (s == Storage::bf16_stochastic) B::store(x, B::round_stochastic(v, random) >> 16);
+    if constexpr (s == Storage::bf16_remainder) {
+      const auto u = B::splittable(v);
+      B::store(x, (u + 0x8000u) >> 16);
+      B::store(static_cast<uint16_t*>(o.extra) + i, u);
+    }
+    if constexpr (s == Storage::bf16_remainder8) {
+      const auto u = B::splittable24(v);
+      B::store(x, (u + 0x8000u) >> 16);
+      B::store(static_cast<uint8_t*>(o.extra) + i, u >> 8);
+    }
+  }
 }
 
 // A parameter as it reads once it was stored.
-template <class M, int fixed>
-FUSEDOPTIM_INLINE typename M::V as_stored(typename M::V v, Storage s, typename RandomBits<M>::U random) {
-  if constexpr (fixed != kAnyStorage) s = static_cast<Storage>(fixed);
-  if constexpr (sizeof(typename M::T) == 4) return as_stored_lanes<M>(v, s, random);
+template <class M, Storage s>
+FUSEDOPTIM_INLINE typename M::V as_stored(typename M::V v, typename Integers<M::width>::U random) {
+  if constexpr (s == Storage::bf16) return M::as_bf16(v);
+  if constexpr (s == Storage::f16) return M::as_f16(v);
+  if constexpr (!is_dtype(s)) {
+    using B = Bits<M>;
+    if constexpr (s == Storage::bf16_stochastic) return B::value(B::round_stochastic(v, random) & 0xffff0000u);
+    if constexpr (s == Storage::bf16_remainder) return B::value(B::splittable(v));
+    if constexpr (s == Storage::bf16_remainder8) return B::value(B::splittable24(v));
+  }
   return v;
 }
 

@@ -213,7 +213,7 @@ void CpuExecutor::update_chunk(const StepTable& table, int64_t chunk) const {
     }
     if (e.numel < tuning::kSmall && i + tuning::kAhead < static_cast<int64_t>(entries.size()))
       prefetch_data(entries[i + tuning::kAhead]);
-    const uint64_t stream = e.is_stochastic() ? stream_of(table, e) : 0;
+    const uint64_t stream = e.is_stochastic ? stream_of(table, e) : 0;
     e.update(e, begin, end, {scalars, transforms_[e.group], stream});
   });
 }

@@ -37,24 +37,49 @@ struct F32 {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(rounded, quiet, nan);
   }
-  FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) {
-    const __m256i r = _mm256_srli_epi32(round_bf16(v), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
-  }
+  FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) { narrow(x, _mm256_srli_epi32(round_bf16(v), 16)); }
   FUSEDOPTIM_INLINE static V as_bf16(V v) {
     return _mm256_castsi256_ps(_mm256_and_si256(round_bf16(v), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  // 2*width values at once, those of even index and those of odd: one shift or mask each, and no lane changes place.
-  static constexpr bool has_pairs = true;
-  FUSEDOPTIM_INLINE static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  // Integers of 8 and 16 bits to 32, and the lower bits of 32 back.
+  FUSEDOPTIM_INLINE static __m256i widen(const uint8_t* x) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
   }
-  FUSEDOPTIM_INLINE static void store_bf16_pair(uint16_t* x, V even, V odd) {
-    const __m256i low = _mm256_srli_epi32(round_bf16(even), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm256_blend_epi16(low, round_bf16(odd), 0xaa));
+  FUSEDOPTIM_INLINE static __m256i widen(const int8_t* x) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+  }
+  FUSEDOPTIM_INLINE static __m256i widen(const uint16_t* x) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+  FUSEDOPTIM_INLINE static __m256i widen(const int16_t* x) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+  FUSEDOPTIM_INLINE static void narrow(uint16_t* x, __m256i v) {
+    const __m256i at = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                        0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, at), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
+  }
+  FUSEDOPTIM_INLINE static void narrow(uint8_t* x, __m256i v) {
+    const __m256i at = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                        0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i packed =
+        _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(v, at), _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
+  }
+  // For two 16-bit numbers in each lane: see pairs.h.
+  static constexpr bool has_pairs = true;
+  FUSEDOPTIM_INLINE static __m256i with_upper(__m256i lower, __m256i upper) {
+    return _mm256_blend_epi16(lower, upper, 0xaa);
+  }
+  // Of 16-bit numbers without a sign; what were below 0 is 0.
+  FUSEDOPTIM_INLINE static __m256i subtract_unsigned_16(__m256i a, __m256i b) { return _mm256_subs_epu16(a, b); }
+  // n: even
+  template <int n>
+  FUSEDOPTIM_INLINE static bool any_nan(const V (&x)[n]) {
+    V found = _mm256_cmp_ps(x[0], x[1], _CMP_UNORD_Q);
+    for (int k = 2; k < n; k += 2) found = _mm256_or_ps(found, _mm256_cmp_ps(x[k], x[k + 1], _CMP_UNORD_Q));
+    return _mm256_movemask_ps(found) != 0;
   }
   FUSEDOPTIM_INLINE static V load_f16(const uint16_t* x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));

@@ -36,23 +36,42 @@ struct F32 {
     r = _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
     return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
   }
-  FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) {
-    const __m512i r = _mm512_srli_epi32(round_bf16(v), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(r));
-  }
+  FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) { narrow(x, _mm512_srli_epi32(round_bf16(v), 16)); }
   FUSEDOPTIM_INLINE static V as_bf16(V v) {
     return _mm512_castsi512_ps(_mm512_and_si512(round_bf16(v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  // 2*width values at once, those of even index and those of odd: one shift or mask each, and no lane changes place.
-  static constexpr bool has_pairs = true;
-  FUSEDOPTIM_INLINE static void load_bf16_pair(const uint16_t* x, V& even, V& odd) {
-    const __m512i both = _mm512_loadu_si512(x);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  // Integers of 8 and 16 bits to 32, and the lower bits of 32 back.
+  FUSEDOPTIM_INLINE static __m512i widen(const uint8_t* x) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   }
-  FUSEDOPTIM_INLINE static void store_bf16_pair(uint16_t* x, V even, V odd) {
-    const __m512i low = _mm512_srli_epi32(round_bf16(even), 16);
-    _mm512_storeu_si512(x, _mm512_mask_blend_epi16(0xaaaaaaaau, low, round_bf16(odd)));
+  FUSEDOPTIM_INLINE static __m512i widen(const int8_t* x) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+  FUSEDOPTIM_INLINE static __m512i widen(const uint16_t* x) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
+  FUSEDOPTIM_INLINE static __m512i widen(const int16_t* x) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
+  FUSEDOPTIM_INLINE static void narrow(uint16_t* x, __m512i v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(v));
+  }
+  FUSEDOPTIM_INLINE static void narrow(uint8_t* x, __m512i v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm512_cvtepi32_epi8(v));
+  }
+  // For two 16-bit numbers in each lane: see pairs.h.
+  static constexpr bool has_pairs = true;
+  FUSEDOPTIM_INLINE static __m512i with_upper(__m512i lower, __m512i upper) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, lower, upper);
+  }
+  // Of 16-bit numbers without a sign; what were below 0 is 0.
+  FUSEDOPTIM_INLINE static __m512i subtract_unsigned_16(__m512i a, __m512i b) { return _mm512_subs_epu16(a, b); }
+  // n: even
+  template <int n>
+  FUSEDOPTIM_INLINE static bool any_nan(const V (&x)[n]) {
+    unsigned found = 0;
+    for (int k = 0; k < n; k += 2) found |= _mm512_cmp_ps_mask(x[k], x[k + 1], _CMP_UNORD_Q);
+    return found != 0;
   }
   FUSEDOPTIM_INLINE static V load_f16(const uint16_t* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));

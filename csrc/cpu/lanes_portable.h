@@ -22,6 +22,14 @@ struct Lane {
   FUSEDOPTIM_INLINE static V clamp(V a, V b) { return a > b ? b : a < -b ? -b : a; }
   FUSEDOPTIM_INLINE static V load(const T* x) { return *x; }
   FUSEDOPTIM_INLINE static void store(T* x, V v) { *x = v; }
+  template <class Narrow>
+  FUSEDOPTIM_INLINE static int32_t widen(const Narrow* x) {
+    return *x;
+  }
+  template <class Narrow>
+  FUSEDOPTIM_INLINE static void narrow(Narrow* x, uint32_t v) {
+    *x = static_cast<Narrow>(v);
+  }
   FUSEDOPTIM_INLINE static V load_bf16(const uint16_t* x) { return bf16_to_f32(*x); }
   FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) { *x = f32_to_bf16(v); }
   FUSEDOPTIM_INLINE static V as_bf16(V v) { return bf16_to_f32(f32_to_bf16(v)); }

@@ -5,7 +5,7 @@
 #include "../core/sum_of_squares.h"
 #include "../core/tensor_table.h"
 #include "../rules/step_element.h"
-#include "codec.h"
+#include "passes.h"
 
 namespace fusedoptim {
 
@@ -21,9 +21,7 @@ double tile_sum(const Entry& e, int64_t tile, const GroupTransforms& t) {
   if (e.sum_layout) {
     gather<M>({x, nullptr, e.grad().storage}, e.grad(), e.sum_layout->sizes, e.sum_layout->strides[kGrad], start, n);
   } else {
-    int64_t i = 0;
-    for (; i + M::width <= n; i += M::width) M::store(x + i, load<M, kAnyStorage, true>(e.grad(), start + i, M::width));
-    for (; i < n; ++i) x[i] = load_element<T>(e.grad().data, dtype_of(e.grad().storage), start + i);
+    decode<M>(x, e.grad(), start, n);
   }
   if (!as_it_is)
     for (int64_t i = 0; i < kTile; i += M::width) M::store(x + i, transform_grad<M>(M::load(x + i), transform));

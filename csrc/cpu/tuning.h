@@ -19,7 +19,7 @@ inline constexpr int64_t kMinChunk = 4096, kMaxChunk = int64_t{1} << 20, kChunks
 // updated.
 inline constexpr int64_t kSmall = 4096, kAhead = 4, kPrefetchBytes = 256;
 
-// Of strided tensors: 24 KiB of buffers for AdamW.
+// Of the loop over tiles: 8 KiB of buffers for AdamW, and as much of what is copied.
 inline constexpr int64_t kTileElements = 512;
 
 }  // namespace fusedoptim::tuning

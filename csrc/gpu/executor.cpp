@@ -30,7 +30,7 @@ void GpuExecutor::find_steppable(const StepTable& table) {
     const Entry& e = table.entries[i];
     Steppable& s = steppable_[i];
     s.variant = rule_.variant_of(table.rows[e.group].value);
-    s.can = (e.param().data || e.numel == 0) && (e.step || !(rule_.has_step || e.is_stochastic())) &&
+    s.can = (e.param().data || e.numel == 0) && (e.step || !(rule_.has_step || e.is_stochastic)) &&
             (e.scalar_state || !rule_.next_scalar_state);
     for (int k = 0; k < kStates; ++k)
       if (rule_.uses_state(s.variant, k)) s.can = s.can && (e.state(k).data || e.numel == 0);

@@ -116,8 +116,9 @@ const StepHeader* GpuExecutor::begin(StepTable& table, const LaunchInputs& input
   args_.grad_scale = reinterpret_cast<const float*>(inputs.grad_scale);
   args_.found_inf = reinterpret_cast<const float*>(inputs.found_inf);
   args_.norm_stats = settings_.norm_stats;
+  if (capturing_) flags &= ~kOverlap;  // a graph's launches follow each other closely
   args_.flags = flags | (settings_.skip_nonfinite ? kSkipNonfinite : 0) | (settings_.zero_grad ? kZeroGrad : 0) |
-                (table.norm_in_f64() ? kNormInF64 : 0);
+                (table.norm_in_f64() ? kNormInF64 : 0) | (tuning.keep_summed ? kKeepSummed : 0);
   tables_valid_ = tables_valid_ && (measures_ || !measures);
   measures_ = measures_ || measures;
   if (!tables_valid_) make_tables(table, stream);
@@ -138,8 +139,7 @@ const StepHeader* GpuExecutor::begin(StepTable& table, const LaunchInputs& input
 void GpuExecutor::run(StepTable& table, const LaunchInputs& inputs, const std::function<void()>& on_caller) {
   void* stream = reinterpret_cast<void*>(inputs.stream);
   if (table.needs_global_norm(settings_)) {
-    const bool overlaps = tuning.overlap && !device_->capturing(stream);
-    const StepHeader* headers = begin(table, inputs, true, kReduces | (overlaps ? kOverlap : 0));
+    const StepHeader* headers = begin(table, inputs, true, kReduces | kOverlap);
     launch({kMeasure, kMeasureWide, kUpdate, kUpdateWide}, headers, stream);
   } else {
     launch({kUpdate, kUpdateWide}, begin(table, inputs, false, 0), stream);

@@ -43,7 +43,8 @@ inline void add_sums(WorkList& list, const std::vector<Sized>& entries) {
 }
 
 // Sums and updates, window by window: the sums of a window's tensors come one window before their updates, so that
-// hardly a block waits; two windows of gradients stay within half of the L2. Updates go through a window backwards.
+// few blocks wait; two windows of gradients stay within half of the L2, more or less: a window ends with the tensor
+// that exceeds it. Updates go through a window backwards.
 inline void add_sums_and_updates(WorkList& list, const std::vector<Sized>& entries, int64_t window_bytes) {
   std::vector<Sized> before, window;
   int64_t bytes = 0;

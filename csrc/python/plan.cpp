@@ -209,6 +209,7 @@ void Plan::bind_stored(const StoredArgs& stored, const std::vector<StableTensor>
   for (const auto& [k, storage, extra] : operands) {
     Operand& o = e.operand[k];
     o.storage = static_cast<Storage>(storage);
+    if (extra < -1) m.ready = false;
     if (extra < 0) continue;
     const StableTensor& t = tensors.at(extra);
     o.extra = watch_.add(t);
@@ -218,7 +219,8 @@ void Plan::bind_stored(const StoredArgs& stored, const std::vector<StableTensor>
   }
   e.row = row;
   if (row) m.linear = m.linear && m.logical;
-  if (!e.is_stochastic()) return;
+  for (const Operand& o : e.operand) e.is_stochastic = e.is_stochastic || is_stochastic(o.storage);
+  if (!e.is_stochastic) return;
   if (!e.step) m.ready = false;
   e.id = id;
   e.first_index = first_index;

@@ -39,9 +39,9 @@ class Plan {
   using HyperArgs = std::tuple<std::string, int, double, double, std::optional<double>>;
   using ShardArgs = std::tuple<py::object, py::object, py::list>;
   // How a parameter and its states are stored, where that is more than their dtypes: its position among all; operands,
-  // each with its storage and the tensor that it keeps beside, or -1; elements in a row of what is in blocks, or 0; for
-  // random bits its id, the place of its first element in the whole tensor, and that tensor's strides where they are
-  // not its own.
+  // each with its storage and the tensor that it keeps beside, -1 without such, -2 if that is to come; elements in a
+  // row of what is in blocks, or 0; for random bits its id, the place of its first element in the whole tensor, and
+  // that tensor's strides where they are not its own.
   using OperandArgs = std::tuple<int, int, int>;
   using StoredArgs =
       std::tuple<int, std::vector<OperandArgs>, int64_t, uint64_t, int64_t, std::optional<std::vector<int64_t>>>;

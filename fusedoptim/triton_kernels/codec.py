@@ -1,4 +1,4 @@
-"""Between memory and registers: words of tables, and elements in their storage as values of the compute type."""
+"""Between memory and registers: words of tables, and elements of a dtype as values of the compute type."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ def load_f64(address):
 
 @triton.jit
 def pointer(address, D: tl.constexpr):
-    """bf16 is handled as integers, which neither interpreters nor compilers do arithmetic of their own with."""
+    """Of elements. bf16 is handled as integers, which neither interpreters nor compilers do arithmetic of their own
+    with, and so is what is no number by itself."""
     if D == L.F32:
         return address.to(tl.pointer_type(tl.float32))
     elif D == L.F64:
         return address.to(tl.pointer_type(tl.float64))
-    elif D == L.BF16:
-        return address.to(tl.pointer_type(tl.int16))
-    else:
+    elif D == L.F16:
         return address.to(tl.pointer_type(tl.float16))
+    else:
+        return address.to(tl.pointer_type(tl.int8 if D >= L.Q8 else tl.int16))
 
 
 @triton.jit
@@ -82,39 +83,15 @@ def encode(x, D: tl.constexpr):
 
 
 @triton.jit
-def as_stored(x, D: tl.constexpr, T: tl.constexpr):
-    """A value as it reads once it was stored."""
-    return decode(encode(x, D), D, T)
-
-
-@triton.jit
-def load_tile(address, first, D: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements from ``first`` on, whose address is a multiple of 16."""
-    start = tl.multiple_of(pointer(address, D) + first, 16)
-    return decode(tl.load(start + tl.arange(0, BLOCK), eviction_policy=EVICT), D, T)
-
-
-@triton.jit
-def store_tile(address, first, x, D: tl.constexpr, BLOCK: tl.constexpr):
-    start = tl.multiple_of(pointer(address, D) + first, 16)
-    tl.store(start + tl.arange(0, BLOCK), encode(x, D), eviction_policy=EVICT)
-
-
-@triton.jit
 def load_where(address, offsets, inside, D: tl.constexpr, T: tl.constexpr):
-    """Elements at offsets, 0 outside."""
+    """Elements of a dtype at offsets, 0 outside."""
     return decode(tl.load(pointer(address, D) + offsets, mask=inside, other=0), D, T)
-
-
-@triton.jit
-def store_where(address, offsets, inside, x, D: tl.constexpr):
-    tl.store(pointer(address, D) + offsets, encode(x, D), mask=inside)
 
 
 @triton.jit
 def strided_offsets(layout, i, K: tl.constexpr):
     """Where operand K keeps the logical elements i. A layout is the number of dimensions, then for each, the innermost
-    first, its size and the strides of all operands."""
+    first, its size and the strides of all operands and of the index (L.INDEX)."""
     offsets = i * 0
     dims = load_i64(layout)
     dim = layout + 8

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._device_memory import DeviceMemory
 from .codec import INTERPRETED
 from .kernels import measure_kernel, norm_step_kernel, reduce_kernel, step_kernel
-from .layout import BITS, DIGEST, STATES
+from .layout import BITS, DIGEST, packed
 
 WARPS = 4
 #: Contraction would change results.
@@ -109,14 +109,6 @@ class TritonDevice(DeviceMemory):
         return launch
 
 
-def _kind(kind: tuple[tuple[int, ...], int, int, int]) -> int:
-    """As kernels take it: see update.py."""
-    storages, step, variant, states = kind
-    fields: int = sum(value << BITS * k for k, value in enumerate((*storages, step, variant)))
-    always: int = len(storages) - STATES  # parameter and gradient
-    return fields | ((states << always) | ((1 << always) - 1)) << BITS * (len(storages) + 2)
-
-
 def _constant(kind: int) -> Any:
     """Triton's interpreter takes numbers as they are, and its constants then do no arithmetic with them."""
     return tl.constexpr(kind) if INTERPRETED.value else kind
@@ -128,7 +120,7 @@ def kernel_for(purpose: str, rule: str, kinds: tuple[Any, ...], block: int) -> t
         return reduce_kernel, (DIGEST,)
     if purpose == "measure":  # looks at parameters and gradients alone: one kernel serves every rule
         return measure_kernel, (tuple(_constant(storages[0] | storages[1] << BITS) for storages, *_ in kinds), DIGEST)
-    of_kernel = tuple(_constant(_kind(kind)) for kind in kinds)
+    of_kernel = tuple(_constant(packed(kind, rule)) for kind in kinds)
     functions = functions_of(rule)
     kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
     return kernel, (*functions, of_kernel, block, DIGEST)

@@ -2,7 +2,8 @@
 :func:`step_element` do the work, and store.
 
 An entry's kind is one number, because kernels may have no tuples in tuples before Triton 3.8: four bits each for the
-storages of all operands, the dtype of the step and the variant; then a bit for each operand that is used."""
+storages of all operands, the dtype of the step and the variant; then a bit for each operand that is used; which half of
+its random words each state is rounded with; which words are used; and whether anything is in blocks."""
 
 from __future__ import annotations
 
@@ -11,17 +12,21 @@ import triton.language as tl
 
 from . import layout as L
 from .arithmetic import lerp, lerp_weight
-from .codec import (
-    as_stored,
-    load_f32,
-    load_f64,
-    load_i64,
-    load_tile,
-    load_where,
-    store_tile,
-    store_where,
-    strided_offsets,
+from .blocks import blocks_before, elements_of
+from .codec import encode, load_f32, load_f64, load_i64, pointer
+from .operands import (
+    addresses_of,
+    load_pieces,
+    load_tiles,
+    offset_of,
+    offsets_of,
+    rests_of,
+    store_pieces,
+    store_tiles,
+    tile_index,
 )
+from .random_bits import keys_of, random_half, random_stream, random_words
+from .storages import as_stored
 from .transforms import grad_transform, row_of, transform_grad
 
 # ---- the order of work, as in csrc/rules/step_element.h ----
@@ -29,9 +34,9 @@ from .transforms import grad_transform, row_of, transform_grad
 
 @triton.jit
 def step_element(
-    x, transform, toward_param, from_average, c, KIND: tl.constexpr, UPDATE: tl.constexpr, T: tl.constexpr
+    x, words, transform, toward_param, from_average, c, KIND: tl.constexpr, UPDATE: tl.constexpr, T: tl.constexpr
 ):
-    """The new values of all operands, but for the gradient, of which nothing stays."""
+    """The new values of all operands, but for the gradient, of which nothing stays. words: random bits."""
     A: tl.constexpr = L.FIRST_STATE + L.AVERAGE
     slots = (x[L.FIRST_STATE],)
     for k in tl.static_range(1, L.MAX_SLOTS):
@@ -39,81 +44,9 @@ def step_element(
     p, slots = UPDATE(x[L.PARAM], transform_grad(x[L.GRAD], transform), slots, c, (KIND >> L.VARIANT) & L.MASK)
     average = x[A]
     if (KIND >> L.USED + A) & 1:
-        average = lerp(average, as_stored(p, (KIND >> L.WIDTH * L.PARAM) & L.MASK, T), toward_param, from_average)
+        read = as_stored(p, random_half(words, KIND, L.PARAM), (KIND >> L.WIDTH * L.PARAM) & L.MASK, T)
+        average = lerp(average, read, toward_param, from_average)
     return (p, x[L.GRAD]) + slots + (average,)
-
-
-# ---- all operands, between memory and registers: what is not used is like the parameter ----
-
-
-@triton.jit
-def addresses_of(entry, grad):
-    found = (load_i64(entry + L.ENTRY_OPERANDS + L.OPERAND_DATA), grad)
-    for k in tl.static_range(L.FIRST_STATE, L.OPERANDS):
-        found = found + (load_i64(entry + L.ENTRY_OPERANDS + k * L.OPERAND_BYTES + L.OPERAND_DATA),)
-    return found
-
-
-@triton.jit
-def load_tiles(addresses, tile, KIND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    found = (load_tile(addresses[0], tile, (KIND >> L.WIDTH * 0) & L.MASK, T, BLOCK),)
-    for k in tl.static_range(1, L.OPERANDS):
-        if (KIND >> L.USED + k) & 1:
-            found = found + (load_tile(addresses[k], tile, (KIND >> L.WIDTH * k) & L.MASK, T, BLOCK),)
-        else:
-            found = found + (found[0],)
-    return found
-
-
-@triton.jit
-def store_tiles(addresses, tile, x, zero_grad, KIND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    for k in tl.static_range(L.OPERANDS):
-        if k == L.GRAD:
-            if zero_grad:
-                store_tile(addresses[k], tile, tl.zeros((BLOCK,), T), (KIND >> L.WIDTH * k) & L.MASK, BLOCK)
-        elif (KIND >> L.USED + k) & 1:
-            store_tile(addresses[k], tile, x[k], (KIND >> L.WIDTH * k) & L.MASK, BLOCK)
-
-
-@triton.jit
-def offset_of(header, layout, i, K: tl.constexpr):
-    """Where an operand keeps the logical elements i."""
-    offsets = i
-    if layout >= 0:
-        offsets = strided_offsets(load_i64(header + L.HEADER_LAYOUTS) + 8 * layout, i, K)
-    return offsets
-
-
-@triton.jit
-def offsets_of(header, layout, i, KIND: tl.constexpr):
-    found = (offset_of(header, layout, i, 0),)
-    for k in tl.static_range(1, L.OPERANDS):
-        if (KIND >> L.USED + k) & 1:
-            found = found + (offset_of(header, layout, i, k),)
-        else:
-            found = found + (found[0],)
-    return found
-
-
-@triton.jit
-def load_elements(addresses, offsets, inside, KIND: tl.constexpr, T: tl.constexpr):
-    found = (load_where(addresses[0], offsets[0], inside, (KIND >> L.WIDTH * 0) & L.MASK, T),)
-    for k in tl.static_range(1, L.OPERANDS):
-        if (KIND >> L.USED + k) & 1:
-            found = found + (load_where(addresses[k], offsets[k], inside, (KIND >> L.WIDTH * k) & L.MASK, T),)
-        else:
-            found = found + (found[0],)
-    return found
-
-
-@triton.jit
-def store_elements(addresses, offsets, inside, x, zero_grad, KIND: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
-    for k in tl.static_range(L.OPERANDS):
-        if k == L.GRAD:
-            if zero_grad:
-                store_where(addresses[k], offsets[k], inside, tl.zeros((N,), T), (KIND >> L.WIDTH * k) & L.MASK)
-        elif (KIND >> L.USED + k) & 1:
-            store_where(addresses[k], offsets[k], inside, x[k], (KIND >> L.WIDTH * k) & L.MASK)
 
 
 # ---- scalars, and what is counted ----
@@ -159,8 +92,8 @@ def scalars(
     STEP_DTYPE: tl.constexpr,
     T: tl.constexpr,
 ):
-    """The rule's scalars for the block's tensor. The last block of the tensor to get here stores the new step and
-    average: by then all have read the old ones."""
+    """The rule's scalars for the block's tensor, and the number of this step. The last block of the tensor to get here
+    stores the new step and average: by then all have read the old ones."""
     row = row_of(header, entry)
     number = next_step(entry, STEP_DTYPE)
     average = tl.full((), 0.0, tl.float32)
@@ -175,7 +108,7 @@ def scalars(
         if tl.atomic_add(arrivals, 1) + 1 == items:
             tl.store(arrivals, 0)
             commit(entry, control, number, new_average, NEXT_STATE is not None, STEP_DTYPE)
-    return c
+    return c, number
 
 
 # ---- the loops ----
@@ -186,33 +119,66 @@ def update_range(
     header, entry, control, grad, begin, end, items, transforms, sum_of_squares,
     KIND: tl.constexpr, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Elements begin to end; of an entry in blocks the blocks that begin there."""
     T: tl.constexpr = tl.float64 if ((KIND >> L.WIDTH * 0) & L.MASK) == L.F64 else tl.float32
     first = (grad & L.FIRST) != 0
-    c = scalars(header, entry, control, items, first, sum_of_squares, PREPARE, NEXT_STATE, (KIND >> L.STEP) & L.MASK, T)
+    c, number = scalars(
+        header, entry, control, items, first, sum_of_squares, PREPARE, NEXT_STATE, (KIND >> L.STEP) & L.MASK, T
+    )
     _, _, _, ema_decay, zero_grad = transforms
     transform = grad_transform(transforms, T)
     toward_param, from_average = lerp_weight(1.0 - ema_decay, T)
     addresses = addresses_of(entry, grad & L.ADDRESS)
+    rests = rests_of(entry, addresses, KIND)
     layout = load_i64(entry + L.ENTRY_LAYOUT)
     every = addresses[0]
     for k in tl.static_range(1, L.OPERANDS):
         every |= addresses[k]  # what is not used has a null address
+    for k in tl.static_range(L.OPERANDS):
+        if (((KIND >> L.WIDTH * k) & L.MASK) >= L.BF16_REMAINDER) & (((KIND >> L.WIDTH * k) & L.MASK) < L.Q8):
+            every |= rests[k]
     aligned = (layout < 0) & ((every & 15) == 0)
+    stream, first_index = number, begin
+    if (KIND >> L.WORDS) & L.MASK:
+        stream = random_stream(row_of(header, entry), entry, number)
+        first_index = load_i64(entry + L.ENTRY_FIRST_INDEX)
+        aligned &= (first_index + begin) >> 32 == (first_index + end - 1) >> 32  # one key serves all
+    row = begin
+    if (KIND >> L.IN_BLOCKS) & 1:
+        row = tl.maximum(load_i64(entry + L.ENTRY_ROW), 1)  # 0 where there are no elements
+        aligned &= row % L.BLOCK == 0
     middle = tl.where(aligned, end - (end - begin) % BLOCK, begin)
+    keys = keys_of(stream, first_index + begin, KIND)
     for tile in range(begin, middle, BLOCK):
         tile = tl.multiple_of(tile, 16)
-        x = load_tiles(addresses, tile, KIND, T, BLOCK)
-        x = step_element(x, transform, toward_param, from_average, c, KIND, UPDATE, T)
-        store_tiles(addresses, tile, x, zero_grad, KIND, T, BLOCK)
+        index, random = tile_index(BLOCK, KIND), keys
+        if (KIND >> L.WORDS) & L.MASK:
+            random = random_words((first_index + tile).to(tl.uint32) + index.to(tl.uint32), keys, KIND)
+        x = load_tiles(addresses, rests, tile, index, KIND, T)
+        x = step_element(x, random, transform, toward_param, from_average, c, KIND, UPDATE, T)
+        store_tiles(addresses, rests, tile, index, x, random, zero_grad, KIND, T)
     # Ends, and what is not aligned or not dense, in small pieces: their addresses would fill the registers.
     SMALL: tl.constexpr = BLOCK // 4
-    for start in range(middle, end, SMALL):
-        i = start + tl.arange(0, SMALL)
-        inside = i < end
+    if (KIND >> L.IN_BLOCKS) & 1:
+        rest_begin, rest_end = blocks_before(middle, row), blocks_before(end, row)
+        STRIDE: tl.constexpr = SMALL // L.BLOCK
+    else:
+        rest_begin, rest_end = middle, end
+        STRIDE: tl.constexpr = SMALL
+    for start in range(rest_begin, rest_end, STRIDE):
+        block = start + tl.arange(0, STRIDE)
+        exists = block < rest_end
+        i, inside, random = block, exists, keys
+        if (KIND >> L.IN_BLOCKS) & 1:
+            i, inside = elements_of(block, row)
+            inside &= exists[:, None]
+        if (KIND >> L.WORDS) & L.MASK:
+            place = first_index + offset_of(header, layout, i, L.INDEX)
+            random = random_words(place, keys_of(stream, place, KIND), KIND)
         offsets = offsets_of(header, layout, i, KIND)
-        y = load_elements(addresses, offsets, inside, KIND, T)
-        y = step_element(y, transform, toward_param, from_average, c, KIND, UPDATE, T)
-        store_elements(addresses, offsets, inside, y, zero_grad, KIND, T, SMALL)
+        y = load_pieces(addresses, rests, offsets, inside, block, exists, KIND, T)
+        y = step_element(y, random, transform, toward_param, from_average, c, KIND, UPDATE, T)
+        store_pieces(addresses, rests, offsets, inside, block, exists, y, random, zero_grad, KIND, T)
 
 
 @triton.jit
@@ -224,4 +190,4 @@ def zero_gradient(header, entry, grad, begin, end, D: tl.constexpr, BLOCK: tl.co
     for start in range(begin, end, SMALL):
         i = start + tl.arange(0, SMALL)
         offsets = offset_of(header, layout, i, L.GRAD)
-        store_where(grad, offsets, i < end, tl.zeros((SMALL,), tl.float32), D)
+        tl.store(pointer(grad, D) + offsets, encode(tl.zeros((SMALL,), tl.float32), D), mask=i < end)

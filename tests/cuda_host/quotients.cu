@@ -127,7 +127,7 @@ int run(uint64_t first, uint64_t count, uint64_t, Counts* counts) {
   Counts* found = nullptr;
   cudaError_t error = cudaMalloc(&found, sizeof(Counts));
   if (error == cudaSuccess) error = cudaMemset(found, 0, sizeof(Counts));
-  if (error == cudaSuccess) kernel<check><<<4096, 128> > >(first, count, found);
+  if (error == cudaSuccess) kernel<check><<<4096, 128>>>(first, count, found);
   if (error == cudaSuccess) error = cudaGetLastError();
   if (error == cudaSuccess) error = cudaMemcpy(counts, found, sizeof(Counts), cudaMemcpyDeviceToHost);
   cudaFree(found);
