@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, overload
@@ -301,10 +302,12 @@ class FusedOptimizer(Optimizer):
         read, so that it goes on from the 16-bit parameters. Others take :meth:`portable_state_dict`.
         """
         _checkpoint.renew_early_states(self)
-        found = super().state_dict()
-        for group in found["param_groups"]:
-            group.update(_group_keys.spelled(group))
-        return _portable.marked(found, self.rule)
+        # Before the user's own hooks, which may make anything of it.
+        handle = self.register_state_dict_post_hook(_portable.complete, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def portable_state_dict(self) -> dict[str, Any]:
         """A state_dict that says the same in torch.optim's words, whatever ``master``, ``state_dtype`` and ``rounding``
@@ -315,7 +318,12 @@ class FusedOptimizer(Optimizer):
         the optimizer's own tensors, all others new ones; DTensors stay such. Groups have none of these options.
         torch.optim keeps moments in the parameter's dtype, hence rounds what it loads, and does not read ``master``.
         """
-        return _portable.portable(self, self.state_dict())
+        hooks = self._optimizer_state_dict_pre_hooks, self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_pre_hooks, self._optimizer_state_dict_post_hooks = OrderedDict(), OrderedDict()
+        try:
+            return _portable.portable(self, self.state_dict())
+        finally:
+            self._optimizer_state_dict_pre_hooks, self._optimizer_state_dict_post_hooks = hooks
 
     def reset_master(self) -> None:
         """Takes the parameters as they are for the fp32 numbers that they stand for, in groups with ``master``.

@@ -150,6 +150,8 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
             if not placed or not (same_layout(value, p) if of_blocks is None else same_placements(value, p)):
                 raise ValueError(f"state {name!r} of {who} is not placed as its parameter is: {remedy}")
             value = local(value)
+        if devices and of_blocks is not None and shape != p.shape and not local(value).is_contiguous():
+            raise ValueError(f"state {name!r} of {who} must be contiguous, as kernels count blocks: use .contiguous()")
         if value.layout != torch.strided or overlaps_itself(value) or value.is_neg():
             raise ValueError(f"state {name!r} of {who} has no dense memory of its own: use .contiguous()")
     for pair in (names_in_blocks(slot.name) for slot in rule.states):

@@ -114,6 +114,7 @@ class Loader:
             lent = {name for name in values if alone and is_large(values[name]) and held_alone(values, name)}
             known = without_marks(of_bitsandbytes(values, self.rule, who), self.rule)
             known |= scalars({**known, **_whole_scalars(known, self.rule)}, self.rule)
+            known = _masters.by_own_name(filled[index] if index < len(filled) else group, p, known)
             if _is_stepped(p, known, self.rule):
                 self._check(known, who)
                 for name in filter(self.placed.__contains__, known):

@@ -62,6 +62,9 @@ def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rul
     own = {key: group[key] for key in STORAGE if key in group}
     result.update(own)
     rounding = result.get("rounding")
+    own_rounding = own.get("rounding")
+    if isinstance(own_rounding, Mapping) and own_rounding.get("param") == "stochastic" and "master" not in own:
+        result.pop("master", None)  # they do not go together
     if "master" in own and "rounding" not in own and isinstance(rounding, Mapping):
         # With a master parameters are not rounded on their own, whatever they were before.
         result["rounding"] = {name: value for name, value in rounding.items() if name != "param"}

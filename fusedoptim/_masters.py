@@ -13,7 +13,7 @@ from ._blocks import PART
 from ._dtensor import alike, is_dtensor, local
 from ._placing import part_of
 from ._rule import Group
-from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, Stored, needs, stored_param
+from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, PORTABLE_MASTER, Stored, needs, stored_param
 
 
 def new_master(name: str, p: Tensor) -> Tensor:
@@ -33,6 +33,17 @@ def wanted(group: Group, p: Tensor) -> str | None:
     """The state of the master that a group asks for, if this parameter has one."""
     master = group.get("master")
     return MASTERS[master] if master is not None and needs(MASTERS[master], p) else None
+
+
+def by_own_name(group: Group, p: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+    """States that are loaded, with the number that others call ``master`` as the state that it is here, in a group that
+    asks for one. Elsewhere it is nobody's business."""
+    number = values.get(PORTABLE_MASTER)
+    if not isinstance(number, Tensor) or not number.is_floating_point() or number.shape != p.shape:
+        return values
+    if MASTER in values or wanted(group, p) is None:
+        return values
+    return {MASTER if name == PORTABLE_MASTER else name: value for name, value in values.items()}
 
 
 def stored_as(p: Tensor, values: Mapping[str, Any]) -> Stored | None:

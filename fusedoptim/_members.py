@@ -180,9 +180,10 @@ def make_states(
 def note_storage(found: Found, optimizer: HasStates) -> None:
     """Once the states are there: how everything is stored."""
     groups, rule = optimizer.param_groups, optimizer.rule
+    low = [is_low(group) for group in groups]
     ids: dict[Tensor, int] | None = None
-    for m in found.ready:
-        m.stored = stored(groups[m.group], rule, m.param, m.states)
+    for m in found.ready if any(low) else ():
+        m.stored = stored(groups[m.group], rule, m.param, m.states) if low[m.group] else ()
         if any(s.is_stochastic for s in m.stored):
             ids = ids_of(optimizer) if ids is None else ids
             m.place = place_of(m.param, ids[m.param])

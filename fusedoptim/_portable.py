@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._blocks import CODES
 from ._check_tensors import can_have_states
+from ._group_keys import spelled
 from ._recoding import numbers
 from ._rule import STORAGE, Rule
 from ._states import HasStates
@@ -40,16 +41,18 @@ def portable(optimizer: HasStates, state_dict: dict[str, Any]) -> dict[str, Any]
 MARK = 0
 
 
-def marked(state_dict: dict[str, Any], rule: Rule) -> dict[str, Any]:
-    """The state_dict with a mark for each state in codes that torch.optim makes anew where it is not."""
-    names = [slot.name for slot in rule.states if slot.starts_absent]
+def complete(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """A hook of a new state_dict: spells dtypes, and adds a mark for each state in codes that torch.optim makes anew
+    where it is not."""
+    for group in state_dict["param_groups"]:
+        group.update(spelled(group))
+    names = [slot.name for slot in optimizer.rule.states if slot.starts_absent]
     states = state_dict["state"]
     for k, values in states.items():
         if isinstance(values, dict):
             marks = {name: MARK for name in names if name + CODES in values and values.get(name) is None}
             if marks:
                 states[k] = {**values, **marks}
-    return state_dict
 
 
 def without_marks(values: Mapping[str, Any], rule: Rule) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _masters
 from ._blocks import can_be_in_blocks, format_in_blocks, names_in_blocks, out_of_blocks, to_blocks
 from ._rule import SQUARES, Group, Rule, State
-from ._storage import MASTER, MASTERS, asked_dtype, state_dtype
+from ._storage import MASTERS, PORTABLE_MASTER, asked_dtype, state_dtype
 
 #: By name; None for one that is no longer there.
 Recoded = dict[str, Tensor | None]
@@ -74,7 +74,8 @@ def numbers(rule: Rule, p: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
             found.pop(name, None)
     how = _masters.stored_as(p, values)
     if how is not None:
-        found[MASTER] = _masters.number_of(p, values, how)  # which is another if the parameter was written to since
-        for name in set(MASTERS.values()) - {MASTER}:
+        for name in MASTERS.values():
             found.pop(name, None)
+        # Which is another if the parameter was written to since.
+        found[PORTABLE_MASTER] = _masters.number_of(p, values, how)
     return found

@@ -108,6 +108,7 @@ class StateMaker:
     def __init__(self, rule: Rule, defaults: Mapping[str, Any]) -> None:
         self.rule, self.defaults = rule, defaults
         self.slots = {s.name: s for s in rule.states}
+        self._of_groups: dict[int, list[str]] = {}
 
     @classmethod
     def of(cls, optimizer: HasStates) -> StateMaker:
@@ -122,9 +123,17 @@ class StateMaker:
         Args:
             like: what they are made for in the parameter's stead, of the same or a shard's shape.
         """
-        for name in _storage.state_names(self.rule, group, p):
+        for name in self._names(group, p):
             if there.get(name) is None:
                 yield name, self._new(name, self.slots.get(name), p if like is None else like, group)
+
+    def _names(self, group: Group, p: Tensor) -> list[str]:
+        """Without an option of storage they are the same for all parameters of a group."""
+        if _storage.is_low(group):
+            return _storage.state_names(self.rule, group, p)
+        if id(group) not in self._of_groups:
+            self._of_groups[id(group)] = _storage.state_names(self.rule, group, p)
+        return self._of_groups[id(group)]
 
     def _new(self, name: str, slot: State | None, p: Tensor, group: Group) -> Tensor:
         if slot is not None:

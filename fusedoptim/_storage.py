@@ -13,7 +13,9 @@ from ._rule import EMA, MAXIMUM, SQUARES, STORAGE, Group, Rule, State
 from ._values import number
 
 #: States that keep what a 16-bit parameter lacks of its fp32 number.
-REMAINDER, REMAINDER8, MASTER = "param_remainder", "param_remainder8", "master"
+REMAINDER, REMAINDER8, MASTER = "param_remainder", "param_remainder8", "param_master"
+#: What the fp32 number is called in a state_dict for others.
+PORTABLE_MASTER = "master"
 #: The state of each ``master=``.
 MASTERS: dict[Any, str] = {"remainder": REMAINDER, "remainder8": REMAINDER8, torch.float32: MASTER}
 DTYPES_OF_MASTERS = {REMAINDER: torch.bfloat16, REMAINDER8: torch.int8, MASTER: torch.float32}
@@ -30,6 +32,8 @@ HALVES = (torch.bfloat16, torch.float16)
 def check_storage(group: Group, rule: Rule) -> None:
     """Raises ValueError for values that no group can have, or not together."""
     seed = group.get("rounding_seed", 0)
+    if not isinstance(seed, (int, float)) and not hasattr(seed, "__float__"):
+        raise ValueError(f"Invalid rounding_seed: {seed!r} (it must be a whole number)")
     if number(seed) % 1:
         raise ValueError(f"Invalid rounding_seed: {seed!r} (it must be a whole number)")
     master = group.get("master")
@@ -93,7 +97,8 @@ def check_stored_param(group: Group, p: Tensor, who: str) -> None:
             f"{who} is float16, which is no upper part of a float32: use master=torch.float32 for it, or bfloat16"
         )
     rounding = group.get("rounding", "auto")
-    if rounding == "stochastic" or (isinstance(rounding, Mapping) and rounding.get(PARAM) == "stochastic"):
+    asked = rounding.get(PARAM) if isinstance(rounding, Mapping) else rounding
+    if asked == "stochastic" and group.get("master") is None:
         raise ValueError(
             f"{who} is float16, which is not rounded stochastically: use master=torch.float32 for it, bfloat16, or "
             "rounding='nearest'"
@@ -224,7 +229,7 @@ def stored(group: Group, rule: Rule, p: Tensor, states: Mapping[str, Any]) -> tu
     if not is_low(group):
         return ()
     found = [stored_param(group, p)]
-    found += [stored_state(group, s, states) for s in rule.states]
+    found += [stored_state(group, s, states) for s in rule.states if s.needed_in(group)]
     return tuple(x for x in found if x is not None)
 
 

@@ -73,8 +73,8 @@ MASTERS: dict[str, tuple[torch.dtype, Any, Read]] = {
         "remainder",
         lambda p, state: reference.decode("bf16_remainder", p, state["param_remainder"]),
     ),
-    "fp32": (torch.bfloat16, torch.float32, lambda p, state: state["master"]),
-    "fp32 of fp16": (torch.float16, torch.float32, lambda p, state: state["master"]),
+    "fp32": (torch.bfloat16, torch.float32, lambda p, state: state["param_master"]),
+    "fp32 of fp16": (torch.float16, torch.float32, lambda p, state: state["param_master"]),
 }
 
 

@@ -178,7 +178,7 @@ def test_torchs_checkpoints_load_into_a_policy(case: Case, param: torch.dtype) -
         names = {n for n, v in theirs.state[p].items() if n != "step" and v is not None}
         assert all((f"{n}_q8" in mine.state[q]) == (i in IN_BLOCKS) for n in names)
     go(mine, 3, 4)
-    assert all(("master" in mine.state[q]) == (param != F32) for q in params_of(mine))
+    assert all(("param_master" in mine.state[q]) == (param != F32) for q in params_of(mine))
 
 
 # ---- who refuses the other ----

@@ -53,7 +53,7 @@ def number(p: Tensor, states: dict[str, Any]) -> Tensor:
     for name, storage in (("param_remainder", "bf16_remainder"), ("param_remainder8", "bf16_remainder8")):
         if name in states:
             return reference.decode(storage, p.detach(), states[name])
-    return states["master"] if "master" in states else p.detach().float()
+    return states["param_master"] if "param_master" in states else p.detach().float()
 
 
 def bytes_of(optimizer: Any) -> int:

@@ -149,7 +149,7 @@ FUSEDOPTIM_HD T as_stored_in(Storage s, T value, uint32_t random) {
     case Storage::bf16_remainder8:
       return static_cast<T>(float_of(splittable24(x)));
     default:
-      return value;
+      return static_cast<T>(x);
   }
 }
 

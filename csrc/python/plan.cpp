@@ -64,8 +64,11 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
     Group group;
     group.dict = py::reinterpret_borrow<py::object>(g);
     group.params = g[params_key_];
-    for (const py::object& key : watched_keys_)
-      group.watched.push_back(py::reinterpret_borrow<py::object>(PyDict_GetItem(g.ptr(), key.ptr())));
+    for (const py::object& key : watched_keys_) {
+      PyObject* value = PyDict_GetItem(g.ptr(), key.ptr());
+      group.watched.push_back(value && PyDict_Check(value) ? py::reinterpret_steal<py::object>(PyDict_Copy(value))
+                                                           : py::reinterpret_borrow<py::object>(value));
+    }
     group.begin = static_cast<int64_t>(params_.size());
     for (py::handle p : group.params) {
       params_.push_back(py::reinterpret_borrow<py::object>(p));

@@ -136,10 +136,11 @@ class Plan {
     py::object dict, params;
     int64_t begin, end;  // its members
     Variant variant;
-    bool on_device = false;           // has members on this plan's device
-    std::vector<py::object> items;    // key, value, ... of dict, if no value that matters can change in place
-    std::vector<py::object> watched;  // the values of watched keys, which are null where there is none
-    uint64_t version = 0;             // of dict
+    bool on_device = false;         // has members on this plan's device
+    std::vector<py::object> items;  // key, value, ... of dict, if no value that matters can change in place
+    // The values of watched keys, null where there is none; of dicts copies, because they may be written to.
+    std::vector<py::object> watched;
+    uint64_t version = 0;  // of dict
     bool unchanged();
   };
 
@@ -153,6 +154,7 @@ class Plan {
   void take_shards(const ShardArgs& args);
   void writes(AtenTensorHandle tensor, int index, bool is_state);
   bool written_apart();
+  bool watched_unchanged(const Group& g, bool& immutable) const;
   bool read_hyper(PyObject* dict, const Hyper&, double* row, bool& immutable);
   bool read_number(PyObject* value, const Hyper&, double* row);
   bool read_tensor(PyObject* value, const Hyper&, double* row);

@@ -81,13 +81,26 @@ bool Plan::read_tensor(PyObject* value, const Hyper& hyper, double* row) {
   return true;
 }
 
+bool Plan::watched_unchanged(const Group& g, bool& immutable) const {
+  for (size_t k = 0; k < watched_keys_.size(); ++k) {
+    PyObject *value = PyDict_GetItem(g.dict.ptr(), watched_keys_[k].ptr()), *before = g.watched[k].ptr();
+    if (!value || !PyDict_Check(value)) {
+      if (value != before) return false;
+      continue;
+    }
+    immutable = false;
+    const int same = before ? PyObject_RichCompareBool(value, before, Py_EQ) : 0;
+    if (same < 0) forget_python_error();
+    if (same != 1) return false;
+  }
+  return true;
+}
+
 bool Plan::refresh_group(Group& g, HyperRow& row) {
   PyObject* dict = g.dict.ptr();
   double* h = row.value;
   bool immutable = true;
-  for (size_t k = 0; k < watched_keys_.size(); ++k)
-    if (PyDict_GetItem(dict, watched_keys_[k].ptr()) != g.watched[k].ptr())
-      return stale("how a group's parameters and states are stored has changed");
+  if (!watched_unchanged(g, immutable)) return stale("how a group's parameters and states are stored has changed");
   for (const Hyper& hyper : hyper_)
     if (!read_hyper(dict, hyper, h, immutable)) return false;
   const Variant variant = rule_.variant_of(h);

@@ -139,6 +139,7 @@ def load_piece(address, rest, offsets, inside, block, exists, D: tl.constexpr, T
 def store_piece(address, rest, offsets, inside, block, exists, x, random, D: tl.constexpr):
     if D >= L.Q8:
         codes, scale = encode_blocks(tl.where(inside, x, 0.0), random, D)
+        tl.debug_barrier()  # every thread has read the scales
         tl.store(pointer(address, D) + offsets, codes, mask=inside)
         tl.store(scale_pointer(rest) + block, scale, mask=exists)
     else:
