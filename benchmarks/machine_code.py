@@ -94,8 +94,9 @@ class Kernel:
         warp = -(-self.registers * 32 // UNIT) * UNIT
         return REGISTERS // (warp * THREADS // 32)
 
-    def loops(self) -> Iterator[Loop]:
-        """Those that stream operands, in the order of their addresses."""
+    def loops(self, every_way: bool = False) -> Iterator[Loop]:
+        """Those that stream operands, in the order of their addresses. ``every_way``: each once for every number of
+        stores that a pass can make, not only for the most."""
         at = {i.address: n for n, i in enumerate(self.code)}
         after = [self._next(n, at) for n in range(len(self.code))]
         before: list[list[int]] = [[] for _ in after]
@@ -107,9 +108,9 @@ class Kernel:
             for head in after[last]:
                 # A jump back closes a loop if every way to it passes the head.
                 if head <= last and (head == 0 or last not in _reached(0, after, without=head)):
-                    path = self._path(head, last, after, {head} | _reached(last, before, without=head))
-                    if path is not None:
-                        yield Loop([self.code[n] for n in path])
+                    paths = self._paths(head, last, after, {head} | _reached(last, before, without=head))
+                    for stores in sorted(paths) if every_way else sorted(paths)[-1:]:
+                        yield Loop([self.code[n] for n in paths[stores]])
 
     def _next(self, n: int, at: dict[int, int]) -> list[int]:
         i = self.code[n]
@@ -118,28 +119,31 @@ class Kernel:
             return [at[i.target], *falls] if i.conditional else [at[i.target]]
         return falls if i.conditional or not i.text.startswith(("EXIT", "RET")) else []
 
-    def _path(self, first: int, last: int, after: list[list[int]], inside: set[int]) -> list[int] | None:
-        """From the first instruction to the jump back, over as many stores as any way has, by Dijkstra's algorithm."""
+    def _paths(self, first: int, last: int, after: list[list[int]], inside: set[int]) -> dict[int, list[int]]:
+        """From the first instruction to the jump back, by the number of stores on the way, by Dijkstra's algorithm."""
         streams = {n for n in inside if re.match(STREAMED, self.code[n].text)}
         if {self.code[n].text[:3] for n in streams} != {"LDG", "STG"}:
-            return None
+            return {}
         came: dict[tuple[int, int], tuple[int, int]] = {}
         queue = [(0, first, 0, (first, 0))]
-        best: tuple[int, int] | None = None
+        found: dict[int, list[int]] = {}
         while queue:
             steps, n, stores, before = heapq.heappop(queue)
             if (n, stores) in came:
                 continue
             came[n, stores] = before
             if n == last:
-                best = max(best or (n, stores), (n, stores))
+                found[stores] = self._back(came, (n, stores))
                 continue
             more = stores + (n in streams and self.code[n].text.startswith("STG"))
             for m in after[n]:
                 if m != first and m in inside:
                     heapq.heappush(queue, (steps + 1, m, more, (n, stores)))
-        assert best is not None
-        path, here = [best[0]], best
+        return found
+
+    @staticmethod
+    def _back(came: dict[tuple[int, int], tuple[int, int]], here: tuple[int, int]) -> list[int]:
+        path = [here[0]]
         while came[here] != here:
             here = came[here]
             path.append(here[0])
@@ -190,10 +194,43 @@ def read(library: Path, architecture: str | None = None) -> dict[str, Kernel]:
     return found
 
 
-def rule_and_width(name: str) -> tuple[str, bool] | None:
-    """Of a kernel that steps: its rule's name in C++, and whether it is for tensors with operands of 64 bits."""
-    match = re.search(r"step_kernelINS_\d+(\w+?)ELb([01])ELb0E", name)
+def rule_and_width(name: str, stored: bool = False) -> tuple[str, bool] | None:
+    """Of a kernel that steps: its rule's name in C++, and whether it is for tensors with operands of 64 bits.
+    ``stored``: of those for storages that may be no dtypes."""
+    match = re.search(rf"step_kernelINS_\d+(\w+?)ELb([01])ELb{int(stored)}E", name)
     return None if match is None else (match[1], match[2] == "1")
+
+
+def known_mix(loop: Loop, states: int) -> tuple[str, int] | None:
+    """Of a loop for storages that may be no dtypes, of a rule with so many states, one of them a second moment: which
+    mix it is for, and how many elements a pass has. By what it loads and stores, 16 and 8 bytes at once, and how often
+    it rounds two numbers to bf16. None for the loop that looks storages up."""
+    if loop.branches > 20:
+        return None
+    accesses = tuple(loop.count(rf"{op}\.E\.EF\.{bits}\b") for op in ("LDG", "STG") for bits in (128, 64))
+    pairs, n = loop.count(r"F2FP\.BF16"), states
+    return {
+        ((2 + n, 0, 1 + n, 0), 0): ("bf16 stochastic, all states as well", 8),
+        ((2 + n, 0, 1 + n, 0), 4 * n): ("bf16, v stochastic", 8),
+        ((2 + n, 0, 1 + n, 0), 4 * (n - 1)): ("bf16 stochastic, v as well", 8),
+        ((3 + n, 0, 2 + n, 0), 4 * (n - 1)): ("remainder, v stochastic", 8),
+        ((n, 3, n, 2), 0): ("remainder, fp32 states", 4),
+        ((3, n, 2, n), 0): ("remainder, 8 bits", 8),
+        ((2, n + 1, 1, n + 1), 0): ("8-bit remainder, 8 bits", 8),
+    }.get((accesses, pairs))
+
+
+def stored_table(kernels: dict[str, Kernel]) -> list[str]:
+    """Of AdamW's loops for mixes of storages."""
+    lines = header(["storages", "instructions per element", "branches", "spills", "registers", "blocks"], 1)
+    for name, kernel in kernels.items():
+        if rule_and_width(name, stored=True) != ("Adam", False):
+            continue
+        for loop in kernel.loops(every_way=True):
+            if mix := known_mix(loop, states=2):
+                numbers = f"{len(loop.path) / mix[1]:.1f}", f"{loop.branches:.0f}", loop.spills
+                lines.append(line([mix[0], *map(str, (*numbers, kernel.registers, kernel.blocks))]))
+    return lines
 
 
 def table(kernels: dict[str, Kernel]) -> list[str]:
@@ -216,7 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("library", nargs="?", type=Path, default=default, help="default: the CUDA kernels built here")
     p.add_argument("--arch", help="such as sm_90 (default: the newest in the library)")
     args = p.parse_args(argv)
-    print("\n".join(table(read(args.library, args.arch))))
+    kernels = read(args.library, args.arch)
+    print("\n".join([*table(kernels), "", *stored_table(kernels)]))
     return 0
 
 

@@ -29,7 +29,7 @@ struct RandomSource {
       upper = half;
     }
   }
-  __device__ uint32_t word(int which, uint64_t index) const {
+  __device__ __noinline__ uint32_t word(int which, uint64_t index) const {
     const uint32_t half = static_cast<uint32_t>(index >> 32);
     return random_word(static_cast<uint32_t>(index), half == upper ? key[which] : RandomKey::of(stream, which, half));
   }

@@ -77,10 +77,12 @@ struct Span {
 
   // Where element i of the tensor lies in each operand; last, which it is of the whole tensor.
   __device__ void find(int64_t i, int64_t (&at)[kStrides]) const {
-    if (work.entry.layout >= 0)
-      strided_offsets(layouts + work.entry.layout, i, at);
-    else
-      for (int k = 0; k < kStrides; ++k) at[k] = i;
+    const int64_t* const layout = layouts + work.entry.layout;
+    const bool strided = work.entry.layout >= 0;
+    for (int k = 0; k < kStrides; ++k) at[k] = strided ? 0 : i;
+#pragma unroll 1
+    for (int64_t d = strided ? layout[0] : 0; d > 0; --d)
+      add_dimension(layout + 1 + (layout[0] - d) * kLayoutWordsPerDim, d == 1, i, at);
     at[kIndex] += work.entry.first_index;
   }
 

@@ -95,24 +95,32 @@ __device__ __forceinline__ void decode_stored(float (&x)[n], const StoredRaw& ra
     for (int k = 0; k < n; ++k) x[k] = decode_code(f, raw.data, k, unit);
     return;
   }
+  if (s == Storage::f32) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) x[k] = float_of(raw.data.word[k % 4]);
+    return;
+  }
+  if (s == Storage::f16) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) x[k] = decode_f16(static_cast<uint16_t>(half_at(raw.data, k)));
+    return;
+  }
+  if (s == Storage::bf16_master || s == Storage::f16_master) {
+    const DType d = dtype_of(s);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const uint32_t element = half_at(raw.data, k);
+      const float master = float_of(raw.extra.word[k % 4]);
+      x[k] = encode_16(master, d) == element ? master : decode_16(static_cast<uint16_t>(element), d);
+    }
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < n; ++k) {
-    if (s == Storage::f32) {
-      x[k] = float_of(raw.data.word[k % 4]);
-      continue;
-    }
-    const uint32_t element = half_at(raw.data, k), upper = element << 16;
-    if (s == Storage::bf16_remainder) {
-      x[k] = float_of(upper + static_cast<uint32_t>(signed_half_at(raw.extra, k)));
-    } else if (s == Storage::bf16_remainder8) {
-      x[k] = float_of(upper + static_cast<uint32_t>(signed_byte_at(raw.extra, k) * 256));
-    } else if (s == Storage::bf16_master || s == Storage::f16_master) {
-      const float master = float_of(raw.extra.word[k % 4]);
-      const DType d = dtype_of(s);
-      x[k] = encode_16(master, d) == element ? master : decode_16(static_cast<uint16_t>(element), d);
-    } else {
-      x[k] = s == Storage::f16 ? decode_f16(static_cast<uint16_t>(element)) : float_of(upper);
-    }
+    uint32_t u = half_at(raw.data, k) << 16;
+    if (s == Storage::bf16_remainder) u += static_cast<uint32_t>(signed_half_at(raw.extra, k));
+    if (s == Storage::bf16_remainder8) u += static_cast<uint32_t>(signed_byte_at(raw.extra, k)) << 8;
+    x[k] = float_of(u);
   }
 }
 
@@ -133,54 +141,49 @@ __device__ __forceinline__ uint32_t encode_code(BlockFormat f, float x, float in
   return bits_of(x) >> 31 ? 0u - c : c;
 }
 
-// random(k): 16 bits for element k, if the storage takes any. For a group in a block, raw has the scale.
-template <int n, class Random>
-__device__ __forceinline__ void encode_stored(StoredRaw& raw, const float (&x)[n], Storage s, const Random& random) {
+// random: 16 bits for each element, if the storage takes any. For a group in a block, raw has the scale.
+template <int n>
+__device__ __forceinline__ void encode_stored(StoredRaw& raw, const float (&x)[n], Storage s,
+                                              const uint32_t (&random)[n]) {
+  uint32_t u[n];
   if (is_in_blocks(s)) {
     const BlockFormat f = block_format(s);
     const float inverse = fast_inverse(f, raw.scale);
-    uint32_t c[n];
 #pragma unroll
     for (int k = 0; k < n; ++k)
-      c[k] = encode_code(f, x[k], inverse, is_stochastic(s) ? block_random(f, random(k)) : block_half(f));
+      u[k] = encode_code(f, x[k], inverse, is_stochastic(s) ? block_random(f, random[k]) : block_half(f));
 #pragma unroll
-    for (int k = 0; k < n; k += 4) raw.data.word[k / 4] = bytes_of(c[k], c[k + 1], c[k + 2], c[k + 3], 0);
+    for (int k = 0; k < n; k += 4) raw.data.word[k / 4] = bytes_of(u[k], u[k + 1], u[k + 2], u[k + 3], 0);
     return;
   }
+#pragma unroll
+  for (int k = 0; k < n; ++k) u[k] = bits_of(x[k]);
   if (s == Storage::f32) {
 #pragma unroll
-    for (int k = 0; k < n; ++k) raw.data.word[k % 4] = bits_of(x[k]);
+    for (int k = 0; k < n; ++k) raw.data.word[k % 4] = u[k];
     return;
   }
-  if (s == Storage::bf16_remainder || s == Storage::bf16_remainder8) {
-    uint32_t u[n];
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      u[k] = bits_of(x[k]);
-      if (s == Storage::bf16_remainder8) u[k] = (u[k] + 0x7fu + (u[k] >> 8 & 1u)) & 0xffffff00u;
-    }
-#pragma unroll
-    for (int k = 0; k < n; k += 2) {
-      raw.data.word[k / 2] = high_halves(u[k] + 0x8000u, u[k + 1] + 0x8000u);
-      if (s == Storage::bf16_remainder) raw.extra.word[k / 2] = low_halves(u[k], u[k + 1]);
-    }
+  if (s == Storage::bf16_remainder || s == Storage::bf16_remainder8 || s == Storage::bf16_stochastic) {
     if (s == Storage::bf16_remainder8) {
 #pragma unroll
-      for (int k = 0; k < n; k += 4) raw.extra.word[k / 4] = bytes_of(u[k], u[k + 1], u[k + 2], u[k + 3], 1);
-    }
-    return;
-  }
-  if (s == Storage::bf16_stochastic) {
+      for (int k = 0; k < n; ++k) u[k] = (u[k] + 0x7fu + (u[k] >> 8 & 1u)) & 0xffffff00u;
 #pragma unroll
-    for (int k = 0; k < n; k += 2)
-      raw.data.word[k / 2] = high_halves(bits_of(x[k]) + random(k), bits_of(x[k + 1]) + random(k + 1));
+      for (int k = 0; k < n; k += 4) raw.extra.word[k / 4] = bytes_of(u[k], u[k + 1], u[k + 2], u[k + 3], 1);
+    } else if (s == Storage::bf16_remainder) {
+#pragma unroll
+      for (int k = 0; k < n; k += 2) raw.extra.word[k / 2] = low_halves(u[k], u[k + 1]);
+    }
+#pragma unroll
+    for (int k = 0; k < n; ++k) u[k] += s == Storage::bf16_stochastic ? random[k] : 0x8000u;
+#pragma unroll
+    for (int k = 0; k < n; k += 2) raw.data.word[k / 2] = high_halves(u[k], u[k + 1]);
     return;
   }
 #pragma unroll
   for (int k = 0; k < n; k += 2) raw.data.word[k / 2] = encode_pair(x[k], x[k + 1], dtype_of(s));
   if (s == Storage::bf16_master || s == Storage::f16_master) {
 #pragma unroll
-    for (int k = 0; k < n; ++k) raw.extra.word[k % 4] = bits_of(x[k]);
+    for (int k = 0; k < n; ++k) raw.extra.word[k % 4] = u[k];
   }
 }
 

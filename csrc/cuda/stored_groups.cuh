@@ -28,24 +28,24 @@ struct AnyStorages {
 template <class... Loops>
 struct LoopList {};
 
-// The mixes with loops of their own, beside the one for all.
+// The mixes with loops of their own, beside the one for all: of the variants that are used most. Compiling one takes a
+// second.
 template <class Rule, int variant>
 constexpr auto known_loops() {
   constexpr Storage F = Storage::f32, B = Storage::bf16, S = Storage::bf16_stochastic, R = Storage::bf16_remainder;
   constexpr Storage R8 = Storage::bf16_remainder8, Q = Storage::q8, V = Storage::q8_squares_stochastic;
   constexpr int states = states_of<Rule, variant>();
-  if constexpr (states > 2)
+  if constexpr (states > 2 || variant > 1)
     return LoopList<>{};
   else if constexpr (states == 0)
-    return LoopList<KnownStorages<Rule, 8, S, B>, KnownStorages<Rule, 8, R, B>, KnownStorages<Rule, 4, F, F>>{};
+    return LoopList<KnownStorages<Rule, 8, S, B>, KnownStorages<Rule, 8, R, B>>{};
   else if constexpr (Rule::second_moment < 0)
     return LoopList<KnownStorages<Rule, 8, S, B>, KnownStorages<Rule, 8, S, S>, KnownStorages<Rule, 8, R, B>,
-                    KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q>, KnownStorages<Rule, 8, R8, Q>,
-                    KnownStorages<Rule, 4, F, F>>{};
+                    KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q>, KnownStorages<Rule, 8, R8, Q>>{};
   else
     return LoopList<KnownStorages<Rule, 8, B, B, S>, KnownStorages<Rule, 8, S, B, S>, KnownStorages<Rule, 8, S, S>,
                     KnownStorages<Rule, 8, R, B, S>, KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q, V>,
-                    KnownStorages<Rule, 8, R8, Q, V>, KnownStorages<Rule, 4, F, F>>{};
+                    KnownStorages<Rule, 8, R8, Q, V>>{};
 }
 
 // The largest magnitude of a block, for the lanes that have its groups.
@@ -161,10 +161,15 @@ __device__ __forceinline__ void update_stored_groups(const BlockWork& work, int6
       const int half = k == kParam ? 0 : half_of_slot(k - kFirstState, Rule::second_moment);
       float x[n];
       for (int j = 0; j < n; ++j) x[j] = value_of(elements[j], k);
-      encode_stored<n>(raw[k], x, s, [&](int j) {
-        const uint32_t word = random_word(index + at + j, key[half / 2]);
-        return half % 2 ? word >> 16 : word & 0xffffu;
-      });
+      uint32_t random[n];
+      if (is_stochastic(s)) {
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          const uint32_t word = random_word(index + at + j, key[half / 2]);
+          random[j] = half % 2 ? word >> 16 : word & 0xffffu;
+        }
+      }
+      encode_stored<n>(raw[k], x, s, random);
       put_bytes(data[k] + at * size_of(s), raw[k].data, n * static_cast<int>(size_of(s)));
       if (is_in_blocks(s)) {
         if (at % kBlock == 0) __stcg(reinterpret_cast<float*>(extra[k] + at / kBlock * 4), raw[k].scale);

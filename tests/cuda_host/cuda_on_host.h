@@ -222,6 +222,7 @@ class Block {
 };
 
 inline int64_t launches = 0;
+inline int64_t streamed = 0;  // bytes that groups of elements were fetched by
 // Only these blocks of a launch run; for tensors too large to go through.
 inline unsigned first_block = 0, last_block = ~0u;
 
@@ -275,6 +276,10 @@ extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_h
   return cuda_on_host::launches;
 }
 
+extern "C" __attribute__((visibility("default"), used)) inline int64_t cuda_on_host_streamed() {
+  return cuda_on_host::streamed;
+}
+
 extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host_only_blocks(unsigned first,
                                                                                              unsigned last) {
   cuda_on_host::first_block = first;
@@ -323,24 +328,25 @@ void require_alignment(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) cuda_on_host::Block::fail("misaligned access");
 }
 template <class T>
-T __ldcs(const T* p) {
+T __ldcg(const T* p) {
   require_alignment(p);
   T x;
   std::memcpy(&x, p, sizeof(T));
   return x;
 }
 template <class T>
-T __ldcg(const T* p) {
-  return __ldcs(p);
+T __ldcs(const T* p) {
+  cuda_on_host::streamed += sizeof(T);
+  return __ldcg(p);
 }
 template <class T>
-void __stcs(T* p, T x) {
+void __stcg(T* p, T x) {
   require_alignment(p);
   std::memcpy(p, &x, sizeof(T));
 }
 template <class T>
-void __stcg(T* p, T x) {
-  __stcs(p, x);
+void __stcs(T* p, T x) {
+  __stcg(p, x);
 }
 inline uint32_t atomicAdd(uint32_t* p, uint32_t x) {
   const uint32_t before = *p;
@@ -353,53 +359,4 @@ inline uint32_t atomicExch(uint32_t* p, uint32_t x) {
   return before;
 }
 
-// ---- the runtime ----
-
-using cudaStream_t = void*;
-using cudaEvent_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorUnknown, cudaErrorNotReady };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum cudaDeviceAttr { cudaDevAttrL2CacheSize, cudaDevAttrMultiProcessorCount };
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
-constexpr unsigned cudaEventDisableTiming = 2;
-
-// What streams answer when asked; tests set it.
-inline bool cuda_on_host_is_capturing = false;
-extern "C" __attribute__((visibility("default"), used)) inline void cuda_on_host_set_capturing(int capturing) {
-  cuda_on_host_is_capturing = capturing != 0;
-}
-
-template <class Args>
-cudaError_t launch(void (*kernel)(Args), unsigned blocks, int threads, cudaStream_t, const Args& args, bool = false) {
-  cuda_on_host::launch(blocks, threads, [&] { kernel(args); });
-  return cudaSuccess;
-}
-
-inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr asked, int) {
-  return *value = asked == cudaDevAttrL2CacheSize ? 1 << 20 : 132, cudaSuccess;
-}
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return *status = cuda_on_host_is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
-}
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = event, cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaMallocHost(void** memory, size_t bytes) {
-  return (*memory = std::malloc(bytes)) ? cudaSuccess : cudaErrorUnknown;
-}
-inline cudaError_t cudaFreeHost(void* memory) { return std::free(memory), cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  return std::memcpy(to, from, bytes), cudaSuccess;
-}
+#include "runtime_on_host.h"
