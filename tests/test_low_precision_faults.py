@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fusedoptim
-from fusedoptim._blocks import in_blocks
+from fusedoptim import reference
 
 SHAPE = (64, 64)  # a row is half a block
 POLICIES: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ class SideBySide:
         state = self.optimizer.state[self.params[name, beta]]
         if "exp_avg_sq" in state:
             return state["exp_avg_sq"].double()
-        return in_blocks(state["exp_avg_sq_q8"], state["exp_avg_sq_scale"], True).double()
+        return reference.decode("q8_squares", state["exp_avg_sq_q8"], state["exp_avg_sq_scale"]).double()
 
     def ratio(self, name: str, beta: float, part: tuple[Any, ...] = ()) -> float:
         """Of the mean second moment to that in fp32."""
