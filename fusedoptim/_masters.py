@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _versions, reference
 from ._blocks import PART
-from ._dtensor import alike, is_dtensor, local
+from ._dtensor import alike, is_dtensor, local, same_layout
 from ._placing import part_of
 from ._rule import Group
 from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, PORTABLE_MASTER, Stored, needs, stored_param
@@ -56,7 +56,9 @@ def stored_as(p: Tensor, values: Mapping[str, Any]) -> Stored | None:
 
 def _is_there(name: str, p: Tensor, values: Mapping[str, Any]) -> bool:
     value = values.get(name)
-    return isinstance(value, Tensor) and value.shape == p.shape and value.dtype == DTYPES_OF_MASTERS[name]
+    if not isinstance(value, Tensor) or value.shape != p.shape or value.dtype != DTYPES_OF_MASTERS[name]:
+        return False
+    return is_dtensor(value) == is_dtensor(p) and (not is_dtensor(p) or same_layout(value, p))
 
 
 def number_of(p: Tensor, values: Mapping[str, Any], how: Stored) -> Tensor:

@@ -21,8 +21,7 @@ class StepOptions(TypedDict, total=False):
     Copies and pickles keep them.
 
     A group's values may change between steps. With another ``master`` or ``state_dtype`` the next step first stores
-    what there is in the new way, to nearest; a dict of states is replaced for that, not written to. Without ``master``
-    it goes on from the parameters as they are.
+    what there is in the new way, to nearest. Without ``master`` it goes on from the parameters as they are.
 
     In one pass over the parameters a step unscales the gradients (for a GradScaler), clips them by norm, then by value,
     updates states and parameters, then the moving averages, and zeroes the gradients. The bits are those of torch's
@@ -49,9 +48,9 @@ class StepOptions(TypedDict, total=False):
             the parameter's own (with ``master=torch.float32`` that), or a dict of these by the states' names.
             ``"int8"`` is 8-bit codes with an fp32 scale for each block of 128 elements in a row, in two states
             ``NAME_q8`` and ``NAME_scale``; parameters of one dimension, fewer than 4096 elements or rows of fewer than
-            64 have bfloat16 instead. Without ``master`` or stochastic rounding a 16-bit
-            parameter is not moved by an update of less than half a unit in its last place, which is up to 0.4 percent
-            of its value in bfloat16 and 0.05 in float16, whatever dtype its states have.
+            64 have bfloat16 instead. Without ``master`` or stochastic rounding a 16-bit parameter is not moved by an
+            update of less than half a unit in its last place, which is up to 0.4 percent of its value in bfloat16 and
+            0.05 in float16, whatever dtype its states have.
         rounding: how bfloat16 parameters and states are rounded: ``"nearest"``, ``"stochastic"``, or a dict of these by
             ``"param"`` and the states' names. ``"auto"`` is nearest; but where ``master``, ``state_dtype`` or
             ``rounding`` is on, averages and sums of squares are rounded stochastically: to nearest they stop moving
@@ -78,7 +77,7 @@ class StepOptions(TypedDict, total=False):
     clip_grad_value: float | None
     ema_decay: float | None
     master: str | torch.dtype | None
-    state_dtype: torch.dtype | Mapping[str, torch.dtype | None] | None
+    state_dtype: torch.dtype | str | Mapping[str, torch.dtype | str | None] | None
     rounding: str | Mapping[str, str]
     rounding_seed: int
     skip_nonfinite: bool

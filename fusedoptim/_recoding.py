@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _masters
 from ._blocks import can_be_in_blocks, format_in_blocks, names_in_blocks, out_of_blocks, to_blocks
+from ._dtensor import is_dtensor, same_placements
 from ._rule import SQUARES, Group, Rule, State
 from ._storage import MASTERS, PORTABLE_MASTER, asked_dtype, state_dtype
 
@@ -32,7 +33,7 @@ def _recoded_slot(group: Group, slot: State, rule: Rule, p: Tensor, values: Mapp
     parts = {name: values.get(name) for name in names}
     squares, asked = slot.kind == SQUARES, asked_dtype(group, slot.name)
     if isinstance(plain, Tensor):  # somebody put it there; codes that are there as well are older
-        if plain.shape != p.shape or not plain.is_floating_point():
+        if plain.shape != p.shape or not plain.is_floating_point() or not _lies_as(plain, p):
             return {}
         if asked == "int8" and can_be_in_blocks(p):
             return {slot.name: None, **dict(zip(names, to_blocks(p, plain, squares), strict=True))}
@@ -51,7 +52,16 @@ def _are_blocks(parts: Mapping[str, Any], p: Tensor, rule: Rule) -> bool:
         of = format_in_blocks(name, p, rule)
         if of is None or not isinstance(part, Tensor) or part.shape != of.shape or part.dtype != of.dtype:
             return False
+        if not _lies_as(part, p):
+            return False
     return True
+
+
+def _lies_as(value: Tensor, p: Tensor) -> bool:
+    """Whether a state has its elements on the ranks where the parameter's are; who checks states says so if not."""
+    if not is_dtensor(value) and not is_dtensor(p):
+        return True
+    return is_dtensor(value) and is_dtensor(p) and same_placements(value, p)
 
 
 def numbers(rule: Rule, p: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:

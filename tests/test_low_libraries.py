@@ -193,7 +193,7 @@ def check_masters() -> None:
             for i, p in enumerate(part.params):
                 shard(p.grad).copy_(part.part(i, gradient(i, torch.empty(p.shape, dtype=BF16), step)))
             optimizer.step()
-        storage = {"remainder": ("bf16_remainder", "param_remainder"), torch.float32: ("bf16_master", "master")}
+        storage = {"remainder": ("bf16_remainder", "param_remainder"), torch.float32: ("bf16_master", "param_master")}
         for p in part.params:
             of = optimizer.state[p]
             number = shard(p).clone()
