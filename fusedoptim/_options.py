@@ -41,7 +41,7 @@ class StepOptions(TypedDict, total=False):
         master: what a 16-bit parameter keeps of the fp32 number that it stands for, so that small updates are not lost.
             ``"remainder"``: a state ``param_remainder`` with the lower 16 bits, beside a bfloat16 parameter that is
             that number rounded to nearest, ties away from zero: exact, in 2 bytes per element. ``"remainder8"``: the
-            same with 8 bits, for a number rounded to 24. ``torch.float32``: a state ``master``, for bfloat16 and
+            same with 8 bits, for a number rounded to 24. ``torch.float32``: a state ``param_master``, for bfloat16 and
             float16, whose states have fp32 then unless ``state_dtype`` says otherwise. Whoever writes to such a
             parameter gives it another number: what was written, off by less than a unit in its last place with a
             remainder. Parameters of 32 and 64 bits have none. None is off.

@@ -28,7 +28,7 @@ CASES = [
     Case("adagrad", "Adagrad", {"initial_accumulator_value": 0.5}),
 ]
 MASTERS: list[Any] = ["remainder", "remainder8", F32]
-STATES: dict[Any, str] = {"remainder": "param_remainder", "remainder8": "param_remainder8", F32: "master"}
+STATES: dict[Any, str] = {"remainder": "param_remainder", "remainder8": "param_remainder8", F32: "param_master"}
 
 
 def params_of(optimizer: Any) -> list[Any]:

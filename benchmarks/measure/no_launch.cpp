@@ -22,7 +22,7 @@ Api make() {
   api.argument_bytes = sizeof(StepArgs);
   api.entry_bytes = sizeof(DeviceEntry);
   api.check = [](int32_t) -> const char* { return nullptr; };
-  api.find = [](const char* rule, int32_t) -> const void* { return rule; };  // anything but null
+  api.find = [](const char* rule, int32_t, int32_t) -> const void* { return rule; };  // anything but null
   api.launch = [](int32_t, const void*, const StepArgs&, uint32_t, int32_t, void*) -> const char* { return nullptr; };
   api.upload = api.write = copy;
   api.capturing = [](void*) -> int32_t { return 0; };
