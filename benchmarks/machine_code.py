@@ -201,11 +201,16 @@ def rule_and_width(name: str, stored: bool = False) -> tuple[str, bool] | None:
     return None if match is None else (match[1], match[2] == "1")
 
 
+def looks_storages_up(loop: Loop) -> bool:
+    """Whether it is the loop for all storages, which branches for every operand's."""
+    return loop.branches > 20
+
+
 def known_mix(loop: Loop, states: int) -> tuple[str, int] | None:
     """Of a loop for storages that may be no dtypes, of a rule with so many states, one of them a second moment: which
     mix it is for, and how many elements a pass has. By what it loads and stores, 16 and 8 bytes at once, and how often
     it rounds two numbers to bf16. None for the loop that looks storages up."""
-    if loop.branches > 20:
+    if looks_storages_up(loop):
         return None
     accesses = tuple(loop.count(rf"{op}\.E\.EF\.{bits}\b") for op in ("LDG", "STG") for bits in (128, 64))
     pairs, n = loop.count(r"F2FP\.BF16"), states

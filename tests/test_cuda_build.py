@@ -23,16 +23,25 @@ needs_cuda_library = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def kernels() -> dict[tuple[str, bool], Kernel]:
+def _read(stored: bool) -> dict[tuple[str, bool], Kernel]:
     """By rule, and whether it is the kernel for tensors with operands of 64 bits; for the GPU that all figures are of,
-    else the newest one built for."""
+    else the newest one built for. ``stored``: those for storages that may be no dtypes."""
     if cuobjdump() is None or not LIBRARY.exists():
         pytest.skip("needs the CUDA library and cuobjdump")
     built = machine_code.architectures(LIBRARY)
     found = machine_code.read(LIBRARY, "sm_90" if "sm_90" in built else built[-1])
-    keys = {name: key for name in found if (key := machine_code.rule_and_width(name)) is not None}
+    keys = {name: key for name in found if (key := machine_code.rule_and_width(name, stored)) is not None}
     return {(rule_called(struct), wide): found[name] for name, (struct, wide) in keys.items()}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[tuple[str, bool], Kernel]:
+    return _read(stored=False)
+
+
+@pytest.fixture(scope="module")
+def stored_kernels() -> dict[tuple[str, bool], Kernel]:
+    return _read(stored=True)
 
 
 @needs_cuda_library
@@ -159,3 +168,36 @@ def test_what_the_main_loops_execute(
     best = min(loops, key=lambda loop: loop.each)
     assert best.each <= most
     assert best.branches <= (4 if rule == "adam" else 5.5)
+
+
+def test_registers_and_spills_of_loops_for_storages(stored_kernels: dict[tuple[str, bool], Kernel]) -> None:
+    """The loop that looks storages up may spill a little, and so may what does single elements: nothing else does."""
+    assert stored_kernels.keys() == {(rule, mixed) for rule in STATES if rule != "clip" for mixed in (False, True)}
+    for (rule, mixed), kernel in stored_kernels.items():
+        assert kernel.blocks >= (4 if mixed or rule == "norm_adaptive" else 5), rule
+        known = [loop for loop in kernel.loops() if not machine_code.looks_storages_up(loop)]
+        assert not [loop.spills for loop in known if loop.spills], rule
+        assert len(known) >= (0 if mixed else 2), rule
+
+
+#: Instructions per element of AdamW's loops, in sm_90 code, at most.
+MOST = {
+    "bf16, v stochastic": 60,
+    "bf16 stochastic, v as well": 62,
+    "bf16 stochastic, all states as well": 72,
+    "remainder, v stochastic": 64,
+    "remainder, fp32 states": 55,
+    "remainder, 8 bits": 97,
+    "8-bit remainder, 8 bits": 100,
+}
+
+
+def test_what_the_loops_for_storages_execute(stored_kernels: dict[tuple[str, bool], Kernel]) -> None:
+    """Of accesses, all 16 bytes wide but those of four 16-bit and of eight 8-bit numbers; the rest by their names."""
+    if "sm_90" not in machine_code.architectures(LIBRARY):
+        pytest.skip("the figures are of sm_90")
+    loops = stored_kernels["adam", False].loops(every_way=True)
+    found = {mix: len(loop.path) for loop in loops if (mix := machine_code.known_mix(loop, states=2))}
+    assert {name for name, _ in found} == MOST.keys()
+    for (name, elements), instructions in found.items():
+        assert instructions / elements <= MOST[name], name

@@ -128,20 +128,16 @@ __device__ __forceinline__ void encode(Raw& raw, const T (&x)[kGroup], DType d) 
 
 // ---- where elements lie ----
 
-// Adds what an element's place along one dimension moves it by, in the first n operands, of which the index in the
-// whole tensor is the last. i counts the elements that are left; last: of the dimensions.
+// The offsets of logical element i in the first n operands, of which the index in the whole tensor is the last.
 template <int n>
-__device__ __forceinline__ void add_dimension(const int64_t* dim, bool last, int64_t& i, int64_t (&at)[n]) {
-  const int64_t size = dim[0], index = last ? i : i % size;
-  for (int k = 0; k < n; ++k) at[k] += index * dim[1 + k];
-  if (!last) i /= size;
-}
-
-// The offsets of logical element i in each operand.
-__device__ inline void strided_offsets(const int64_t* layout, int64_t i, int64_t (&at)[kOperands]) {
-  for (int k = 0; k < kOperands; ++k) at[k] = 0;
+__device__ inline void strided_offsets(const int64_t* layout, int64_t i, int64_t (&at)[n]) {
+  for (int k = 0; k < n; ++k) at[k] = 0;
   const int64_t* dim = layout + 1;
-  for (int64_t d = layout[0]; d > 0; --d, dim += kLayoutWordsPerDim) add_dimension(dim, d == 1, i, at);
+  for (int64_t d = layout[0]; d > 0; --d, dim += kLayoutWordsPerDim) {
+    const int64_t size = dim[0], index = d > 1 ? i % size : i;
+    for (int k = 0; k < n; ++k) at[k] += index * dim[1 + k];
+    if (d > 1) i /= size;
+  }
 }
 
 }  // namespace fusedoptim::cuda

@@ -31,6 +31,10 @@ __device__ __noinline__ void store_any(const Addresses& o, Storage s, int64_t at
   store_stored<T>(o.data, o.extra, s, at, x, random);
 }
 
+__device__ __noinline__ inline void find_strided(const int64_t* layout, int64_t i, int64_t (&at)[kStrides]) {
+  strided_offsets(layout, i, at);
+}
+
 // Blocks are numbered row by row.
 struct Blocks {
   int64_t row, in_row;
@@ -77,12 +81,10 @@ struct Span {
 
   // Where element i of the tensor lies in each operand; last, which it is of the whole tensor.
   __device__ void find(int64_t i, int64_t (&at)[kStrides]) const {
-    const int64_t* const layout = layouts + work.entry.layout;
-    const bool strided = work.entry.layout >= 0;
-    for (int k = 0; k < kStrides; ++k) at[k] = strided ? 0 : i;
-#pragma unroll 1
-    for (int64_t d = strided ? layout[0] : 0; d > 0; --d)
-      add_dimension(layout + 1 + (layout[0] - d) * kLayoutWordsPerDim, d == 1, i, at);
+    if (work.entry.layout >= 0)
+      find_strided(layouts + work.entry.layout, i, at);
+    else
+      for (int k = 0; k < kStrides; ++k) at[k] = i;
     at[kIndex] += work.entry.first_index;
   }
 

@@ -16,6 +16,7 @@
 //   name, hyper_names, state_names  as Python declares them (fusedoptim/*.py), which is compared when a plan is made
 //   has_step, needs_norm     whether it counts steps; whether it needs the norm of the gradient first
 //   divides                  whether it takes roots or quotients of elements, all of which end in the parameter
+//   (so does every state, in the same step: where one is a NaN or infinite, the parameter or a divisor shows it)
 //   second_moment            the state that is an average, or a sum, of squares; -1 without such
 //   powers, power_base       how many powers x^step its scalars need, the first uses of StepInputs::pow; their bases
 //   variants, variant, uses  its variants, which one a row of hyper-parameters asks for, and that one's states
