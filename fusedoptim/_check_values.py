@@ -116,11 +116,14 @@ def _number(hyper: Hyper, value: Any) -> float:
     if isinstance(value, Tensor):
         _check_tensor(hyper, value)
     try:
-        return number(value)
+        x = number(value)
     except OverflowError:
         raise ValueError(f"must be {_wanted(hyper)}") from None
     except (TypeError, ValueError, ArithmeticError):
         raise ValueError("must be a number") from None
+    if hyper.accepts.whole and (isinstance(value, bool) or x % 1):
+        raise ValueError(f"must be {_wanted(hyper)}")
+    return x
 
 
 def _wanted(hyper: Hyper) -> str:

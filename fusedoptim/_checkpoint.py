@@ -100,7 +100,7 @@ class Loader:
         filled = self._filled(saved_groups)
         ids = [k for group in saved_groups for k in group["params"]]
         owners = dict(zip(ids, members, strict=False))  # torch itself checks that the groups match
-        kept, states = {}, state_dict["state"]
+        kept, states, masters = {}, state_dict["state"], []
         for k in states:
             alone = held_alone(states, k)  # the very dict that an optimizer works with has another owner
             values = states[k]
@@ -120,8 +120,9 @@ class Loader:
                 for name in filter(self.placed.__contains__, known):
                     check_place(p, known[name], name, who)
                 check_states(p, known, self.rule, who, devices=False)
-                self._check_storage(filled[index] if index < len(filled) else group, p, known, who)
+                masters += self._check_storage(filled[index] if index < len(filled) else group, p, known, who)
             kept[k] = {name: Kept(value, values if name in lent else None) for name, value in known.items()}
+        _masters.check_loaded(masters)
         if not any(kept.values()):
             self._check_groups(saved_groups)
         return {**state_dict, "state": kept, "param_groups": filled + list(saved_groups[len(filled) :])}
@@ -136,14 +137,18 @@ class Loader:
                 raise ValueError(f"parameter group {index}, as this checkpoint has it: {error}. {NOTHING}") from None
         return found
 
-    def _check_storage(self, group: Group, p: Tensor, values: Mapping[str, Any], who: str) -> None:
+    def _check_storage(
+        self, group: Group, p: Tensor, values: Mapping[str, Any], who: str
+    ) -> list[tuple[Tensor, Tensor, str]]:
+        """Returns the master that is to be compared with its parameter, if there is one."""
         try:
             check_stored_param(group, p, who)
         except ValueError as error:
             raise ValueError(f"{error}. {NOTHING}") from None
         master = values.get(MASTER)
-        if isinstance(master, Tensor) and _masters.wanted(group, p) and not is_fake(p) and not is_fake(master):
-            _masters.check_loaded(p, master, who)
+        if not isinstance(master, Tensor) or not _masters.wanted(group, p) or is_fake(p) or is_fake(master):
+            return []
+        return [(p, master, who)]
 
     def _check(self, values: Mapping[str, Any], who: str) -> None:
         """Refuses states that are provably another optimizer's, or a part of this one's. Names that nobody knows are

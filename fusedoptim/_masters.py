@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _versions, reference
 from ._blocks import PART
 from ._dtensor import alike, is_dtensor, local, same_layout
+from ._exchange import Exchange
 from ._placing import part_of
 from ._rule import Group
 from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, PORTABLE_MASTER, Stored, needs, stored_param
@@ -128,24 +129,38 @@ def split(storage: str, x: Tensor, number: Tensor) -> Tensor:
     return rest.view(torch.bfloat16) if unit == 0 else rest
 
 
-def check_loaded(p: Tensor, master: Tensor, who: str) -> None:
-    """Whether a parameter is as these numbers, rounded: to nearest, and of two that are as near to either.
+def check_loaded(masters: Sequence[tuple[Tensor, Tensor, str]]) -> None:
+    """Whether parameters are as these numbers, rounded: to nearest, and of two that are as near to either.
+
+    Args:
+        masters: parameters, their numbers, and what the parameters are called. Where there is a DTensor among these all
+            ranks take part, with the same list: one whose shards fit would go on, and wait for the others.
 
     Raises:
-        ValueError: if it is not, so that the parameters and the states are of different steps.
+        ValueError: if one is not, on any rank, so that the parameters and the states are of different steps.
     """
+    wrong = [words for one in masters if (words := _misfit(*one))]
+    params = [p for p, _, _ in masters]
+    if any(map(is_dtensor, params)) and Exchange(params, ()).agree(bool(wrong)) and not wrong:
+        wrong = ["a 'master' of this checkpoint is not what its parameter was rounded from, on another rank"]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]}: the model and this checkpoint are of different steps. Load the model first, of the same "
+            "step; if it was changed on purpose, leave 'master' out of the states, or call optimizer.reset_master() "
+            "before they are saved. Nothing was loaded"
+        )
+
+
+def _misfit(p: Tensor, master: Tensor, who: str) -> str | None:
     x = local(p).detach()
     number = part_of(p, master).to(x.device, torch.float32)
     fits = (number.to(x.dtype) == x) | (number.isnan() & x.isnan())
     if x.dtype == torch.bfloat16:
         fits |= reference.encode("bf16_remainder", number.contiguous(), None)[0] == x
-    if off := x.numel() - int(fits.sum()):
-        raise ValueError(
-            f"state 'master' of {who} is not what that was rounded from, in {off} of {x.numel()} elements: the model "
-            "and this checkpoint are of different steps. Load the model first, of the same step; if it was changed on "
-            "purpose, leave 'master' out of the states, or call optimizer.reset_master() before they are saved. "
-            "Nothing was loaded"
-        )
+    off = x.numel() - int(fits.sum())
+    return (
+        f"state 'master' of {who} is not what that was rounded from, in {off} of {x.numel()} elements" if off else None
+    )
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class NativeRunner:
     ) -> None:
         assert _native._C is not None
         self.rule, self.settings = rule, settings  # which the plan has the address of
-        hyper = [(h.key, h.index, h.accepts.low, h.accepts.high, h.off_number) for h in rule.row]
+        hyper = [(h.key, h.index, h.accepts.low, h.accepts.high, h.accepts.whole, h.off_number) for h in rule.row]
         self.plan = _native._C.Plan(
             _native._C.find_rule(rule.name),
             hyper,

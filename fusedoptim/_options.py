@@ -56,10 +56,10 @@ class StepOptions(TypedDict, total=False):
             ``rounding`` is on, averages and sums of squares are rounded stochastically: to nearest they stop moving
             once an update is less than half a unit in their last place, and end up to twice too large at usual betas.
             Maxima are rounded to nearest.
-        rounding_seed: a whole number from 0 to 2**53, for the random bits of stochastic rounding. These follow from it,
-            from the parameter's name (``module.`` and ``_orig_mod.`` left out), or its number where it has none, from
-            its step and the element's place in the whole tensor: so they are the same for every backend, replica and
-            sharding, and after a restart.
+        rounding_seed: a whole number from 0 to 2**53 - 1, for the random bits of stochastic rounding. These follow from
+            it, from the parameter's name (``module.`` and ``_orig_mod.`` left out), or its number where it has none,
+            from its step and the element's place in the whole tensor: so they are the same for every backend, replica
+            and sharding, and after a restart.
         skip_nonfinite: a step whose norm of all gradients is not finite changes nothing, and is counted in
             ``optimizer.skipped_steps``.
         zero_grad_in_step: leaves zeros in all gradients, also if the step is skipped, so that no zero_grad() is needed.

@@ -28,6 +28,8 @@ class Range:
     high: float
     #: What a number must be, in words.
     text: str
+    #: Whether they are integers, of which no bool is one.
+    whole: bool = False
 
     def __contains__(self, x: float) -> bool:
         return self.low <= x <= self.high
@@ -42,7 +44,8 @@ NUMBER = Range(-LARGEST, LARGEST, f"finite, and at most {LARGEST:g} in size")
 FP32 = Range(-3.4028234663852886e38, 3.4028234663852886e38, "finite in float32")
 AT_LEAST_0 = Range(0.0, LARGEST, f"at least 0 and at most {LARGEST:g}")
 BELOW_1 = Range(0.0, math.nextafter(1.0, 0.0), "at least 0 and below 1")
-SEED = Range(0.0, 2.0**53, "a whole number from 0 to 2**53")
+#: A group's numbers are doubles: from 2**53 on some integers are none.
+SEED = Range(0.0, 2.0**53 - 1, "a whole number from 0 to 2**53 - 1", whole=True)
 #: Infinity, as a limit, limits nothing.
 ABOVE_0 = Range(math.ulp(0.0), math.inf, "above 0")
 #: torch.optim's own.

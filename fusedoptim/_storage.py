@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ._blocks import CODES, SCALES, can_be_in_blocks, check_blocks, names_in_blocks
 from ._rule import EMA, MAXIMUM, SQUARES, STORAGE, Group, Rule, State
-from ._values import number
 
 #: States that keep what a 16-bit parameter lacks of its fp32 number.
 REMAINDER, REMAINDER8, MASTER = "param_remainder", "param_remainder8", "param_master"
@@ -31,11 +30,6 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def check_storage(group: Group, rule: Rule) -> None:
     """Raises ValueError for values that no group can have, or not together."""
-    seed = group.get("rounding_seed", 0)
-    if not isinstance(seed, (int, float)) and not hasattr(seed, "__float__"):
-        raise ValueError(f"Invalid rounding_seed: {seed!r} (it must be a whole number)")
-    if number(seed) % 1:
-        raise ValueError(f"Invalid rounding_seed: {seed!r} (it must be a whole number)")
     master = group.get("master")
     if master is not None and not _is_one_of(master, MASTERS):
         raise ValueError(f"Invalid master: {master!r}; choose 'remainder', 'remainder8', torch.float32 or None")

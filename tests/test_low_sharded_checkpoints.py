@@ -130,6 +130,24 @@ def by_hand() -> None:
         target.check(STEPS, f"{what}, later")
 
 
+def with_a_wrong_master(layout: str, rank: int) -> str:
+    """What loading raises where one rank's part of a parameter is of another step; nothing is loaded then."""
+    source, target = Training(layout), Training(layout)
+    source.advance(range(HALF))
+    name = "remainder8"
+    content = source.optimizers[name].portable_state_dict()
+    for p, q in zip(target.parts[name].params, source.parts[name].params, strict=True):
+        shard(p).copy_(shard(q))
+    if dist.get_rank() == rank:
+        shard(target.parts[name].params[0])[0] += 1
+    try:
+        target.optimizers[name].load_state_dict(content)
+    except ValueError as error:
+        assert not target.optimizers[name].state
+        return str(error)
+    return "nothing"
+
+
 # ---- the tests ----
 
 
@@ -166,6 +184,14 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 def test_loading_by_hand() -> None:
     run(2, by_hand)
+
+
+@pytest.mark.parametrize(("layout", "world", "rank"), [("fsdp2", 2, 1), ("hsdp", 4, 2), ("both", 4, 1)])
+def test_a_master_that_fits_on_all_ranks_but_one_raises_on_all(layout: str, world: int, rank: int) -> None:
+    found = run(world, with_a_wrong_master, layout, rank)
+    for i, text in enumerate(found):
+        assert ("0 'up.weight' of group 0" in text) if i == rank else ("on another rank" in text), (i, text)
+        assert "Load the model first" in text
 
 
 def test_state_dicts_of_every_kind() -> None:

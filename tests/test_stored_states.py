@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import FULL, Case, assert_same_bits, assert_same_optimizers, parameters, set_gradients
@@ -209,6 +211,30 @@ def test_values_that_no_group_can_have_are_refused_at_the_step() -> None:
         if before is not None:
             a.param_groups[0][key] = before
     go(a, 3, 4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_seeds_that_no_group_can_have_are_refused_at_the_step(backend: str) -> None:
+    """Though a double, which a step computes with, would have some other number for them."""
+    a = trained(**MIXED, backend=backend)
+    before = [p.detach().clone() for p in params_of(a)]
+    wrong: list[Any] = [1.5, None, True, -1, 2**53, 2**53 + 1, 2**64, 2**2000, "1", torch.tensor(1.5), math.nan]
+    for seed in wrong:
+        a.param_groups[0]["rounding_seed"] = seed
+        text = "a number" if seed is None or isinstance(seed, str) else r"a whole number from 0 to 2\*\*53 - 1"
+        with pytest.raises(ValueError, match=f"group 0: 'rounding_seed' is .* must be {text}"):
+            go(a, 3, 4)
+        with pytest.raises(ValueError, match=f"Invalid rounding_seed: .* must be {text}"):
+            AdamW(parameters(SHAPES, BF16), rounding_seed=seed)
+    for p, q in zip(params_of(a), before, strict=True):
+        assert_same_bits(p.detach(), q)
+    results = []
+    for seed in (2**53 - 1, np.int64(2**53 - 1), 2**53 - 2):
+        b = copy.deepcopy(a)
+        b.param_groups[0]["rounding_seed"] = seed
+        go(b, 3, 4)
+        results.append(torch.cat([b.state[p]["exp_avg_sq"].flatten() for p in params_of(b)]))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
 def test_states_that_are_put_there_by_hand_are_encoded() -> None:

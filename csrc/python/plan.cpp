@@ -23,17 +23,17 @@ Plan::Plan(const RuleHandle& rule, const std::vector<HyperArgs>& hyper, const st
       increment_version_(std::move(increment_version)),
       params_key_(py::str("params")) {
   check_names(hyper, states);
-  for (const auto& [key, index, low, high, off] : hyper) {
+  for (const auto& [key, index, low, high, whole, off] : hyper) {
     auto interned = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str()));
     const int at = static_cast<int>(hyper_.size());
-    hyper_.push_back({std::move(interned), index, at < kLrDType ? at : at + 1, low, high, off});
+    hyper_.push_back({std::move(interned), index, at < kLrDType ? at : at + 1, low, high, whole, off});
   }
 }
 
 // A rule that was compiled from another declaration would take one number for another.
 void Plan::check_names(const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states) const {
   std::vector<std::string> declared, compiled{"lr"};
-  for (const auto& [key, index, low, high, off] : hyper)
+  for (const auto& [key, index, low, high, whole, off] : hyper)
     declared.push_back(index < 0 ? key : key + "[" + std::to_string(index) + "]");
   compiled.insert(compiled.end(), std::begin(kOptionKeys), std::end(kOptionKeys));
   compiled.insert(compiled.end(), rule_.hyper_names, rule_.hyper_names + rule_.hypers - kFirstRuleHyper);

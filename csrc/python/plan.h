@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -34,9 +35,9 @@ namespace py = pybind11;
 
 class Plan {
  public:
-  // A group's key, the index into its value or -1, the least and the largest number that is accepted, and the number of
-  // a group without the key, if there may be such.
-  using HyperArgs = std::tuple<std::string, int, double, double, std::optional<double>>;
+  // A group's key, the index into its value or -1, the least and the largest number that is accepted, whether it must
+  // be whole, and the number of a group without the key, if there may be such.
+  using HyperArgs = std::tuple<std::string, int, double, double, bool, std::optional<double>>;
   using ShardArgs = std::tuple<py::object, py::object, py::list>;
   // How a parameter and its states are stored, where that is more than their dtypes: its position among all; operands,
   // each with its storage and the tensor that it keeps beside, -1 without such, -2 if that is to come; elements in a
@@ -120,9 +121,11 @@ class Plan {
     int index;   // which of the two that are the key's value; -1 if that is one number
     int column;  // of a row
     double low, high;
+    bool whole;
     std::optional<double> off;
-    bool accepts(double x) const { return low <= x && x <= high; }                         // a NaN is in no range
-    bool is_option() const { return column >= kFirstOption && column < kFirstRuleHyper; }  // None is off
+    // A NaN is in no range.
+    bool accepts(double x) const { return low <= x && x <= high && (!whole || x == std::floor(x)); }
+    bool none_is_off() const { return off == -1.0; }
   };
   struct Written {
     const char* object;  // see VersionCounters

@@ -27,7 +27,7 @@ bool Plan::read_hyper(PyObject* dict, const Hyper& hyper, double* row, bool& imm
   }
   immutable = immutable && is_immutable(value);
   if (hyper.index < 0) {
-    if (hyper.is_option() && value == Py_None) {
+    if (hyper.none_is_off() && value == Py_None) {
       row[hyper.column] = -1;
       return true;
     }
@@ -46,6 +46,7 @@ bool Plan::read_hyper(PyObject* dict, const Hyper& hyper, double* row, bool& imm
 bool Plan::read_number(PyObject* value, const Hyper& hyper, double* row) {
   if (hyper.column == kLr) row[kLrDType] = static_cast<double>(LrDType::python);
   double& out = row[hyper.column];
+  if (hyper.whole && PyBool_Check(value)) return stale("a hyper-parameter is a bool");
   if (PyFloat_CheckExact(value)) {
     out = PyFloat_AS_DOUBLE(value);
   } else if (TensorReader::get().is_tensor(value)) {
