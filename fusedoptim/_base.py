@@ -349,11 +349,11 @@ class FusedOptimizer(Optimizer):
         What it carries is taken over; an option of this package that it does not carry stays as it is here, and so do
         ``master``, ``state_dtype`` and ``rounding`` where they were given. States are stored as these say: one in
         another dtype, or in 8 bits, is converted, to nearest; a ``master`` of fp32 numbers becomes a remainder, or the
-        other way round. Without a ``state_dtype`` every state keeps the dtype that it was saved in (torch casts it to
-        its parameter's), but that none is narrower than a new one would be; a warning names what was widened. ``step``
-        may be any number. The states of bitsandbytes' optimizers, in 32 and 8 bits, are known by their names there.
-        States of parameters that no step can take as they are, and entries under names that no optimizer has, are
-        carried along.
+        other way round; where nobody would read it, it is left out, with a warning if it is lost. Without a
+        ``state_dtype`` every state keeps the dtype that it was saved in (torch casts it to its parameter's), but that
+        none is narrower than a new one would be; a warning names what was widened. ``step`` may be any number. The
+        states of bitsandbytes' optimizers, in 32 and 8 bits, are known by their names there. States of parameters that
+        no step can take as they are, and entries under names that no optimizer has, are carried along.
 
         Load the model first: a ``master`` has to be what the parameters were rounded from.
 

@@ -88,6 +88,8 @@ class Loader:
         blocks = {part for name in self.slots for part in names_in_blocks(name)}
         self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS} | blocks
         self.widened: list[str] = []
+        #: The number of parameters that stand for more than they say, which is not loaded.
+        self.losses = 0
 
     def prepare(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state_dict with its states wrapped and its groups completed.
@@ -114,7 +116,9 @@ class Loader:
             lent = {name for name in values if alone and is_large(values[name]) and held_alone(values, name)}
             known = without_marks(of_bitsandbytes(values, self.rule, who), self.rule)
             known |= scalars({**known, **_whole_scalars(known, self.rule)}, self.rule)
-            known = _masters.by_own_name(filled[index] if index < len(filled) else group, p, known)
+            taken = _masters.by_own_name(filled[index] if index < len(filled) else group, p, known)
+            self.losses += _masters.loses_number(p, known, taken)
+            known = taken
             if _is_stepped(p, known, self.rule):
                 self._check(known, who)
                 for name in filter(self.placed.__contains__, known):
@@ -191,6 +195,7 @@ class Loader:
                     new: Recoded = _masters.loaded(group, p, found) if _can_be_stepped(p) else {}
                     if _can_be_stepped(p):
                         new |= recoded(group, self.rule, p, {**found, **new})
+                    self.losses += _masters.loses_rest(p, new)
                     found = {**state[p], **found, **new}
                     state[p] = {name: value for name, value in found.items() if name not in new or value is not None}
                     self._note_wider(state[p], kept, group, index, i)
@@ -240,7 +245,8 @@ class Loader:
         of_blocks = format_in_blocks(name, p, self.rule)
         return of_blocks.shape if of_blocks is not None else p.shape if name in self.placed else None
 
-    def warn_of_wider_states(self) -> None:
+    def warn(self) -> None:
+        _masters.warn_of_loss(self.losses)
         if self.widened:
             more = f", and {len(self.widened) - 1} more" if len(self.widened) > 1 else ""
             warn(
@@ -281,7 +287,7 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
     finally:
         handle.remove()
         optimizer._loader = None
-    loader.warn_of_wider_states()
+    loader.warn()
 
 
 def renew_early_states(optimizer: HasStates) -> None:

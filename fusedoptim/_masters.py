@@ -15,6 +15,7 @@ from ._exchange import Exchange
 from ._placing import part_of
 from ._rule import Group
 from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, PORTABLE_MASTER, Stored, needs, stored_param
+from ._warnings import warn
 
 
 def new_master(name: str, p: Tensor) -> Tensor:
@@ -38,13 +39,35 @@ def wanted(group: Group, p: Tensor) -> str | None:
 
 def by_own_name(group: Group, p: Tensor, values: dict[str, Any]) -> dict[str, Any]:
     """States that are loaded, with the number that others call ``master`` as the state that it is here, in a group that
-    asks for one. Elsewhere it is nobody's business."""
+    asks for one. Elsewhere it would be read by nobody, and is left out."""
     number = values.get(PORTABLE_MASTER)
     if not isinstance(number, Tensor) or not number.is_floating_point() or number.shape != p.shape:
         return values
-    if MASTER in values or wanted(group, p) is None:
-        return values
-    return {MASTER if name == PORTABLE_MASTER else name: value for name, value in values.items()}
+    found = {name: value for name, value in values.items() if name != PORTABLE_MASTER}
+    return found if MASTER in values or wanted(group, p) is None else {**found, MASTER: number}
+
+
+def loses_number(p: Tensor, values: Mapping[str, Any], left: Mapping[str, Any]) -> bool:
+    """Whether a ``master`` that is left out of a parameter's states says more than the parameter."""
+    number = values.get(PORTABLE_MASTER)
+    if not isinstance(number, Tensor) or PORTABLE_MASTER in left or MASTER in left:
+        return False
+    alike = is_dtensor(number) == is_dtensor(p) and (not is_dtensor(p) or same_layout(number, p))
+    return not alike or not torch.equal(local(number), local(p).detach().to(local(number)))
+
+
+def loses_rest(p: Tensor, new: Mapping[str, Any]) -> bool:
+    """Whether a state is taken away that kept what a parameter lacked in 16 bits, which it no longer has."""
+    return any(new.get(name, name) is None and not needs(name, p) for name in MASTERS.values())
+
+
+def warn_of_loss(count: int) -> None:
+    if count > 0:
+        warn(
+            f"what was kept of the fp32 numbers of {count} parameters is dropped, because nobody would read it: they "
+            "no longer have 16 bits, or their group has no master=. They go on as they are. To keep it, load "
+            "portable_state_dict() with master=, or copy 'master' from it into fp32 parameters"
+        )
 
 
 def stored_as(p: Tensor, values: Mapping[str, Any]) -> Stored | None:

@@ -16,6 +16,7 @@ from ._check_values import check_lists, check_step_values
 from ._dtensor import aligned, is_dtensor, local
 from ._ema import is_early, new_average
 from ._fakes import is_fake
+from ._masters import loses_rest, warn_of_loss
 from ._overlap import sharing
 from ._random_places import NOWHERE, Place, ids_of, place_of
 from ._recoding import Recoded
@@ -156,6 +157,7 @@ def convert(found: Found, changes: Changes) -> None:
     """Makes what belongs to the parameters such that they can be stepped."""
     for conversion in found.conversions:
         conversion.apply(changes)
+    warn_of_loss(sum(loses_rest(conversion.param, conversion.new) for conversion in found.conversions))
 
 
 @torch.no_grad()

@@ -159,7 +159,13 @@ def test_a_model_that_changes_its_dtype(master: Any) -> None:
     for x, y in zip(kept, numbers(o), strict=True):
         assert_same_bits(x, y)
     model.float()
-    go(o, 2, 3)
+    twin = copy.deepcopy(o)
+    with pytest.warns(UserWarning, match=r"fp32 numbers of 2 parameters is dropped.*portable_state_dict\(\)") as found:
+        go(o, 2, 3)
+    assert len(found) == 1
+    content = twin.state_dict()
+    with pytest.warns(UserWarning, match="fp32 numbers of 2 parameters is dropped"):
+        beside(twin, state_dtype=BF16).load_state_dict(content)
     assert not {STATES[k] for k in MASTERS} & set().union(*o.state.values())
     model.bfloat16()
     before = [p.detach().float() for p in model.parameters()]

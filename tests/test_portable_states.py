@@ -158,12 +158,25 @@ def test_it_loads_back(case: Case, policy: str) -> None:
 def test_an_optimizer_without_a_policy_goes_on_in_fp32() -> None:
     a = trained(ADAMW, **SMALLEST)
     b = AdamW(copies(a))
-    b.load_state_dict(a.portable_state_dict())
+    with pytest.warns(UserWarning, match=r"fp32 numbers of 4 parameters is dropped.* master="):
+        b.load_state_dict(a.portable_state_dict())
     assert "state_dtype" not in b.param_groups[0]
     for p in params_of(b):
-        assert set(b.state[p]) == {"step", "exp_avg", "exp_avg_sq", "master"}  # somebody else's, here
+        assert set(b.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
         assert {v.dtype for v in b.state[p].values()} == {F32}
     go(b, 3, 4)
+
+
+def test_fp32_parameters_that_were_made_of_a_master_need_none() -> None:
+    a = trained(ADAMW, **SMALLEST)
+    content = a.portable_state_dict()
+    params = [torch.nn.Parameter(values["master"].clone()) for values in content["state"].values()]
+    for b in (AdamW(params), AdamW(params, master="remainder")):
+        b.load_state_dict(content)
+        assert all("master" not in b.state[p] for p in params)
+    params[0].data.zero_()
+    with pytest.warns(UserWarning, match="fp32 numbers of 1 parameters is dropped"):
+        AdamW(params).load_state_dict(content)
 
 
 @pytest.mark.parametrize("param", [F32, BF16, F16], ids=str)
