@@ -34,6 +34,7 @@ from ._modes import PRE_DISPATCH, count_modes
 from ._norm_groups import norm_groups
 from ._norms import NormResults, given_norm, norm_is_measured
 from ._options import DEFAULTS, StepOptions, check_options, scales_in_step
+from ._random_places import Id
 from ._rule import GROUP_OPTIONS, Group, Rule
 from ._runners import Steps
 
@@ -82,6 +83,7 @@ class FusedOptimizer(Optimizer):
         check_options(options, type(self))
         defaults |= {name: options.get(name, off) for name, off in GROUP_OPTIONS.items()}
         _group_keys.switch_off(defaults, self.rule)
+        defaults |= _group_keys.settled(defaults)
         self._check_group(defaults)
         self._options: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
         self._options["norm_group"] = norm_groups(options.get("norm_group")) or None
@@ -99,7 +101,7 @@ class FusedOptimizer(Optimizer):
         #: States that a loaded state_dict may hold, too: see _lending.take_over.
         self._lent: dict[Tensor, _lending.Lent] = {}
         #: Of parameters, where another optimizer says what they are: see _random_places.py.
-        self._ids: dict[Tensor, int] = {}
+        self._ids: dict[Tensor, Id] = {}
         self._loader: _checkpoint.Loader | None = None
         if scales_in_step(self._options):
             self._step_supports_amp_scaling = True
@@ -280,6 +282,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             _group_keys.leave_out_options(param_group, self._options)
             _group_keys.switch_off(param_group, self.rule)
+            param_group.update(_group_keys.settled(param_group))
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1

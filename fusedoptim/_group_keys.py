@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._norm_groups import norm_groups
 from ._rule import STORAGE, Group, Rule
+from ._storage import is_off
 
 #: The keys whose values may be dtypes, and the names of these.
 _OF_DTYPES = ("master", "state_dtype")
@@ -20,6 +24,19 @@ def switch_off(group: dict[str, Any], rule: Rule) -> None:
     for key in rule.flags:
         if key in group and group[key] is None:
             group[key] = False
+
+
+def settled(group: Group) -> dict[str, Any]:
+    """Those of a group's values that are better said otherwise: dtypes that are spelled, dicts that ask for nothing,
+    and a seed that is a number of another library, which torch.load refuses with ``weights_only``."""
+    found = {key: _replaced(group[key], _DTYPES) for key in _OF_DTYPES if key in group}
+    for key, off in STORAGE.items():
+        if key in group and is_off(key, group[key]):
+            found[key] = off
+    with suppress(KeyError, TypeError):
+        if not isinstance(seed := group["rounding_seed"], (bool, Tensor)):
+            found["rounding_seed"] = operator.index(seed)
+    return found
 
 
 def leave_out_options(group: dict[str, Any], options: Mapping[str, Any]) -> None:
@@ -52,7 +69,7 @@ def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rul
     """A saved group, with what it does not carry: a key that torch's older versions did not have becomes what torch
     makes of it; all else, among it an option that is off, stays as in the optimizer's group. How things are stored is
     the program's business: what the optimizer's group says of it stays as well."""
-    result = {**saved, **_unspelled(saved)}
+    result = {**saved, **settled(saved)}
     leave_out_what_is_off(result, rule)
     for key in defaults.keys() - result.keys():
         if key in rule.absent:
@@ -74,18 +91,17 @@ def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rul
 def spelled(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a state_dict has of a group's dtypes: their names, because torch.distributed.checkpoint gathers and sends
     numbers and strings, and refuses dtypes."""
+    found = settled(group)
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    return {key: _replaced(group[key], names) for key in _OF_DTYPES if key in group}
-
-
-def _unspelled(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _replaced(group[key], _DTYPES) for key in _OF_DTYPES if key in group}
+    return found | {key: _replaced(found[key], names) for key in _OF_DTYPES if key in found}
 
 
 def _replaced(value: Any, by: Mapping[Any, Any]) -> Any:
     if isinstance(value, Mapping):
         return {name: _replaced(item, by) for name, item in value.items()}
-    return by.get(value, value) if isinstance(value, (str, torch.dtype)) else value
+    if isinstance(value, str):
+        return by.get(value.removeprefix("torch."), value)
+    return by.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def move_state_dtype(options: dict[str, Any], defaults: dict[str, Any], groups: list[dict[str, Any]]) -> None:

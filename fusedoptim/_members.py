@@ -18,7 +18,7 @@ from ._ema import is_early, new_average
 from ._fakes import is_fake
 from ._masters import loses_rest, warn_of_loss
 from ._overlap import sharing
-from ._random_places import NOWHERE, Place, ids_of, place_of
+from ._random_places import NOWHERE, Id, Place, ids_of, place_of
 from ._recoding import Recoded
 from ._rule import EMA
 from ._shard_maps import check_index_map
@@ -183,7 +183,7 @@ def note_storage(found: Found, optimizer: HasStates) -> None:
     """Once the states are there: how everything is stored."""
     groups, rule = optimizer.param_groups, optimizer.rule
     low = [is_low(group) for group in groups]
-    ids: dict[Tensor, int] | None = None
+    ids: dict[Tensor, Id] | None = None
     for m in found.ready if any(low) else ():
         m.stored = stored(groups[m.group], rule, m.param, m.states) if low[m.group] else ()
         if any(s.is_stochastic for s in m.stored):

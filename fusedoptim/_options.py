@@ -44,13 +44,13 @@ class StepOptions(TypedDict, total=False):
             float16, whose states have fp32 then unless ``state_dtype`` says otherwise. Whoever writes to such a
             parameter gives it another number: what was written, off by less than a unit in its last place with a
             remainder. Parameters of 32 and 64 bits have none. None is off.
-        state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16, ``"int8"``, None for
-            the parameter's own (with ``master=torch.float32`` that), or a dict of these by the states' names.
-            ``"int8"`` is 8-bit codes with an fp32 scale for each block of 128 elements in a row, in two states
-            ``NAME_q8`` and ``NAME_scale``; parameters of one dimension, fewer than 4096 elements or rows of fewer than
-            64 have bfloat16 instead. Without ``master`` or stochastic rounding a 16-bit parameter is not moved by an
-            update of less than half a unit in its last place, which is up to 0.4 percent of its value in bfloat16 and
-            0.05 in float16, whatever dtype its states have.
+        state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16 (or these as texts),
+            ``"int8"``, None for the parameter's own (with ``master=torch.float32`` that), or a dict of these by the
+            states' names. ``"int8"`` is 8-bit codes with an fp32 scale for each block of 128 elements in a row, in two
+            states ``NAME_q8`` and ``NAME_scale``; parameters of one dimension, fewer than 4096 elements or rows of
+            fewer than 64 have bfloat16 instead. Without ``master`` or stochastic rounding a 16-bit parameter is not
+            moved by an update of less than half a unit in its last place, which is up to 0.4 percent of its value in
+            bfloat16 and 0.05 in float16, whatever dtype its states have.
         rounding: how bfloat16 parameters and states are rounded: ``"nearest"``, ``"stochastic"``, or a dict of these by
             ``"param"`` and the states' names. ``"auto"`` is nearest; but where ``master``, ``state_dtype`` or
             ``rounding`` is on, averages and sums of squares are rounded stochastically: to nearest they stop moving

@@ -4,7 +4,7 @@ where its elements belong in the whole tensor."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -18,7 +18,7 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_chec
 
 
 class Place(NamedTuple):
-    #: Of the parameter.
+    #: The parameter's number, or its name's hash.
     id: int
     #: The flat index, in the whole tensor, of the first element here.
     first: int
@@ -29,9 +29,13 @@ class Place(NamedTuple):
 NOWHERE = Place(0, 0, None)
 
 
+#: What tells a parameter from the others: its name, or its number in the state_dict where it has none.
+Id = int | str
+
+
 class HasIds(Protocol):
     param_groups: list[dict[str, Any]]
-    _ids: dict[Tensor, int]
+    _ids: dict[Tensor, Id]
 
 
 def fnv1a(text: str) -> int:
@@ -42,25 +46,24 @@ def fnv1a(text: str) -> int:
     return found
 
 
-def ids_of(optimizer: HasIds) -> dict[Tensor, int]:
-    """By parameter, what it is: the hash of its name, or its number in the state_dict where it has none. One that is
-    another optimizer's as well is what it is there."""
-    found: dict[Tensor, int] = {}
+def ids_of(optimizer: HasIds) -> dict[Tensor, Id]:
+    """By parameter. One that is another optimizer's as well is what it is there; the second of one name is "name#2"."""
+    found: dict[Tensor, Id] = {}
+    uses: Counter[str] = Counter()
     for group in optimizer.param_groups:
         names = group.get("param_names")
         if names is not None and len(names) != len(group["params"]):  # of more than a wrapper has left here
             names = None
         for i, p in enumerate(group["params"]):
-            number = len(found)
-            found[p] = number if names is None else fnv1a(_WRAPPERS.sub("", names[i]))
-    return {p: _given(optimizer._ids, p, i) for p, i in found.items()}
+            found[p] = len(found)
+            if names is not None:
+                name = _WRAPPERS.sub("", names[i])
+                uses[name] += 1
+                found[p] = name if uses[name] == 1 else f"{name}#{uses[name]}"
+    return {p: optimizer._ids.get(p, its_id) for p, its_id in found.items()}
 
 
-def _given(ids: Mapping[Tensor, int], p: Tensor, otherwise: int) -> int:
-    return ids.get(p, otherwise)
-
-
-def place_of(p: Tensor, its_id: int) -> Place:
-    if not is_dtensor(p):
-        return Place(its_id, 0, None)
-    return Place(its_id, *index_map(p))
+def place_of(p: Tensor, its_id: Id) -> Place:
+    """For what is rounded stochastically: the hash of a name takes microseconds."""
+    number = fnv1a(its_id) if isinstance(its_id, str) else its_id
+    return Place(number, *index_map(p)) if is_dtensor(p) else Place(number, 0, None)

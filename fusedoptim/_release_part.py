@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._base import FusedOptimizer
 from ._check_tensors import describe
+from ._random_places import Id
 from ._release_checks import check_combination
 from ._stateless import twin
 
@@ -50,7 +51,7 @@ class Part:
         finally:
             param.requires_grad_(not frozen)
 
-    def place(self, group: dict[str, Any], index: int, i: int, its_id: int) -> None:
+    def place(self, group: dict[str, Any], index: int, i: int, its_id: Id) -> None:
         """Notes where the owner has the parameter, and what it is there, for random bits."""
         self.theirs, self.index, self.i, self.size = group, index, i, len(group["params"])
         if self.optimizer._ids.get(self.param) != its_id:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _blocks, _masters, _storage
 from ._dtypes import compute_dtype
 from ._ema import new_average
+from ._random_places import Id
 from ._recoding import Recoded, recoded
 from ._rule import EMA, SQUARES, Group, Rule, State
 from ._values import number
@@ -95,7 +96,7 @@ class HasStates(Protocol):
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
     _options: dict[str, Any]
-    _ids: dict[Tensor, int]
+    _ids: dict[Tensor, Id]
 
 
 class StateMaker:

@@ -135,7 +135,13 @@ def as_the_rule_says(names: Iterable[str]) -> set[str]:
 
 def is_low(group: Group) -> bool:
     """Whether a group asks for anything."""
-    return any(group.get(key, off) != off for key, off in STORAGE.items())
+    return not all(key not in group or is_off(key, group[key]) for key in STORAGE)
+
+
+def is_off(key: str, value: Any) -> bool:
+    """Whether an option, or all that a dict of it says, asks for nothing."""
+    values = value.values() if isinstance(value, Mapping) else (value,)
+    return all(_is_one_of(x, (STORAGE[key],)) for x in values)
 
 
 def has_low_states(state: Mapping[Any, Any], rule: Rule) -> bool:

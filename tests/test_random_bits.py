@@ -13,8 +13,8 @@ from cases import CAPABILITIES
 from random_bits_tests import *  # noqa: F403
 
 import fusedoptim
-from fusedoptim import _native, reference
-from fusedoptim._random_places import fnv1a, ids_of
+from fusedoptim import _native, _random_places, reference
+from fusedoptim._random_places import fnv1a, ids_of, place_of
 
 
 @pytest.fixture(params=[*CAPABILITIES, "reference"])
@@ -79,9 +79,42 @@ def test_parameters_are_told_apart_by_their_names() -> None:
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in names]
     named = fusedoptim.SGD([{"params": list(zip(names, params, strict=True))}], lr=0.1)
     plain = ["layers.0.weight", "layers.0.module_list", "x", "layers.b"]
-    assert list(ids_of(named).values()) == [fnv1a(name) for name in plain]
+    assert list(ids_of(named).values()) == plain
+    assert [place_of(p, its_id).id for p, its_id in ids_of(named).items()] == [fnv1a(name) for name in plain]
     numbered = fusedoptim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
     assert list(ids_of(numbered).values()) == [0, 1, 2, 3]
+
+
+def test_parameters_of_the_same_name_have_bits_of_their_own() -> None:
+    """The first those of its name, wherever it is among the groups."""
+    found = []
+    for groups in ([["a"], ["b"], ["module.b"]], [["b"], ["a"], ["b"]]):
+        params = {(name, i): torch.nn.Parameter(torch.ones(64, 64).bfloat16()) for i, [name] in enumerate(groups)}
+        o = fusedoptim.SGD(
+            [{"params": [(name, p)]} for (name, _), p in params.items()], lr=1e-3, rounding={"param": "stochastic"}
+        )
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        o.step()
+        found.append([p.detach() for p in params.values()])
+    (a, b, second), (b_again, a_again, second_again) = found
+    assert torch.equal(a, a_again) and torch.equal(b, b_again) and torch.equal(second, second_again)
+    assert not torch.equal(b, second) and not torch.equal(a, b)
+
+
+def test_names_are_hashed_only_where_something_is_rounded_stochastically(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> int:
+        raise AssertionError(f"{text} was hashed")
+
+    monkeypatch.setattr(_random_places, "fnv1a", refuse)
+    model = torch.nn.Linear(2, 2)
+    optimizer = fusedoptim.AdamW(model.named_parameters())
+    with fusedoptim.step_in_backward(optimizer):
+        model(torch.ones(2)).sum().backward()
+        optimizer.param_groups[0]["rounding"] = "stochastic"
+        optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
+        with pytest.raises(AssertionError, match="was hashed"):
+            model(torch.ones(2)).sum().backward()
 
 
 # ---- as even and independent as it has to be ----

@@ -195,6 +195,70 @@ def test_a_change_that_fails_changes_nothing() -> None:
             assert_same_bits(a.state[p][name], value, name)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_a_dict_that_says_nothing_is_no_option(dtype: torch.dtype) -> None:
+    """Second moments are not rounded stochastically either."""
+    options: list[dict[str, Any]] = [
+        {"state_dtype": {}},
+        {"rounding": {}, "state_dtype": {"exp_avg": None}},
+        {"rounding": {"exp_avg_sq": "auto"}},
+    ]
+    for own in options:
+        plain, a, b = trained(dtype=dtype), trained(dtype=dtype, **own), trained(dtype=dtype, steps=0)
+        b.param_groups[0].update(own)
+        go(b, 0, 3)
+        for o in (a, b):
+            assert_same_optimizers(plain, o)
+            assert o.state_dict()["param_groups"] == plain.state_dict()["param_groups"] or o is b
+        assert a.param_groups[0].keys() == plain.param_groups[0].keys()
+
+
+@pytest.mark.parametrize("name", ["{}", "torch.{}"])
+def test_dtypes_can_be_given_as_texts(name: str) -> None:
+    spelled = [
+        {"master": name.format("float32"), "state_dtype": name.format("bfloat16")},
+        {"state_dtype": {"exp_avg": name.format("bfloat16"), "exp_avg_sq": name.format("float32")}},
+    ]
+    for texts, own in zip(
+        spelled,
+        [{"master": F32, "state_dtype": BF16}, {"state_dtype": {"exp_avg": BF16, "exp_avg_sq": F32}}],
+        strict=True,
+    ):
+        a, b, c = trained(**own), trained(**texts), AdamW([{"params": parameters(SHAPES, BF16), **texts}], lr=1e-3)
+        assert {k: a.param_groups[0][k] for k in own} == {k: b.param_groups[0][k] for k in own}
+        assert {k: a.param_groups[0][k] for k in own} == {k: c.param_groups[0][k] for k in own}
+        assert_same_optimizers(a, b)
+
+
+def test_a_seed_of_another_library_is_read_back() -> None:
+    a = trained(**MIXED, rounding_seed=np.int64(3))
+    assert type(a.param_groups[0]["rounding_seed"]) is int
+    a.param_groups[0]["rounding_seed"] = np.uint8(4)
+    content = moved(a)
+    assert type(content["param_groups"][0]["rounding_seed"]) is int
+    b = beside(a)
+    b.load_state_dict(content)
+    for o in (a, b):
+        go(o, 3, 5)
+    assert_same_optimizers(a, b)
+
+
+@pytest.mark.parametrize("value", [np.array([1.0, 2.0]), np.array(1.0), [F32], F32.to_complex(), object(), 8], ids=str)
+@pytest.mark.parametrize("key", ["master", "state_dtype", "rounding"])
+def test_odd_values_are_refused_in_words(key: str, value: Any) -> None:
+    a = trained(**MIXED)
+    for wrong in (value, {"exp_avg": value}) if key != "master" else (value,):
+        with pytest.raises(ValueError, match=f"^Invalid {key}"):
+            AdamW(parameters(SHAPES, BF16), **{key: wrong})
+        with pytest.raises(ValueError, match=f"^Invalid {key}"):
+            a.add_param_group({"params": parameters([(2,)], BF16), key: wrong})
+        for backend in ("cpu", "reference"):
+            b = trained(backend=backend, **{**MIXED, "rounding": "stochastic", "master": None})
+            b.param_groups[0][key] = wrong
+            with pytest.raises(ValueError, match=f"parameter group 0: Invalid {key}"):
+                go(b, 3, 4)
+
+
 def test_values_that_no_group_can_have_are_refused_at_the_step() -> None:
     a = trained(**MIXED)
     for key, value in (
