@@ -37,6 +37,7 @@ from ._options import DEFAULTS, StepOptions, check_options, scales_in_step
 from ._random_places import Id
 from ._rule import GROUP_OPTIONS, Group, Rule
 from ._runners import Steps
+from ._storage import check_names
 
 __all__ = ["FusedOptimizer"]
 
@@ -76,6 +77,8 @@ class FusedOptimizer(Optimizer):
         if own is not None and not hasattr(own, "hooked"):
             cls.step = _hooks.with_hooks(own)  # type: ignore[method-assign]
         _help.complete(cls)
+        if "rule" in cls.__dict__:
+            check_names(cls.rule)
         if "rule" in cls.__dict__ and cls.__module__.startswith(f"{__package__}."):  # a user's says nothing of others
             _checkpoint.note_signature(cls.__name__, cls.rule)
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._blocks import format_in_blocks, names_in_blocks
+from ._blocks import format_in_blocks, names_in_blocks, slot_of
 from ._dtensor import is_dtensor, local, same_layout, same_placements
 from ._dtypes import DTYPES, NAMES, compute_dtype
 from ._fakes import is_fake
 from ._overlap import overlaps_itself
 from ._rule import EMA, Group, Rule
-from ._storage import DTYPES_OF_MASTERS, as_the_rule_says, state_names
+from ._storage import DTYPES_OF_MASTERS, state_names
 
 
 def describe(group: Group, index: int, i: int) -> str:
@@ -164,7 +164,7 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
 def check_complete(state: Mapping[str, Any], rule: Rule, who: str) -> None:
     """Either all of the states that a rule always needs are there, or none, which are then made."""
     required = rule.required_states()
-    there = required & as_the_rule_says(name for name, value in state.items() if value is not None)
+    there = required & {slot_of(name) for name, value in state.items() if value is not None}
     if there and there != required:
         raise ValueError(
             f"the state of {who} has {sorted(there)}, but lacks {sorted(required - there)}: put that back, load a "

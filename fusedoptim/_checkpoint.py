@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _masters
 from ._bitsandbytes import of_bitsandbytes
-from ._blocks import CODES, can_be_in_blocks, format_in_blocks, names_in_blocks
+from ._blocks import CODES, can_be_in_blocks, format_in_blocks, names_in_blocks, slot_of
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtensor import is_dtensor, local, whole
 from ._dtypes import DTYPES, compute_dtype
@@ -29,7 +29,6 @@ from ._states import HasStates, scalars
 from ._storage import (
     DTYPES_OF_MASTERS,
     MASTER,
-    as_the_rule_says,
     asked_dtype,
     check_storage,
     check_stored_param,
@@ -157,9 +156,8 @@ class Loader:
     def _check(self, values: Mapping[str, Any], who: str) -> None:
         """Refuses states that are provably another optimizer's, or a part of this one's. Names that nobody knows are
         those of a wrapper, which keeps its own beside the optimizer's."""
-        names = {name for name, value in values.items() if value is not None}
-        names = as_the_rule_says(names)
-        known, required = as_the_rule_says(state_names(self.rule)), self.rule.required_states()
+        names = {slot_of(name) for name, value in values.items() if value is not None}
+        known, required = set(map(slot_of, state_names(self.rule))), self.rule.required_states()
         others = {o: states for o, states in SIGNATURES.items() if states <= names and not states <= known}
         another = max(others, key=lambda o: len(others[o]), default=None)
         if another is not None or ((known - {EMA}) & names and not required <= names):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._blocks import CODES, SCALES, can_be_in_blocks, check_blocks, names_in_blocks
+from ._blocks import CODES, SCALES, can_be_in_blocks, check_blocks, names_in_blocks, slot_of
 from ._rule import EMA, MAXIMUM, SQUARES, STORAGE, Group, Rule, State
 
 #: States that keep what a 16-bit parameter lacks of its fp32 number.
@@ -128,9 +128,15 @@ def state_names(rule: Rule, group: Group | None = None, p: Tensor | None = None)
     return [*names, master] if master is not None and needs(master, p) else names
 
 
-def as_the_rule_says(names: Iterable[str]) -> set[str]:
-    """States that are in blocks by the names of their rule."""
-    return {name.removesuffix(CODES).removesuffix(SCALES) for name in names}
+def check_names(rule: Rule) -> None:
+    """Raises ValueError for a rule with a state that would be taken for one of this package's own."""
+    taken = ("step", EMA, PARAM, PORTABLE_MASTER, *MASTERS.values())
+    for name in [*(slot.name for slot in rule.states), rule.scalar_state or ""]:
+        if name in taken or slot_of(name) != name:
+            raise ValueError(
+                f"rule {rule.name!r} has a state {name!r}, which is a name of states that any optimizer may have: "
+                f"choose one that is none of {', '.join(taken)}, and does not end in {CODES} or {SCALES}"
+            )
 
 
 def is_low(group: Group) -> bool:

@@ -125,6 +125,15 @@ def test_a_changed_function_of_a_compiled_rule_is_not_stepped_with_its_kernels()
     assert_same_bits(params[0].detach(), others[0].detach())
 
 
+@pytest.mark.parametrize(
+    "name", ["step", "ema", "param", "master", "param_remainder", "param_remainder8", "param_master", "m_q8", "m_scale"]
+)
+def test_names_of_states_that_every_optimizer_may_have_are_refused(name: str) -> None:
+    for own in ({"states": (State("exp_avg"), State(name))}, {"scalar_state": name}):
+        with pytest.raises(ValueError, match=f"rule 'mine' has a state '{name}'.* choose"):
+            type("Mine", (FusedOptimizer,), {"rule": Rule("mine", lion, **own)})
+
+
 def test_a_users_class_changes_no_other_optimizers_checkpoints() -> None:
     class Sign(FusedOptimizer):
         rule = Rule("sign", lambda p, g, s, t, h: None)  # its states, step alone, are many an optimizer's
