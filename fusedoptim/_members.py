@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import _check_tensors, _native
-from ._blocks import slot_of
 from ._check_values import check_lists, check_step_values
 from ._dtensor import aligned, is_dtensor, local
 from ._ema import is_early, new_average
@@ -175,8 +174,7 @@ def make_states(
             if not m.states:
                 m.states = changes.make_entry(m.param)
             changes.put(m.states, name, value)
-            slot = maker.slots.get(slot_of(name))
-            m.first = m.first or (slot is not None and slot.starts_absent)
+            m.first = m.first or name in maker.absent
 
 
 def note_storage(found: Found, optimizer: HasStates) -> None:
@@ -268,14 +266,13 @@ def _common_memory(ready: list[BoundParam], optimizer: HasStates) -> list[str] |
 
 def _written(ready: list[BoundParam], optimizer: HasStates) -> Iterator[tuple[str, BoundParam, Tensor]]:
     """What a step writes to: what it is of a parameter, in words, that, and the tensor."""
-    names = [(name, f"state {name!r} of ") for name in state_names(optimizer.rule)]
+    names = {name: f"state {name!r} of " for name in state_names(optimizer.rule)}
     zero_grad = optimizer._options["zero_grad_in_step"]
     for m in ready:
         p = m.param
         if zero_grad and p.grad is not None:
             yield "the gradient of ", m, p.grad
         yield "", m, p
-        if values := m.states:
-            for name, what in names:
-                if (value := values.get(name)) is not None:
-                    yield what, m, value
+        for name, value in m.states.items():
+            if value is not None and name in names:
+                yield names[name], m, value

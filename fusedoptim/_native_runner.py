@@ -15,7 +15,7 @@ from ._devices import current_index_of, device_guard, make_launcher, stream_of
 from ._members import BoundParam, has_gradient
 from ._rule import EMA, STORAGE, Rule
 from ._runners import Groups, States, StepSettings
-from ._storage import PARAM
+from ._storage import PARAM, Stored
 
 
 class NativeRunner:
@@ -91,19 +91,15 @@ class NativeRunner:
     ) -> None:
         tensors: list[Tensor] = []
         # What lacks a state has no gradient yet.
-        slots = [s.name for s in self.rule.states]
-        names = [*slots, EMA, "step", self.rule.scalar_state]
+        of_plain = self._names(())
         starts = [0, *accumulate(len(group["params"]) for group in groups)]
         stored: list[Any] = []
         bindings: list[int] = []  # flat, because the garbage collector looks at every list
         for m in members:
             bindings += (starts[m.group] + m.index, len(tensors))
             tensors.append(m.param)
-            elements = {s.name: s.elements for s in m.stored if s.elements}
-            for name in names:
-                value = None
-                if name is not None and (name != "step" or self._counts(m)):
-                    value = m.states.get(elements.get(name, name))
+            for name in self._names(m.stored) if m.stored else of_plain:
+                value = None if name is None else m.states.get(name)
                 if value is None:
                     bindings.append(-1)
                 else:
@@ -122,8 +118,12 @@ class NativeRunner:
         self.plan.build(groups, state, bindings, list(dormant), counted, self.numbers, wide, shards, stored, [*STORAGE])
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
-    def _counts(self, m: BoundParam) -> bool:
-        return self.rule.has_step or any(s.is_stochastic for s in m.stored)
+    def _names(self, stored: tuple[Stored, ...]) -> list[str | None]:
+        """The states of a parameter that a plan takes, in its order; None for what it has not."""
+        elements = {s.name: s.elements for s in stored if s.elements}
+        counts = self.rule.has_step or any(s.is_stochastic for s in stored)
+        slots = [elements.get(s.name, s.name) for s in self.rule.states]
+        return [*slots, EMA, "step" if counts else None, self.rule.scalar_state]
 
     def _storages(self, m: BoundParam, at: int, tensors: list[Tensor]) -> tuple[Any, ...]:
         """As a plan takes them; what is kept beside an operand joins the tensors."""

@@ -109,7 +109,10 @@ class StateMaker:
     def __init__(self, rule: Rule, defaults: Mapping[str, Any]) -> None:
         self.rule, self.defaults = rule, defaults
         self.slots = {s.name: s for s in rule.states}
-        self._of_groups: dict[int, list[str]] = {}
+        #: The names of those that count as absent in a parameter's first step.
+        self.absent = {n for s in rule.states if s.starts_absent for n in (s.name, *_blocks.names_in_blocks(s.name))}
+        #: By group the names that all its parameters need; None where each has its own, by an option of storage.
+        self._names: dict[int, list[str] | None] = {}
 
     @classmethod
     def of(cls, optimizer: HasStates) -> StateMaker:
@@ -124,21 +127,18 @@ class StateMaker:
         Args:
             like: what they are made for in the parameter's stead, of the same or a shard's shape.
         """
-        for name in self._names(group, p):
+        if id(group) not in self._names:
+            low = _storage.is_low(group)
+            self._names[id(group)] = None if low else _storage.state_names(self.rule, group, p)
+        of_all = self._names[id(group)]
+        for name in _storage.state_names(self.rule, group, p) if of_all is None else of_all:
             if there.get(name) is None:
-                yield name, self._new(name, self.slots.get(name), p if like is None else like, group)
+                of = group if of_all is None else None
+                yield name, self._new(name, self.slots.get(name), p if like is None else like, of)
 
-    def _names(self, group: Group, p: Tensor) -> list[str]:
-        """Without an option of storage they are the same for all parameters of a group."""
-        if _storage.is_low(group):
-            return _storage.state_names(self.rule, group, p)
-        if id(group) not in self._of_groups:
-            self._of_groups[id(group)] = _storage.state_names(self.rule, group, p)
-        return self._of_groups[id(group)]
-
-    def _new(self, name: str, slot: State | None, p: Tensor, group: Group) -> Tensor:
+    def _new(self, name: str, slot: State | None, p: Tensor, low: Group | None) -> Tensor:
         if slot is not None:
-            dtype = _storage.state_dtype(group, name, p)
+            dtype = p.dtype if low is None else _storage.state_dtype(low, name, p)
             if slot.initial is None:
                 return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
             fill = number(self.defaults[slot.initial])

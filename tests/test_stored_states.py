@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import math
 import pickle
+import pstats
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,6 +214,20 @@ def test_a_dict_that_says_nothing_is_no_option(dtype: torch.dtype) -> None:
             assert_same_optimizers(plain, o)
             assert o.state_dict()["param_groups"] == plain.state_dict()["param_groups"] or o is b
         assert a.param_groups[0].keys() == plain.param_groups[0].keys()
+
+
+def test_a_group_without_an_option_is_asked_once_how_it_is_stored() -> None:
+    """And not for each of its parameters, of which there may be thousands."""
+
+    def asked(n: int) -> int:
+        o = AdamW(parameters([(3,)] * n))
+        set_gradients(params_of(o), 0)
+        with cProfile.Profile() as profile:
+            o.step()
+        found = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
+        return sum(calls for (file, _, _), (calls, *_) in found if Path(file).name in ("_storage.py", "_blocks.py"))
+
+    assert 0 < asked(4) == asked(8)
 
 
 @pytest.mark.parametrize("name", ["{}", "torch.{}"])
