@@ -19,8 +19,8 @@ def check_common(group: Group, rule: Rule, optimizer: str) -> None:
     """What a constructor, and whoever adds a group, has to pass: with torch.optim's own messages, where it has some."""
     for hyper in (*rule.row, *rule.initial):
         _check_made(hyper, group[hyper.key])
-    rule.check(group)
     check_storage(group, rule)
+    rule.check(group)
     for name in DEFAULTS:
         if name in group:
             raise ValueError(f"a group cannot have its own {name}: pass it to {optimizer}(), for all groups")
