@@ -5,8 +5,8 @@ takes the place of an older one, and renews the tables of README.md and benchmar
 the second alone, for one file or several. ``--check FILE.md`` exits with 1 if a table is not what the results files
 give, so that no number is ever typed by hand.
 
-The mark ``<!-- results: FILE -->`` before a table names a results file, or all of ``GPUs``; with ``FILE short`` the
-table has a few rows and columns. ``<!-- end of results -->`` ends it.
+The mark ``<!-- results: FILE -->`` before a table names a results file, all of ``GPUs``, or ``storages`` everywhere.
+With ``FILE short`` the table has a few rows and columns. ``<!-- end of results -->`` ends it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,23 @@ from .lowprec.table import table as of_schemes
 from .measure.environment import source
 from .measure.goals import GOALS
 from .measure.results import Result, Results, load
-from .tables import comparison, device_details, disturbed, flat, other_commits, reasons, scaling, summary, unmeasured
+from .tables import (
+    comparison,
+    device_details,
+    disturbed,
+    flat,
+    other_commits,
+    reasons,
+    scaling,
+    storages,
+    summary,
+    unmeasured,
+)
 
 #: The name of a section for the results of every GPU that there are.
 GPUS = "GPUs"
+#: And for steps in fewer bits on every machine.
+STORAGES = "storages"
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("benchmarks", "results")
 #: Those with tables.
@@ -76,6 +89,7 @@ def tables(results: Results) -> str:
         parts = [f"**{results.environment['gpu']}**", *parts, unmeasured("cuda", rows)]
     parts += [device_details(rows), flat(results.host), scaling(results)]
     parts += [of_schemes(results.runs)] if results.runs else []
+    parts += [storages([results])] if results.storages else []
     if not results.finished:
         parts.append(f"(The run was interrupted: {len(results.rows) + len(results.runs)} of {results.planned} rows.)")
     return "\n\n".join([p for p in parts if p] + [source(results.environment)])
@@ -86,9 +100,13 @@ def row_key(row: Result) -> tuple[str, str, str, str]:
 
 
 def section(name: str, short: bool) -> str:
-    """Of a file, or of all GPUs; where none has been measured yet, what they are to reach, or that none has."""
-    paths = sorted((ROOT / FOLDER).glob("*.json")) if name == GPUS else [ROOT / name]
+    """Of a file, of storages on all machines, or of all GPUs; where none has been measured yet, what they are to reach,
+    or that none has."""
+    paths = [ROOT / name] if name.endswith(".json") else sorted((ROOT / FOLDER).glob("*.json"))
     found = [r for r in map(load, paths) if name != GPUS or r.environment["device"] == "cuda"]
+    if name == STORAGES:
+        text = storages([r for r in found if r.storages])
+        return f"<!-- results: {name} -->\n{text}\n<!-- end of results -->"
     text = "\n\n".join(map(short_table if short else tables, found)) or (NO_GPU if short else unmeasured("cuda"))
     return f"<!-- results: {name}{' short' if short else ''} -->\n{text}\n<!-- end of results -->"
 
@@ -120,6 +138,7 @@ def merge(into: Results, new: Results) -> None:
         if "contenders" in row or row_key(row) not in rows:
             rows[row_key(row)] = {**row, "commit": new.environment["commit"]}
     into.rows, into.scaling, into.host = list(rows.values()), new.scaling or into.scaling, new.host or into.host
+    into.storages = [{**row, "commit": new.environment["commit"]} for row in new.storages] or into.storages
     into.planned, into.finished = len(into.rows), True
     # Its files were somewhere else than here.
     command = re.sub(r"\S*/(\w+\.json)", r"\1", str(new.environment["command"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .common.units import duration, number
-from .measure.environment import source
+from .measure.environment import machine, source
 from .measure.goals import GOALS, Goal, key
 from .measure.load import DISTURBING
 from .measure.results import COPY, OURS, STREAM, Result, Results, ratio_of
@@ -198,6 +198,25 @@ def scaling(results: Results) -> str:
     for curve, name, what, seconds in slopes(results.scaling):
         lines.append(line([f"{name}: {says[curve]}", f"{duration(seconds)} per {what}"]))
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def storages(found: Sequence[Results]) -> str:
+    """How long steps take per 10^9 parameters, and over plain fp32's, on each machine."""
+    names, sources = ["storage", "bytes"], []
+    rows = {row["storage"]: row for results in found for row in results.storages if row["storage"] != COPY}
+    cells = {name: [name, number(float(row["bytes"]))] for name, row in rows.items()}
+    for results in found:
+        e = results.environment
+        names += [str(e["gpu"] if e["device"] == "cuda" else e["cpu"]), "over fp32's"]
+        here = {row["storage"]: row for row in results.storages}
+        for name, of in cells.items():
+            ms = here[name]["ms"] / here[name]["elements"] * 1e9 if name in here else None
+            over = None if ms is None else ms / here["fp32"]["ms"] * here["fp32"]["elements"] / 1e9
+            of += ["" if ms is None else f"{number(ms)} ms", "" if over is None else f"{over:.2f}"]
+        commits = dict.fromkeys(row.get("commit", e["commit"]) for row in results.storages)
+        sources.append(f"{machine(e)}; torch {e['torch']}; commit {', '.join(commits)}.")
+    table = "\n".join([*header(names, 1), *map(line, cells.values())])
+    return "\n\n".join([table, " ".join(sources) + " `python -m benchmarks.storages`"])
 
 
 def everything(results: Results) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import report, second_moments
+from benchmarks import report, second_moments, storages, tables
 from benchmarks.common.arguments import UsageError
 from benchmarks.lowprec import __main__ as lowprec
 from benchmarks.lowprec import finetuning
@@ -126,3 +126,19 @@ def test_second_moments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for row in rows:
         assert 0.98 < float(row["bf16"]) < 1.02 and 0.98 < float(row["8 bits"]) < 1.02
     assert float(rows[3]["bf16 to nearest"]) > 2 and float(rows[3]["8 bits to nearest"]) > 2
+
+
+def test_storages_are_measured_and_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "storages.json"
+    assert storages.main(["--elements", "8192", "--out", str(path)]) == 0
+    rows = load(path).storages
+    assert [row["storage"] for row in rows] == ["copy", *storages.STORAGES]
+    assert all(row["ms"] > 0 for row in rows)
+    assert capsys.readouterr().out.startswith(text := tables.storages([load(path)]))
+    two = load(path)
+    two.environment, two.storages = {**two.environment, "cpu": "Another"}, rows[1:3]
+    both = tables.storages([load(path), two]).splitlines()
+    assert both[0].endswith("| Another | over fp32's |") and both[2].endswith("| 1.00 |")
+    assert both[5].endswith("|  |  |") and len(text.splitlines()) == len(both)
+    assert report.main([str(path)]) == 0
+    assert text in capsys.readouterr().out

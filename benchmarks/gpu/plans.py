@@ -103,9 +103,7 @@ def plans(device: str, folder: Path, prebuilt: str) -> dict[str, list[Step]]:
         "low": [
             *begin,
             tests("CUDA tests", 75, device, "not triton", 6, LOW),
-            Step(
-                "storages", BENCH, 40, f"{PYTHON} benchmarks.gpu.storages --device {device} {few} --out {out}/low.json"
-            ),
+            Step("storages", BENCH, 40, f"{PYTHON} benchmarks.storages --device {device} {few} --out {out}/low.json"),
             watched("memcheck", 40, device, right, sanitizer, "--low"),
             tests("Triton tests", 90, device, "triton", 8, LOW),
         ],

@@ -18,7 +18,7 @@ from ..measure import plan
 from ..measure.data import Data
 from ..measure.optimizers import SETTINGS
 from ..measure.peers import ours
-from .storages import STORAGES
+from ..storages import STORAGES
 
 #: One element, a tail alone, a tile and a tail, several chunks; and more tensors than kernel arguments can name.
 SIZES, MANY = ((1,), (17,), (1025,), (70_001,)), ((3,),) * 4100

@@ -69,13 +69,17 @@ def environment(device: Device) -> dict[str, object]:
     }
 
 
+def machine(environment: dict[str, Any]) -> str:
+    e = environment
+    if e["device"] == "cuda":
+        return f"{e['gpu']}, driver {e.get('driver', 'unknown')}, {e['cores']} cores"
+    return f"{e['cpu']}, {e['threads']} threads, {e['capability']}"
+
+
 def source(environment: dict[str, Any]) -> str:
     """The line below a table that says where it comes from."""
     e = environment
-    machine = f"{e['cpu']}, {e['threads']} threads, {e['capability']}"
-    if e["device"] == "cuda":
-        machine = f"{e['gpu']}, driver {e.get('driver', 'unknown')}, {e['cores']} cores"
     versions = {"torch": e["torch"], **e["packages"]}
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
     system = f"Python {e['python']}, {e['system']}"
-    return f"{machine}; {text}; {system}; commit {e['commit']}, {str(e['date'])[:10]}; `{e['command']}`"
+    return f"{machine(e)}; {text}; {system}; commit {e['commit']}, {str(e['date'])[:10]}; `{e['command']}`"

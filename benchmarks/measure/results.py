@@ -27,6 +27,8 @@ class Results:
         self.host: list[Result] = []
         #: Trainings in fewer bits, if there are any: see lowprec.
         self.runs: list[Result] = []
+        #: Steps with states in fewer bits, if there are any: see benchmarks.storages.
+        self.storages: list[Result] = []
         self.finished = False
 
     def save(self) -> None:
@@ -38,7 +40,8 @@ class Results:
         """A line per row, so that a change of results can be read."""
         head = {"format": FORMAT, "finished": self.finished, "planned": self.planned, "environment": self.environment}
         parts = [f' "{key}": {_dump(value)}' for key, value in head.items()]
-        some = [(key, rows) for key, rows in (("host", self.host), ("runs", self.runs)) if rows]
+        more = {"host": self.host, "runs": self.runs, "storages": self.storages}
+        some = [(key, rows) for key, rows in more.items() if rows]
         for key, rows in (("rows", self.rows), ("scaling", self.scaling), *some):
             lines = ",\n".join(f"  {_dump(row)}" for row in rows)
             parts.append(f' "{key}": [\n{lines}\n ]' if rows else f' "{key}": []')
@@ -75,7 +78,8 @@ def load(path: Path) -> Results:
     try:
         results = Results(content["environment"], content["planned"], path)
         results.rows, results.scaling, results.finished = content["rows"], content["scaling"], content["finished"]
-        results.host, results.runs = content.get("host", []), content.get("runs", [])
+        for name in ("host", "runs", "storages"):
+            setattr(results, name, content.get(name, []))
     except KeyError as error:
         raise UsageError(f"{path} is damaged: it has no {error}") from error
     return results

@@ -1,9 +1,8 @@
-"""``python -m benchmarks.gpu.storages --out FILE.json``: how long AdamW steps take with parameters and states in fewer
-bits, on one large tensor, beside a copy of memory. Interleaved; the least of each."""
+"""``python -m benchmarks.storages --out FILE.json``: how long AdamW steps take on one large tensor with parameters and
+states in fewer bits, beside a copy of memory. Interleaved; the least of each. A GPU's are steps of CUDA graphs."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,11 @@ import torch
 
 import fusedoptim
 
-from ..common import arguments
-from ..common.files import write_atomically
+from .common import arguments
+from .measure.devices import DEVICES, device_named
+from .measure.environment import environment, source
+from .measure.results import COPY, Result, Results
+from .tables import storages
 
 STOCHASTIC = {"rounding": {"exp_avg_sq": "stochastic"}}
 #: By name: the parameter's dtype, the options, and the bytes that a step moves per element.
@@ -65,35 +67,46 @@ def milliseconds(run: Callable[[], None], device: str) -> float:
     return begin.elapsed_time(end) / STEPS
 
 
-def main() -> int:
-    p = arguments.Parser(prog="python -m benchmarks.gpu.storages", description=__doc__)
-    p.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    p.add_argument("--backend", help="another than the best")
-    p.add_argument("--elements", type=int, default=1 << 28)
-    p.add_argument("--out", type=Path)
-    args = p.parse_args()
-    device, elements = args.device, args.elements
+def measure(device: str, backend: str | None, elements: int) -> list[Result]:
     a, b = (torch.empty(elements, device=device) for _ in range(2))
-    runs: dict[str, Callable[[], Any]] = {"copy": lambda: b.copy_(a)}
-    moved = {"copy": 8.0}
+    runs: dict[str, Callable[[], Any]] = {COPY: lambda: b.copy_(a)}
+    moved = {COPY: 8.0}
     for name, (dtype, options, size) in STORAGES.items():
-        runs[name] = step_of(dtype, options, elements, device, args.backend)
+        runs[name] = step_of(dtype, options, elements, device, backend)
         moved[name] = size
     least = dict.fromkeys(runs, float("inf"))
     for _ in range(ROUNDS):
         for name, run in runs.items():
             least[name] = min(least[name], milliseconds(run, device))
-    copy = moved["copy"] / least["copy"]
-    rows = [
-        {"storage": name, "bytes": moved[name], "ms": ms, "share_of_copy": moved[name] / ms / copy}
+    copy = moved[COPY] / least[COPY]
+    return [
+        {
+            "storage": name,
+            "bytes": moved[name],
+            "elements": elements,
+            "ms": ms,
+            "share_of_copy": moved[name] / ms / copy,
+        }
         for name, ms in least.items()
     ]
-    for row in rows:
-        print(f"{row['storage']:<26}{row['bytes']:>8} B {row['ms']:>9.3f} ms {row['share_of_copy']:>7.3f} of copy")
-    print(f"{device}: {elements} elements, {len(rows) - 1} ways to store", flush=True)
-    if args.out:
-        found = {"device": device, "backend": args.backend, "elements": elements, "rows": rows}
-        write_atomically(args.out, lambda f: f.write(json.dumps(found, indent=1).encode()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = arguments.Parser(prog="python -m benchmarks.storages", description=__doc__)
+    p.add_argument("--device", default="cpu", help=f"one of {', '.join(DEVICES)} (default: cpu)")
+    p.add_argument("--backend", help="another than the best")
+    p.add_argument("--elements", type=int, help="of the tensor (default: 2^28 on a GPU, 2^25 on the CPU)")
+    p.add_argument("--out", type=Path, help="a results file")
+    args = p.parse_args(argv)
+    device = arguments.known("--device", [args.device], DEVICES)[0]
+    results = Results(environment(device_named(device)), 0, args.out)
+    results.storages = measure(device, args.backend, args.elements or 1 << (25 if device == "cpu" else 28))
+    results.finished = True
+    print(f"{storages([results])}\n\n{source(results.environment)}", flush=True)
+    for row in results.storages:
+        print(f"{row['storage']}: {row['share_of_copy']:.2f} of copy")
+    print(f"{device}: {len(STORAGES)} ways to store")
+    results.save()
     return 0
 
 
