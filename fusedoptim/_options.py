@@ -38,15 +38,17 @@ class StepOptions(TypedDict, total=False):
             first step and becomes ``lerp(ema, parameter, 1 - ema_decay)`` after each in which it has a gradient. In
             [0, 1); None is off.
         master: what a 16-bit parameter keeps of the fp32 number that it stands for, so that small updates are not lost.
-            ``"remainder"``: a state ``param_remainder`` with the lower 16 bits, beside a bfloat16 parameter that is
-            that number rounded to nearest, ties away from zero: exact, in 2 bytes per element. ``"remainder8"``: the
-            same with 8 bits, for a number rounded to 24. ``torch.float32``: a state ``param_master``, for bfloat16 and
-            float16, whose states have fp32 then unless ``state_dtype`` says otherwise. Whoever writes to such a
-            parameter gives it another number: what was written, off by less than a unit in its last place with a
-            remainder. Parameters of 32 and 64 bits have none. None is off.
+            ``"remainder"``, for training in bfloat16: a state ``param_remainder`` with the lower 16 bits, beside a
+            parameter that is that number rounded to nearest, ties away from zero: exact, in 2 bytes per element.
+            ``"remainder8"``, where memory is short: the same with 8 bits, for a number rounded to 24.
+            ``torch.float32``, for float16, and bfloat16 where a plain copy is wanted: a state ``param_master``; states
+            have fp32 then unless ``state_dtype`` says otherwise. Whoever writes to such a parameter gives it another
+            number: what was written, off by less than a unit in its last place with a remainder. Parameters of 32 and
+            64 bits have none. None is off.
         state_dtype: the dtype of states with the parameter's shape: torch.float32, torch.bfloat16 (or these as texts),
             ``"int8"``, None for the parameter's own (with ``master=torch.float32`` that), or a dict of these by the
-            states' names. ``"int8"`` is 8-bit codes with an fp32 scale for each block of 128 elements in a row, in two
+            states' names. fp32 states with a remainder give the bits of training in fp32. ``"int8"``, for models whose
+            states are too large, is 8-bit codes with an fp32 scale for each block of 128 elements in a row, in two
             states ``NAME_q8`` and ``NAME_scale``; parameters of one dimension, fewer than 4096 elements or rows of
             fewer than 64 have bfloat16 instead. Without ``master`` or stochastic rounding a 16-bit parameter is not
             moved by an update of less than half a unit in its last place, which is up to 0.4 percent of its value in

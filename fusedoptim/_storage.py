@@ -42,9 +42,10 @@ def check_storage(group: Group, rule: Rule) -> None:
             )
         for slot in rule.states:
             if dtype == "int8" and slot.kind == MAXIMUM and (name == slot.name or (not name and slot.needed_in(group))):
+                others = {s.name: "int8" for s in rule.states if s.kind not in (SQUARES, MAXIMUM)}
                 raise ValueError(
                     f"state_dtype='int8' is not for {slot.name!r}: a maximum of what is rounded up and down only "
-                    f"rises; name the others: state_dtype={{...: 'int8', {slot.name!r}: torch.float32}}"
+                    f"rises; leave it, and what it is of, in more bits: state_dtype={others}"
                 )
     roundings = _by_name("rounding", group.get("rounding", "auto"), [PARAM, *names])
     for name, rounding in roundings.items():
