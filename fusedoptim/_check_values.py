@@ -115,15 +115,14 @@ def _number(hyper: Hyper, value: Any) -> float:
     """Raises ValueError with what it must be instead."""
     if isinstance(value, Tensor):
         _check_tensor(hyper, value)
+    if hyper.accepts.whole and isinstance(value, bool):
+        raise ValueError(f"must be {_wanted(hyper)}")
     try:
-        x = number(value)
+        return number(value)
     except OverflowError:
         raise ValueError(f"must be {_wanted(hyper)}") from None
     except (TypeError, ValueError, ArithmeticError):
         raise ValueError("must be a number") from None
-    if hyper.accepts.whole and (isinstance(value, bool) or x % 1):
-        raise ValueError(f"must be {_wanted(hyper)}")
-    return x
 
 
 def _wanted(hyper: Hyper) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from ._blocks import CODES, can_be_in_blocks, format_in_blocks, names_in_blocks,
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtensor import is_dtensor, local, whole
 from ._dtypes import DTYPES, compute_dtype
+from ._exchange import agreement
 from ._fakes import is_fake
 from ._group_keys import completed
 from ._lending import Lent, can_be_lent, held_alone, is_large
@@ -87,6 +89,8 @@ class Loader:
         blocks = {part for name in self.slots for part in names_in_blocks(name)}
         self.placed = self.slots | {EMA, *DTYPES_OF_MASTERS} | blocks
         self.widened: list[str] = []
+        #: The numbers that parameters are to be compared with, once all ranks have found the rest in order.
+        self.masters: list[tuple[Tensor, Tensor, str]] = []
         #: The number of parameters that stand for more than they say, which is not loaded.
         self.losses = 0
 
@@ -101,7 +105,7 @@ class Loader:
         filled = self._filled(saved_groups)
         ids = [k for group in saved_groups for k in group["params"]]
         owners = dict(zip(ids, members, strict=False))  # torch itself checks that the groups match
-        kept, states, masters = {}, state_dict["state"], []
+        kept, states = {}, state_dict["state"]
         for k in states:
             alone = held_alone(states, k)  # the very dict that an optimizer works with has another owner
             values = states[k]
@@ -115,17 +119,15 @@ class Loader:
             lent = {name for name in values if alone and is_large(values[name]) and held_alone(values, name)}
             known = without_marks(of_bitsandbytes(values, self.rule, who), self.rule)
             known |= scalars({**known, **_whole_scalars(known, self.rule)}, self.rule)
-            taken = _masters.by_own_name(filled[index] if index < len(filled) else group, p, known)
-            self.losses += _masters.loses_number(p, known, taken)
-            known = taken
+            to_be = filled[index] if index < len(filled) else group
+            known = _masters.by_own_name(to_be, p, known)
             if _is_stepped(p, known, self.rule):
                 self._check(known, who)
                 for name in filter(self.placed.__contains__, known):
                     check_place(p, known[name], name, who)
                 check_states(p, known, self.rule, who, devices=False)
-                masters += self._check_storage(filled[index] if index < len(filled) else group, p, known, who)
+                self._check_storage(to_be, p, known, who)
             kept[k] = {name: Kept(value, values if name in lent else None) for name, value in known.items()}
-        _masters.check_loaded(masters)
         if not any(kept.values()):
             self._check_groups(saved_groups)
         return {**state_dict, "state": kept, "param_groups": filled + list(saved_groups[len(filled) :])}
@@ -140,18 +142,14 @@ class Loader:
                 raise ValueError(f"parameter group {index}, as this checkpoint has it: {error}. {NOTHING}") from None
         return found
 
-    def _check_storage(
-        self, group: Group, p: Tensor, values: Mapping[str, Any], who: str
-    ) -> list[tuple[Tensor, Tensor, str]]:
-        """Returns the master that is to be compared with its parameter, if there is one."""
+    def _check_storage(self, group: Group, p: Tensor, values: Mapping[str, Any], who: str) -> None:
         try:
             check_stored_param(group, p, who)
         except ValueError as error:
             raise ValueError(f"{error}. {NOTHING}") from None
         master = values.get(MASTER)
-        if not isinstance(master, Tensor) or not _masters.wanted(group, p) or is_fake(p) or is_fake(master):
-            return []
-        return [(p, master, who)]
+        if isinstance(master, Tensor) and _masters.wanted(group, p) and not is_fake(p) and not is_fake(master):
+            self.masters.append((p, master, who))
 
     def _check(self, values: Mapping[str, Any], who: str) -> None:
         """Refuses states that are provably another optimizer's, or a part of this one's. Names that nobody knows are
@@ -190,10 +188,11 @@ class Loader:
                 if p in state:
                     kept = {name: value for name, value in state[p].items() if isinstance(value, Kept)}
                     found = self._restore_one(kept, p, group, lent)
-                    new: Recoded = _masters.loaded(group, p, found) if _can_be_stepped(p) else {}
+                    new: Recoded = {}
                     if _can_be_stepped(p):
+                        new = _masters.loaded(group, p, found)
                         new |= recoded(group, self.rule, p, {**found, **new})
-                    self.losses += _masters.loses_rest(p, new)
+                        self.losses += not is_fake(p) and _masters.loses_number(p, found, new)
                     found = {**state[p], **found, **new}
                     state[p] = {name: value for name, value in found.items() if name not in new or value is not None}
                     self._note_wider(state[p], kept, group, index, i)
@@ -240,6 +239,8 @@ class Loader:
 
     def _shape(self, name: str, p: Tensor) -> torch.Size | None:
         """Of a state that a step reads, if that lies as its parameter does."""
+        if not is_materialised(p):
+            return None
         of_blocks = format_in_blocks(name, p, self.rule)
         return of_blocks.shape if of_blocks is not None else p.shape if name in self.placed else None
 
@@ -270,21 +271,33 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
     Args:
         by_torch: torch's own load_state_dict of the optimizer.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     name = type(optimizer).__name__
-    optimizer._loader = loader = Loader(optimizer.param_groups, optimizer.defaults, optimizer.rule, name)
-    # Registered last, so that it sees what the user's own hooks made of the state_dict.
-    handle = optimizer.register_load_state_dict_pre_hook(lambda _, final: loader.prepare(final))
-    before = (optimizer.state, optimizer.param_groups)
-    try:
-        by_torch(state_dict)
-    except BaseException:
-        optimizer.state, optimizer.param_groups = before
-        raise
-    finally:
-        handle.remove()
-        optimizer._loader = None
+    loader = Loader(optimizer.param_groups, optimizer.defaults, optimizer.rule, name)
+    with ExitStack() as until_checked:
+        until_checked.enter_context(agreement(params))
+
+        def prepare(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            prepared = loader.prepare(final)
+            until_checked.close()
+            with agreement(params):
+                _masters.check_loaded(loader.masters)
+            return prepared
+
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
+        # Registered last, so that it sees what the user's own hooks made of the state_dict.
+        handle = optimizer.register_load_state_dict_pre_hook(prepare)
+        before = (optimizer.state, optimizer.param_groups)
+        optimizer._loader = loader
+        try:
+            by_torch(state_dict)
+        except BaseException:
+            optimizer.state, optimizer.param_groups = before
+            raise
+        finally:
+            handle.remove()
+            optimizer._loader = None
     loader.warn()
 
 

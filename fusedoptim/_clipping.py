@@ -13,8 +13,8 @@ from . import _backends, _native, _versions, reference
 from ._devices import device_guard, make_launcher, stream_of
 from ._dtensor import aligned, dtensor_class, is_dtensor, local, same_layout
 from ._dtypes import DTYPES, compute_dtype
-from ._exchange import Exchange
-from ._joint_runner import RefusedElsewhere, combine
+from ._exchange import Exchange, RefusedElsewhere
+from ._joint_runner import combine
 from ._overlap import overlaps_itself, sharing
 from ._rule import EMA
 

@@ -7,7 +7,8 @@ whether a process has to refuse the step, so that all refuse it and none waits f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,16 @@ class RankError(RuntimeError):
     """What all ranks do together did not come about. All of them know."""
 
 
+class RefusedElsewhere(RankError):
+    """Another rank refused what all do together."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another rank refused this, for a reason that its own error gives: nothing was changed here, nor on the "
+            "ranks that this one shares DTensors or a norm with"
+        )
+
+
 class Round(NamedTuple):
     """What one all-gather adds up."""
 
@@ -52,9 +63,9 @@ class Round(NamedTuple):
             all_gather(rows.view(-1), mine, self.group)
         except RuntimeError as error:
             raise RankError(
-                f"the {self.ranks} ranks of a process group could not add up their parts of the gradients' norm; "
-                "nothing was updated here. Each of them has to make this step: one may have ended, or not have called "
-                f"step() ({error})"
+                f"the {self.ranks} ranks of a process group could not tell each other their parts of the gradients' "
+                "norm, or whether all of them can go on; nothing was changed here. Each of them has to make the same "
+                f"calls: one may have ended, or not have called step(), or what else this one called ({error})"
             ) from error
         if self.places is None:
             return tree_sum(rows).to(numbers.device)
@@ -183,6 +194,21 @@ class Exchange:
         for one in (*self.rounds, *self.replicas, *self.norm_groups):
             answer = one._replace(places=None, equal=None).total(answer)
         return bool(answer.item() != 0)
+
+
+@contextmanager
+def agreement(params: Sequence[Tensor]) -> Iterator[None]:
+    """What raises within it on one rank that shares DTensors among these raises on all of them: none goes on and waits
+    for another."""
+    exchange = Exchange(params, ())
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, RankError):  # which all know of
+            exchange.agree(True)
+        raise
+    if exchange.agree(False):
+        raise RefusedElsewhere
 
 
 class _Dimension(NamedTuple):

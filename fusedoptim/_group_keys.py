@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ._norm_groups import norm_groups
-from ._rule import STORAGE, Group, Rule
+from ._rule import SEED, STORAGE, Group, Rule
 from ._storage import is_off
+from ._values import number
 
 #: The keys whose values may be dtypes, and the names of these.
 _OF_DTYPES = ("master", "state_dtype")
@@ -33,9 +33,11 @@ def settled(group: Group) -> dict[str, Any]:
     for key, off in STORAGE.items():
         if key in group and is_off(key, group[key]):
             found[key] = off
-    with suppress(KeyError, TypeError):
-        if not isinstance(seed := group["rounding_seed"], (bool, Tensor)):
-            found["rounding_seed"] = operator.index(seed)
+    seed = group.get("rounding_seed")
+    if seed is not None and not isinstance(seed, (bool, Tensor)):
+        with suppress(TypeError, ValueError, ArithmeticError):
+            if (x := number(seed)) in SEED:
+                found["rounding_seed"] = int(x)
     return found
 
 
@@ -76,7 +78,10 @@ def completed(saved: Group, group: Group, defaults: Mapping[str, Any], rule: Rul
             result[key] = rule.absent[key]
         elif key in group or key not in rule.extensions:
             result[key] = group.get(key, defaults[key])
-    own = {key: group[key] for key in STORAGE if key in group}
+    asked = {
+        key for key in STORAGE if key in group and not (isinstance(group[key], Mapping) and is_off(key, group[key]))
+    }
+    own = {key: value for key, value in {**group, **settled(group)}.items() if key in asked}
     result.update(own)
     rounding = result.get("rounding")
     own_rounding = own.get("rounding")

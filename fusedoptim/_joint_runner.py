@@ -10,21 +10,11 @@ import torch
 from torch import Tensor
 
 from ._devices import device_guard
-from ._exchange import Exchange, RankError
+from ._exchange import Exchange, RefusedElsewhere
 from ._norms import norm_is_measured
 from ._rule import Rule
 from ._runners import Groups, Runner, States
 from .reference import norm_of
-
-
-class RefusedElsewhere(RankError):
-    """Another rank refused what all do together."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "another rank refused this step, for a reason that its own error gives: nothing was updated here, nor on "
-            "the ranks with which a norm is shared"
-        )
 
 
 class HasSums(Protocol):

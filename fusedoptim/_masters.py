@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import _versions, reference
 from ._blocks import PART
 from ._dtensor import alike, is_dtensor, local, same_layout
-from ._exchange import Exchange
 from ._placing import part_of
 from ._rule import Group
-from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, PORTABLE_MASTER, Stored, needs, stored_param
+from ._storage import DTYPES_OF_MASTERS, MASTER, MASTERS, PORTABLE_MASTER, REMAINDER8, Stored, needs, stored_param
 from ._warnings import warn
 
 
@@ -38,35 +38,42 @@ def wanted(group: Group, p: Tensor) -> str | None:
 
 
 def by_own_name(group: Group, p: Tensor, values: dict[str, Any]) -> dict[str, Any]:
-    """States that are loaded, with the number that others call ``master`` as the state that it is here, in a group that
-    asks for one. Elsewhere it would be read by nobody, and is left out."""
+    """States that are loaded, with the number that others call ``master`` as the state that it is here. Where the group
+    asks for none, it is then dropped as any other: see :func:`converted`."""
     number = values.get(PORTABLE_MASTER)
-    if not isinstance(number, Tensor) or not number.is_floating_point() or number.shape != p.shape:
+    if MASTER in values or is_lazy(p) or not isinstance(number, Tensor) or number.shape != p.shape:
         return values
-    found = {name: value for name, value in values.items() if name != PORTABLE_MASTER}
-    return found if MASTER in values or wanted(group, p) is None else {**found, MASTER: number}
+    if number.dtype != torch.float32 and not (number.is_floating_point() and wanted(group, p)):
+        return values
+    return {MASTER if name == PORTABLE_MASTER else name: value for name, value in values.items()}
 
 
-def loses_number(p: Tensor, values: Mapping[str, Any], left: Mapping[str, Any]) -> bool:
-    """Whether a ``master`` that is left out of a parameter's states says more than the parameter."""
-    number = values.get(PORTABLE_MASTER)
-    if not isinstance(number, Tensor) or PORTABLE_MASTER in left or MASTER in left:
+def loses_number(p: Tensor, values: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether states that are dropped said more of a parameter's number than what is left."""
+    gone = [name for name in MASTERS.values() if new.get(name, name) is None]
+    if not gone or any(new.get(name) is not None for name in MASTERS.values()):
         return False
-    alike = is_dtensor(number) == is_dtensor(p) and (not is_dtensor(p) or same_layout(number, p))
-    return not alike or not torch.equal(local(number), local(p).detach().to(local(number)))
+    return not all(_is_rest_of(local(p).detach(), name, local(values[name]).detach()) for name in gone)
 
 
-def loses_rest(p: Tensor, new: Mapping[str, Any]) -> bool:
-    """Whether a state is taken away that kept what a parameter lacked in 16 bits, which it no longer has."""
-    return any(new.get(name, name) is None and not needs(name, p) for name in MASTERS.values())
+def _is_rest_of(x: Tensor, name: str, rest: Tensor) -> bool:
+    """Whether a parameter says by itself what it stands for with this state."""
+    x = x.to(torch.float32)
+    if name == MASTER:
+        return bool(((x == rest) | (x.isnan() & rest.isnan())).all())
+    own = reference.encode(f"bf16_{name.removeprefix('param_')}", x.contiguous(), None)[1]
+    bits = torch.int8 if name == REMAINDER8 else torch.int16
+    assert own is not None
+    return torch.equal(own.view(bits), rest.contiguous().view(bits))
 
 
 def warn_of_loss(count: int) -> None:
     if count > 0:
         warn(
-            f"what was kept of the fp32 numbers of {count} parameters is dropped, because nobody would read it: they "
-            "no longer have 16 bits, or their group has no master=. They go on as they are. To keep it, load "
-            "portable_state_dict() with master=, or copy 'master' from it into fp32 parameters"
+            f"what was kept of the fp32 numbers of {count} parameters was dropped: they no longer have 16 bits, or "
+            "their group has no master=, so that nobody would read it. They went on as they were. To keep it, take "
+            "portable_state_dict() before such a change, and load it with master=, or copy each 'master' in it to the "
+            "fp32 parameter"
         )
 
 
@@ -152,20 +159,17 @@ def split(storage: str, x: Tensor, number: Tensor) -> Tensor:
     return rest.view(torch.bfloat16) if unit == 0 else rest
 
 
-def check_loaded(masters: Sequence[tuple[Tensor, Tensor, str]]) -> None:
+def check_loaded(masters: Iterable[tuple[Tensor, Tensor, str]]) -> None:
     """Whether parameters are as these numbers, rounded: to nearest, and of two that are as near to either.
 
     Args:
-        masters: parameters, their numbers, and what the parameters are called. Where there is a DTensor among these all
-            ranks take part, with the same list: one whose shards fit would go on, and wait for the others.
+        masters: parameters, their numbers, and what the parameters are called. Numbers that lie on the ranks otherwise
+            than their parameter are redistributed, for which all ranks take part.
 
     Raises:
-        ValueError: if one is not, on any rank, so that the parameters and the states are of different steps.
+        ValueError: if one is not, so that the parameters and the states are of different steps.
     """
     wrong = [words for one in masters if (words := _misfit(*one))]
-    params = [p for p, _, _ in masters]
-    if any(map(is_dtensor, params)) and Exchange(params, ()).agree(bool(wrong)) and not wrong:
-        wrong = ["a 'master' of this checkpoint is not what its parameter was rounded from, on another rank"]
     if wrong:
         raise ValueError(
             f"{wrong[0]}: the model and this checkpoint are of different steps. Load the model first, of the same "

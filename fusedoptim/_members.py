@@ -15,7 +15,7 @@ from ._check_values import check_lists, check_step_values
 from ._dtensor import aligned, is_dtensor, local
 from ._ema import is_early, new_average
 from ._fakes import is_fake
-from ._masters import loses_rest, warn_of_loss
+from ._masters import loses_number
 from ._overlap import sharing
 from ._random_places import NOWHERE, Id, Place, ids_of, place_of
 from ._recoding import Recoded
@@ -23,6 +23,7 @@ from ._rule import EMA
 from ._shard_maps import check_index_map
 from ._states import Changes, HasStates, StateMaker, converted
 from ._storage import (
+    HALVES,
     Stored,
     check_stored_param,
     has_low_states,
@@ -70,6 +71,8 @@ class Conversion(NamedTuple):
     def apply(self, changes: Changes) -> None:
         if self.grad and (grad := usual_grad(self.param)) is not self.param.grad:
             self.param.grad = grad
+        if self.param.dtype not in HALVES:  # else its group was changed, by somebody who knows what that drops
+            changes.losses += loses_number(self.param, self.states, self.new)
         for name, value in self.new.items():
             if value is None:
                 changes.drop(self.states, name)
@@ -156,7 +159,6 @@ def convert(found: Found, changes: Changes) -> None:
     """Makes what belongs to the parameters such that they can be stepped."""
     for conversion in found.conversions:
         conversion.apply(changes)
-    warn_of_loss(sum(loses_rest(conversion.param, conversion.new) for conversion in found.conversions))
 
 
 @torch.no_grad()

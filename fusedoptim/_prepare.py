@@ -14,9 +14,10 @@ from . import _backends, _members
 from ._check_tensors import can_have_states
 from ._distributed import sharded_by_fsdp1
 from ._dtensor import hides_shard
-from ._exchange import Exchange, RankError
+from ._exchange import Exchange, RankError, RefusedElsewhere
 from ._fakes import alike
-from ._joint_runner import JointRunner, RefusedElsewhere
+from ._joint_runner import JointRunner
+from ._masters import warn_of_loss
 from ._native_runner import GpuRunner, NativeRunner
 from ._norms import HasNorms, check_whole_tensors, norm_is_measured
 from ._reference_runner import ReferenceRunner
@@ -74,6 +75,7 @@ def step_afresh(optimizer: HasNorms, grad_norm: Tensor | None = None) -> list[St
     if _was_skipped(optimizer, scaling):
         changes.undo()
         return None
+    warn_of_loss(changes.losses)
     return runners
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -12,9 +9,7 @@ from torch.optim import Optimizer
 from ._base import FusedOptimizer
 from ._check_tensors import describe, is_materialised
 from ._dtensor import is_dtensor
-from ._exchange import Exchange
 from ._fakes import is_fake
-from ._joint_runner import RefusedElsewhere
 from ._members import convert, find, keep_apart
 from ._rule import Group
 from ._states import Changes
@@ -24,19 +19,6 @@ def can_be_hooked(p: Tensor) -> bool:
     """Others never have a gradient."""
     known = type(p) in (Tensor, Parameter) or is_dtensor(p)
     return is_materialised(p) and (p.requires_grad or (known and p.is_floating_point()))
-
-
-@contextmanager
-def agreement(optimizer: FusedOptimizer) -> Iterator[None]:
-    """What raises within it on one rank that shares DTensors raises on all of them, before any waits in a pass."""
-    exchange = Exchange([p for group in optimizer.param_groups for p in group["params"]], ())
-    try:
-        yield
-    except Exception:
-        exchange.agree(True)
-        raise
-    if exchange.agree(False):
-        raise RefusedElsewhere
 
 
 def check_all(optimizer: FusedOptimizer) -> None:

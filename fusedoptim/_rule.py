@@ -32,7 +32,7 @@ class Range:
     whole: bool = False
 
     def __contains__(self, x: float) -> bool:
-        return self.low <= x <= self.high
+        return self.low <= x <= self.high and not (self.whole and x % 1)
 
 
 #: Scalars are rounded to fp32 and must not overflow it: up to here neither does ``lr * weight_decay`` nor

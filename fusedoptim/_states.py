@@ -23,6 +23,8 @@ class Changes:
 
     def __init__(self, state: dict[Any, Any]) -> None:
         self.state = state
+        #: The number of parameters that stood for more than they do now.
+        self.losses = 0
         self._made: list[Tensor] = []  # parameters that had no entry
         self._log: list[Any] = []  # entry, name, value before, ...: the garbage collector looks at every tuple
 

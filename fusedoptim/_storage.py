@@ -132,7 +132,10 @@ def state_names(rule: Rule, group: Group | None = None, p: Tensor | None = None)
 def check_names(rule: Rule) -> None:
     """Raises ValueError for a rule with a state that would be taken for one of this package's own."""
     taken = ("step", EMA, PARAM, PORTABLE_MASTER, *MASTERS.values())
-    for name in [*(slot.name for slot in rule.states), rule.scalar_state or ""]:
+    names = [slot.name for slot in rule.states] + ([rule.scalar_state] if rule.scalar_state else [])
+    if len({*names, ""}) <= len(names):
+        raise ValueError(f"rule {rule.name!r} has the states {names}: each needs a name of its own")
+    for name in names:
         if name in taken or slot_of(name) != name:
             raise ValueError(
                 f"rule {rule.name!r} has a state {name!r}, which is a name of states that any optimizer may have: "

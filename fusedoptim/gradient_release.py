@@ -17,8 +17,9 @@ from torch import Tensor
 from . import _torch_compile
 from ._base import FusedOptimizer
 from ._check_tensors import describe
+from ._exchange import agreement
 from ._random_places import ids_of
-from ._release_checks import agreement, can_be_hooked, check_all, check_combination
+from ._release_checks import can_be_hooked, check_all, check_combination
 from ._release_part import Part, is_hooked
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class StepInBackward:
         self._attaching = threading.Lock()  # a backward pass has a thread per device
         self._ddp = None if ddp is None else weakref.ref(_release_ddp().check(ddp))
         try:
-            with agreement(optimizer):
+            with agreement([p for group in optimizer.param_groups for p in group["params"]]):
                 check_all(optimizer)
                 self.attach()
                 if ddp is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fusedoptim
 from fusedoptim import _members
-from fusedoptim._exchange import tree_sum
-from fusedoptim._joint_runner import JointRunner, Notice, RefusedElsewhere
+from fusedoptim._exchange import RefusedElsewhere, tree_sum
+from fusedoptim._joint_runner import JointRunner, Notice
 
 SHAPES = [(5,), (), (0,), (7, 11), (2000,)]
 BACKENDS = ["cpu", "reference"]

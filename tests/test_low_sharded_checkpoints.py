@@ -17,6 +17,8 @@ from ranks import run
 from sharded_models import shard, whole
 from torch import nn
 
+from fusedoptim._exchange import RankError
+
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 HALF, STEPS = 2, 4
 NAMES = ["all stochastic", "remainder", "8 bits", "remainder8", "sgd"]
@@ -130,8 +132,9 @@ def by_hand() -> None:
         target.check(STEPS, f"{what}, later")
 
 
-def with_a_wrong_master(layout: str, rank: int) -> str:
-    """What loading raises where one rank's part of a parameter is of another step; nothing is loaded then."""
+def wrong_on_one(layout: str, rank: int, what: str) -> str:
+    """What loading raises where one rank's part of a parameter is of another step, or its states are wrong or fewer;
+    nothing is loaded then."""
     source, target = Training(layout), Training(layout)
     source.advance(range(HALF))
     name = "remainder8"
@@ -139,10 +142,16 @@ def with_a_wrong_master(layout: str, rank: int) -> str:
     for p, q in zip(target.parts[name].params, source.parts[name].params, strict=True):
         shard(p).copy_(shard(q))
     if dist.get_rank() == rank:
-        shard(target.parts[name].params[0])[0] += 1
+        first = next(iter(content["state"].values()))
+        if what == "parameter":
+            shard(target.parts[name].params[0])[0] += 1
+        elif what == "shape":
+            first["exp_avg"] = torch.zeros(3)
+        else:
+            del first["master"]
     try:
         target.optimizers[name].load_state_dict(content)
-    except ValueError as error:
+    except (ValueError, RankError) as error:
         assert not target.optimizers[name].state
         return str(error)
     return "nothing"
@@ -187,11 +196,13 @@ def test_loading_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("layout", "world", "rank"), [("fsdp2", 2, 1), ("hsdp", 4, 2), ("both", 4, 1)])
-def test_a_master_that_fits_on_all_ranks_but_one_raises_on_all(layout: str, world: int, rank: int) -> None:
-    found = run(world, with_a_wrong_master, layout, rank)
-    for i, text in enumerate(found):
-        assert ("0 'up.weight' of group 0" in text) if i == rank else ("on another rank" in text), (i, text)
-        assert "Load the model first" in text
+def test_what_is_wrong_on_one_rank_alone_raises_on_all(layout: str, world: int, rank: int) -> None:
+    for what, says in (("parameter", "Load the model first"), ("shape", "has shape (3,)")):
+        found = run(world, wrong_on_one, layout, rank, what)
+        for i, text in enumerate(found):
+            own = "0 'up.weight' of group 0" in text and says in text
+            assert own if i == rank else text.startswith("another rank refused"), (what, i, text)
+    assert run(world, wrong_on_one, layout, rank, "lacks") == ["nothing"] * world
 
 
 def test_state_dicts_of_every_kind() -> None:

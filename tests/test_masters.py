@@ -160,11 +160,11 @@ def test_a_model_that_changes_its_dtype(master: Any) -> None:
         assert_same_bits(x, y)
     model.float()
     twin = copy.deepcopy(o)
-    with pytest.warns(UserWarning, match=r"fp32 numbers of 2 parameters is dropped.*portable_state_dict\(\)") as found:
+    with pytest.warns(UserWarning, match=r"fp32 numbers of 2 parameters was dropped.*portable_state_dict\(\)") as found:
         go(o, 2, 3)
     assert len(found) == 1
     content = twin.state_dict()
-    with pytest.warns(UserWarning, match="fp32 numbers of 2 parameters is dropped"):
+    with pytest.warns(UserWarning, match="fp32 numbers of 2 parameters was dropped"):
         beside(twin, state_dtype=BF16).load_state_dict(content)
     assert not {STATES[k] for k in MASTERS} & set().union(*o.state.values())
     model.bfloat16()
@@ -181,6 +181,45 @@ def test_a_model_that_changes_its_dtype(master: Any) -> None:
             ValueError, match=r"float16, which is no upper part of a float32: use master=torch\.float32"
         ):
             go(o, 4, 5)
+
+
+@pytest.mark.parametrize("master", MASTERS, ids=str)
+def test_nothing_is_said_where_nothing_is_lost(master: Any) -> None:
+    model = torch.nn.Linear(64, 64).to(BF16)
+    o = AdamW(model.parameters(), lr=1e-3, master=master, state_dtype=F32)
+    go(o, 0, 2)
+    content, raw = o.portable_state_dict(), o.state_dict()
+    model.float()
+    for p, values in zip(model.parameters(), content["state"].values(), strict=True):
+        p.data.copy_(values["master"])
+    go(o, 2, 3)  # of whose parameters every bit is there
+    model.bfloat16()
+    go(o, 3, 4)
+    o.reset_master()
+    model.float()
+    go(o, 4, 5)
+    wide = [torch.nn.Parameter(values["master"].clone()) for values in content["state"].values()]
+    wide[0].data[0, 0] = content["state"][0]["master"][0, 0] = float("nan")
+    for loaded in (content, raw) if master != F32 else (content,):
+        AdamW(wide).load_state_dict({**loaded, "state": {k: dict(v) for k, v in loaded["state"].items()}})
+
+
+def test_a_loss_is_told_once_and_only_if_it_happens() -> None:
+    model = torch.nn.Linear(64, 64).to(BF16)
+    o = AdamW(model.parameters(), lr=1e-3, master="remainder", skip_nonfinite=True)
+    go(o, 0, 2)
+    kept = copy.deepcopy(o.state_dict())
+    model.float()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.inf)
+    o.step()
+    assert o.skipped_steps == 1 and all("param_remainder" in values for values in o.state.values())
+    with pytest.warns(UserWarning, match="of 2 parameters was dropped"):
+        go(o, 2, 3)
+    model.bfloat16()
+    rounded = AdamW(model.parameters(), lr=1e-3, rounding={"param": "stochastic"})
+    with pytest.warns(UserWarning, match="of 2 parameters was dropped"):
+        rounded.load_state_dict(kept)
 
 
 def test_groups_of_different_kinds_side_by_side() -> None:

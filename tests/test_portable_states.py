@@ -158,7 +158,7 @@ def test_it_loads_back(case: Case, policy: str) -> None:
 def test_an_optimizer_without_a_policy_goes_on_in_fp32() -> None:
     a = trained(ADAMW, **SMALLEST)
     b = AdamW(copies(a))
-    with pytest.warns(UserWarning, match=r"fp32 numbers of 4 parameters is dropped.* master="):
+    with pytest.warns(UserWarning, match=r"fp32 numbers of 4 parameters was dropped.* master="):
         b.load_state_dict(a.portable_state_dict())
     assert "state_dtype" not in b.param_groups[0]
     for p in params_of(b):
@@ -175,8 +175,20 @@ def test_fp32_parameters_that_were_made_of_a_master_need_none() -> None:
         b.load_state_dict(content)
         assert all("master" not in b.state[p] for p in params)
     params[0].data.zero_()
-    with pytest.warns(UserWarning, match="fp32 numbers of 1 parameters is dropped"):
+    with pytest.warns(UserWarning, match="fp32 numbers of 1 parameters was dropped"):
         AdamW(params).load_state_dict(content)
+
+
+@pytest.mark.parametrize("policy", [{}, {"master": "remainder"}], ids=str)
+def test_parameters_without_values_take_it_as_it_is(policy: dict[str, Any]) -> None:
+    a = trained(ADAMW, **SMALLEST)
+    content = a.portable_state_dict()
+    others = [torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in params_of(a)]
+    others[0] = torch.nn.UninitializedParameter(dtype=others[0].dtype)
+    b = AdamW(others, **policy)
+    b.load_state_dict(content)
+    for p in others:
+        assert "master" in b.state[p] or "param_master" in b.state[p]
 
 
 @pytest.mark.parametrize("param", [F32, BF16, F16], ids=str)
