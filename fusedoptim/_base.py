@@ -370,6 +370,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: if it is another optimizer's, does not fit, or has a ``master`` of another step than the
                 parameters'; nothing is loaded then.
+            RuntimeError: if it did on another rank, and DTensors have masters; nothing is loaded then.
         """
         _checkpoint.load(self, super().load_state_dict, state_dict)
 

@@ -271,7 +271,12 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
     Args:
         by_torch: torch's own load_state_dict of the optimizer.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
+    # Whether a master fits is seen by each rank alone. Without any, ranks load without a word between them.
+    groups = [*optimizer.param_groups, *state_dict["param_groups"]]
+    has_masters = any(group.get("master") is not None for group in groups)
+    params = [p for group in optimizer.param_groups for p in group["params"] if has_masters]
     name = type(optimizer).__name__
     loader = Loader(optimizer.param_groups, optimizer.defaults, optimizer.rule, name)
     with ExitStack() as until_checked:
@@ -284,8 +289,6 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
                 _masters.check_loaded(loader.masters)
             return prepared
 
-        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
         # Registered last, so that it sees what the user's own hooks made of the state_dict.
         handle = optimizer.register_load_state_dict_pre_hook(prepare)
         before = (optimizer.state, optimizer.param_groups)
