@@ -123,6 +123,17 @@ def test_no_square_is_lost_whatever_its_block() -> None:
             assert torch.equal(found > 0, block > 0)
 
 
+@pytest.mark.parametrize("squares", [False, True])
+def test_no_code_is_beyond_the_largest(squares: bool) -> None:
+    """Whatever the largest number of a block and the random bits, so that kernels need not look. Exponents change
+    nothing: all is scaled by powers of two."""
+    mantissa, largest, top = spelled.FORMATS[squares]
+    x = f32(torch.arange(1 << 23) | 127 << 23)
+    scaled = x * (torch.tensor(top, dtype=torch.float32) / x) + 1
+    codes = spelled.bits(scaled) - 0x3F800000 + (0xFFFF << 7 - mantissa) >> 23 - mantissa
+    assert (codes == largest).all()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf, torch.inf])
 def test_one_number_that_is_none_makes_its_block_loud_and_no_other(bad: float) -> None:
     p = torch.nn.Parameter(torch.ones(4, 1100))
