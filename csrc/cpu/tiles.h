@@ -12,9 +12,9 @@ namespace fusedoptim {
 // copied first. With blocks, tiles are whole blocks of one row, and a range has those that begin in it. Parameter and
 // gradient stay where they are if there is a loop for them beside states of the compute type.
 //
-// Cost: the loop waits for a root and two quotients, and whatever follows them in the same pass keeps the next elements
-// from beginning. So what comes before is done there (parameters are decoded, random words made), and what comes after
-// in other passes.
+// Cost: beside its root and two quotients the loop has cycles to spare, but what waits for these keeps the next
+// elements from beginning. On AVX2 (Zen 5), in ns per element of AdamW: to encode the parameter there costs 0.10 more
+// than in a pass of its own, to decode states 0.05 more, to make random words 0.04 less.
 template <class Rule, int variant, class M>
 class Tiles {
  public:
@@ -56,7 +56,7 @@ class Tiles {
       uint32_t* const words = unencoded_ && takes_[0] ? words_[0] : nullptr;
       loop_(tile_, 0, n, {in_.scalars, without_average_, in_.stream, buffer_[kParam], words});
       for (int k = 0; k < kAverageOperand; ++k)
-        if (how_[k] > kInPlace && (k != kGrad || in_.transforms.zero_grad)) store(k, i, n);
+        if (how_[k] != kNot && (k != kGrad || in_.transforms.zero_grad)) store(k, i, n);
       if (how_[kAverageOperand] != kNot) update_average(i, n);
     }
   }
@@ -64,6 +64,7 @@ class Tiles {
  private:
   static constexpr Storage kPlain = storage_of(kCompute<T>);
   static constexpr int kAverageOperand = kFirstState + kAverage;
+  // An operand in its place; one that is read there, and left in its buffer; those that the loop finds in buffers.
   enum How { kNot, kInPlace, kUnencoded, kConverted, kDecoded, kBlocks };
 
   How how(int k) const {
