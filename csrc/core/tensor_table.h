@@ -20,6 +20,9 @@ struct UpdateInputs {
   const void* scalars;  // the rule's Scalars<T>
   const GroupTransforms& transforms;
   uint64_t stream;  // of random bits
+  // For a loop that leaves it to others to encode its parameters: where it puts them, and their words 0, unless null.
+  void* params = nullptr;
+  uint32_t* words = nullptr;
 };
 // Updates elements [begin, end) of a tensor.
 using UpdateFn = void (*)(const Entry&, int64_t begin, int64_t end, const UpdateInputs&);

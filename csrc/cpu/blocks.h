@@ -25,53 +25,63 @@ FUSEDOPTIM_INLINE void decode_block(float* out, const uint8_t* codes, float scal
   for (; i < n; ++i) out[i] = block_value(f, codes[i], unit);
 }
 
-// Of the bits of n numbers without their signs.
+// Numbers are gone through in groups: those beyond the last are zeros.
+template <class M>
+constexpr int kGroup = 4 * M::width;
+
+// Of the bits of numbers without their signs.
 template <class M>
 FUSEDOPTIM_INLINE uint32_t largest_of(const float* in, int64_t n) {
   using B = Bits<M>;
   using I = typename B::I;
-  I widest = {};
-  int64_t i = 0;
-  for (; i + M::width <= n; i += M::width) {
-    const I bits = bits_as<I>(B::of(M::load(in + i)) & 0x7fffffffu);
-    widest = widest > bits ? widest : bits;
-  }
-  uint32_t each[M::width], largest = 0;
+  I widest[4] = {};
+  for (int64_t i = 0; i < n; i += kGroup<M>)
+    for (int j = 0; j < 4; ++j) {
+      const I bits = bits_as<I>(B::of(M::load(in + i + j * M::width)) & 0x7fffffffu);
+      widest[j] = widest[j] > bits ? widest[j] : bits;
+    }
+  uint32_t each[kGroup<M>], largest = 0;
   memcpy(each, &widest, sizeof(each));
   for (uint32_t x : each) largest = x > largest ? x : largest;
-  for (; i < n; ++i) {
-    const uint32_t x = bits_of(in[i]) & 0x7fffffffu;
-    largest = x > largest ? x : largest;
-  }
   return largest;
+}
+
+// The codes of a register of numbers. None is held within a limit: the largest number's code is the largest, however
+// the inverse rounds and whatever is added.
+template <class M, bool squares, bool stochastic>
+FUSEDOPTIM_INLINE typename Bits<M>::Register encode_register(const float* in, float inverse, RandomHalves random,
+                                                             int64_t i) {
+  using B = Bits<M>;
+  using U = typename B::U;
+  using Register = typename B::Register;
+  constexpr BlockFormat f = block_format(squares ? Storage::q8_squares : Storage::q8);
+  const U u = B::of(M::load(in + i)), size = u & 0x7fffffffu;
+  U rounding = U{} + block_half(f);
+  if constexpr (stochastic) rounding = load_random<M>(random, i, 7 - f.mantissa);
+  const U bits = B::of(B::value(size) * M::set(inverse) + M::set(1.0f));
+  const U c = (bits + (rounding - 0x3f800000u)) >> (23 - f.mantissa);
+  if constexpr (!squares) return M::with_sign_of(bits_as<Register>(u), bits_as<Register>(c));
+  const U least = size == 0 ? U{} : U{} + 1u;
+  return bits_as<Register>(c > least ? c : least);
 }
 
 // n: of one block.
 template <class M, bool squares, bool stochastic>
 FUSEDOPTIM_INLINE void encode_block(uint8_t* codes, const float* in, int64_t n, float inverse, RandomHalves random) {
-  using B = Bits<M>;
-  using I = typename B::I;
-  using U = typename B::U;
-  constexpr BlockFormat f = block_format(squares ? Storage::q8_squares : Storage::q8);
-  int64_t i = 0;
-  for (; inverse > 0 && i + M::width <= n; i += M::width) {
-    const U u = B::of(M::load(in + i)), size = u & 0x7fffffffu;
-    U rounding = U{} + block_half(f);
-    if constexpr (stochastic) rounding = load_random<M>(random, i) << (7 - f.mantissa);
-    const U bits = B::of(B::value(size) * M::set(inverse) + M::set(1.0f));
-    I c = bits_as<I>((bits + (rounding - 0x3f800000u)) >> (23 - f.mantissa));
-    c = c > f.largest ? I{} + f.largest : c;
-    if (squares) {
-      const I least = bits_as<I>(size) > 1 ? I{} + 1 : bits_as<I>(size);  // 0 for 0, else 1
-      c = c > least ? c : least;
-    } else {
-      c = bits_as<I>(u) < 0 ? -c : c;
-    }
-    B::store(codes + i, bits_as<U>(c));
+  if (!(inverse > 0)) {
+    memset(codes, 0, n);
+    return;
   }
-  for (; i < n; ++i) {
-    const uint32_t rounding = stochastic ? block_random(f, random.at(i)) : block_half(f);
-    codes[i] = block_byte(f, in[i], block_code(f, in[i], inverse, rounding));
+  for (int64_t i = 0; i < n; i += kGroup<M>) {
+    typename Bits<M>::Register c[4];
+    for (int j = 0; j < 4; ++j) c[j] = encode_register<M, squares, stochastic>(in, inverse, random, i + j * M::width);
+    if (i + kGroup<M> <= n) {
+      M::template store_bytes<!squares>(codes + i, c[0], c[1], c[2], c[3]);
+    } else {
+      uint8_t last[kGroup<M>];
+      M::template store_bytes<!squares>(last, c[0], c[1], c[2], c[3]);
+      memcpy(codes + i, last, n - i);
+    }
   }
 }
 
@@ -108,19 +118,17 @@ FUSEDOPTIM_INLINE void encode_blocks_as(uint8_t* codes, float* scales, const flo
   }
 }
 
+// As decode_blocks(). Numbers have room up to a whole group.
 template <class M>
-__attribute__((noinline)) void encode_blocks(uint8_t* codes, float* scales, const float* in, Storage s, int64_t n,
+__attribute__((noinline)) void encode_blocks(uint8_t* codes, float* scales, float* in, Storage s, int64_t n,
                                              RandomHalves random) {
-  switch (s) {
-    case Storage::q8:
-      return encode_blocks_as<M, false, false>(codes, scales, in, n, random);
-    case Storage::q8_stochastic:
-      return encode_blocks_as<M, false, true>(codes, scales, in, n, random);
-    case Storage::q8_squares:
-      return encode_blocks_as<M, true, false>(codes, scales, in, n, random);
-    default:
-      return encode_blocks_as<M, true, true>(codes, scales, in, n, random);
-  }
+  for (int64_t k = n; k % kGroup<M>; ++k) in[k] = 0;
+  const bool squares = block_format(s).squares;
+  if (is_stochastic(s) && squares)  // the second moment, whose half is known: see random_bits.h
+    return encode_blocks_as<M, true, true>(codes, scales, in, n, {random.words, 16});
+  if (is_stochastic(s)) return encode_blocks_as<M, false, true>(codes, scales, in, n, random);
+  if (squares) return encode_blocks_as<M, true, false>(codes, scales, in, n, random);
+  return encode_blocks_as<M, false, false>(codes, scales, in, n, random);
 }
 
 }  // namespace fusedoptim

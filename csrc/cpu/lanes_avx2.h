@@ -67,6 +67,16 @@ struct F32 {
         _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(v, at), _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
   }
+  // Four registers of numbers that fit in 8 bits, with a sign or without.
+  template <bool is_signed>
+  FUSEDOPTIM_INLINE static void store_bytes(uint8_t* x, __m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
+    const __m256i bytes = is_signed ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
+    const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), in_order);
+  }
+  // x, negated where the other is below 0; 0 where that is 0.
+  FUSEDOPTIM_INLINE static __m256i with_sign_of(__m256i other, __m256i x) { return _mm256_sign_epi32(x, other); }
   // For two 16-bit numbers in each lane: see pairs.h.
   static constexpr bool has_pairs = true;
   FUSEDOPTIM_INLINE static __m256i with_upper(__m256i lower, __m256i upper) {

@@ -59,6 +59,18 @@ struct F32 {
   FUSEDOPTIM_INLINE static void narrow(uint8_t* x, __m512i v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm512_cvtepi32_epi8(v));
   }
+  // Four registers of numbers that fit in 8 bits, with a sign or without.
+  template <bool is_signed>
+  FUSEDOPTIM_INLINE static void store_bytes(uint8_t* x, __m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
+    const __m512i bytes = is_signed ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(x, _mm512_permutexvar_epi32(order, bytes));
+  }
+  // x, negated where the other is below 0. Where that is 0, x is, too.
+  FUSEDOPTIM_INLINE static __m512i with_sign_of(__m512i other, __m512i x) {
+    return _mm512_mask_sub_epi32(x, _mm512_movepi32_mask(other), _mm512_setzero_si512(), x);
+  }
   // For two 16-bit numbers in each lane: see pairs.h.
   static constexpr bool has_pairs = true;
   FUSEDOPTIM_INLINE static __m512i with_upper(__m512i lower, __m512i upper) {

@@ -30,6 +30,12 @@ struct Lane {
   FUSEDOPTIM_INLINE static void narrow(Narrow* x, uint32_t v) {
     *x = static_cast<Narrow>(v);
   }
+  template <bool is_signed>
+  FUSEDOPTIM_INLINE static void store_bytes(uint8_t* x, int32_t a, int32_t b, int32_t c, int32_t d) {
+    x[0] = static_cast<uint8_t>(a), x[1] = static_cast<uint8_t>(b);
+    x[2] = static_cast<uint8_t>(c), x[3] = static_cast<uint8_t>(d);
+  }
+  FUSEDOPTIM_INLINE static int32_t with_sign_of(int32_t other, int32_t x) { return other < 0 ? -x : x; }
   FUSEDOPTIM_INLINE static V load_bf16(const uint16_t* x) { return bf16_to_f32(*x); }
   FUSEDOPTIM_INLINE static void store_bf16(uint16_t* x, V v) { *x = f32_to_bf16(v); }
   FUSEDOPTIM_INLINE static V as_bf16(V v) { return bf16_to_f32(f32_to_bf16(v)); }

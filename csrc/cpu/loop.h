@@ -13,11 +13,15 @@
 
 namespace fusedoptim {
 
-// The storages of parameter, gradient, states, and of the state that is the second moment.
-template <Storage param_, Storage grad_, Storage state_ = grad_, Storage second_ = state_>
+// The storages of parameter, gradient, states, and of the state that is the second moment. unencoded: the updated
+// parameter stays fp32, and goes where UpdateInputs say.
+template <Storage param_, Storage grad_, Storage state_ = grad_, Storage second_ = state_, bool unencoded_ = false>
 struct Mix {
   static constexpr Storage param = param_, grad = grad_, state = state_, second = second_;
-  static constexpr bool has_pairs = can_pair(param) && can_pair(grad) && can_pair(state) && can_pair(second);
+  static constexpr bool unencoded = unencoded_;
+  static constexpr Storage result = unencoded ? Storage::f32 : param;
+  static constexpr bool has_pairs =
+      can_pair(param) && can_pair(grad) && can_pair(state) && can_pair(second) && !unencoded;
   static_assert(!is_stochastic(state), "only these two share a word");
 
   template <class Rule>
@@ -26,7 +30,7 @@ struct Mix {
   }
   template <class Rule>
   static constexpr bool takes_random() {
-    return is_stochastic(param) || (Rule::second_moment >= 0 && is_stochastic(second));
+    return unencoded || is_stochastic(param) || (Rule::second_moment >= 0 && is_stochastic(second));
   }
 };
 
@@ -60,6 +64,8 @@ class Loop {
         t_(without_asking(Transforms<T>::of(in.transforms))),
         average_(around == Around::everything && e.state(kAverage).data && in.transforms.ema_decay >= 0),
         zero_grad_(around == Around::everything && in.transforms.zero_grad),
+        result_(X::result == X::param ? e.param() : Operand{in.params, nullptr, X::result}),
+        words_(in.words),
         key_(X::template takes_random<Rule>() ? RandomKey::of(in.stream, 0, upper_index) : RandomKey{}) {}
 
   FUSEDOPTIM_INLINE void run(int64_t begin, int64_t end) const {
@@ -102,15 +108,16 @@ class Loop {
       x.state[k] = load_lanes<X::template of_slot<Rule>(k), full>(e_.state(k), i, n);
     });
     update_elements<Rule, variant, M, around>(y, t_, c_);
-    const U word = words.next();
+    const U word = X::unencoded && !words_ ? U{} : words.next();
+    if (X::unencoded && words_) memcpy(words_ + i, &word, full ? sizeof(word) : n * sizeof(uint32_t));
     for_each_slot<Rule, variant>([&](auto k) FUSEDOPTIM_INLINE_LAMBDA {
       store_lanes<X::template of_slot<Rule>(k), kSecondHalf, full>(e_.state(k), i, n, x.state[k], word);
     });
-    store_lanes<X::param, kParamHalf, full>(e_.param(), i, n, x.param, word);
+    store_lanes<X::result, kParamHalf, full>(result_, i, n, x.param, word);
     if (average_) {
       constexpr Storage average = storage_of(kCompute<T>);
       x.state[kAverage] = load_lanes<average, full>(e_.state(kAverage), i, n);
-      average_element<M>(x, t_, as_stored<M, X::param>(x.param, word & 0xffffu));
+      average_element<M>(x, t_, as_stored<M, X::result>(x.param, word & 0xffffu));
       store_lanes<average, 0, full>(e_.state(kAverage), i, n, x.state[kAverage], word);
     }
     if (zero_grad_) store_lanes<X::grad, 0, full>(e_.grad(), i, n, M::set(0), word);
@@ -178,6 +185,8 @@ class Loop {
   const Scalars c_;
   const Transforms<T> t_;
   const bool average_, zero_grad_;
+  const Operand result_;
+  uint32_t* const words_;
   const RandomKey key_;  // of word 0
 };
 
@@ -241,6 +250,17 @@ UpdateFn find_linear(const Entry& e) {
                           Mix<S::bf16_remainder, S::bf16, S::f32>, Mix<S::bf16_stochastic, S::bf16, S::f32>>(e);
     return found;
   }
+}
+
+// Of those that leave parameters unencoded. States are of the compute type.
+template <class Rule, int variant, class M>
+UpdateFn find_unencoded(const Entry& e) {
+  using S = Storage;
+  if constexpr (M::width > 1 && sizeof(typename M::T) == 4)
+    return find_among<Rule, variant, M, Mix<S::bf16_remainder, S::bf16, S::f32, S::f32, true>,
+                      Mix<S::bf16_stochastic, S::bf16, S::f32, S::f32, true>,
+                      Mix<S::f32, S::f32, S::f32, S::f32, true>>(e);
+  return nullptr;
 }
 
 }  // namespace fusedoptim

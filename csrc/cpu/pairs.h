@@ -25,7 +25,7 @@ struct Pairs {
   FUSEDOPTIM_INLINE static void store_bits(void* data, int64_t i, H x) {
     memcpy(static_cast<uint16_t*>(data) + i, &x, sizeof(x));
   }
-  using Register = decltype(M::widen(static_cast<const uint16_t*>(nullptr)));
+  using Register = typename B::Register;
   FUSEDOPTIM_INLINE static Halves less_but_0(Halves a, Halves b) {
     return bits_as<Halves>(M::subtract_unsigned_16(bits_as<Register>(a), bits_as<Register>(b)));
   }

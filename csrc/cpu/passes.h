@@ -2,104 +2,79 @@
 // that are looked up, once for a pass.
 #pragma once
 
+#include <type_traits>
+
 #include "../rules/step_element.h"
 #include "codec.h"
 
 namespace fusedoptim {
 
-template <class M, Storage s, class T>
-FUSEDOPTIM_INLINE int64_t decode_registers(T* out, const Operand& o, int64_t i, int64_t n) {
-  int64_t k = 0;
-  for (; k + M::width <= n; k += M::width) M::store(out + k, load<M, s>(o, i + k));
-  return k;
+// Has f handle whole registers of what is no code, by the storage as a constant. Returns of how many elements.
+template <class F>
+FUSEDOPTIM_INLINE int64_t by_storage(Storage s, const F& f) {
+  using S = Storage;
+  switch (s) {
+    case S::f32:
+      return f(std::integral_constant<S, S::f32>{});
+    case S::f16:
+      return f(std::integral_constant<S, S::f16>{});
+    case S::bf16:
+      return f(std::integral_constant<S, S::bf16>{});
+    case S::bf16_stochastic:
+      return f(std::integral_constant<S, S::bf16_stochastic>{});
+    case S::bf16_remainder:
+      return f(std::integral_constant<S, S::bf16_remainder>{});
+    case S::bf16_remainder8:
+      return f(std::integral_constant<S, S::bf16_remainder8>{});
+    case S::bf16_master:
+      return f(std::integral_constant<S, S::bf16_master>{});
+    case S::f16_master:
+      return f(std::integral_constant<S, S::f16_master>{});
+    case S::f64:
+    case S::unsupported:
+    case S::q8:
+    case S::q8_stochastic:
+    case S::q8_squares:
+    case S::q8_squares_stochastic:
+      return 0;
+  }
+  return 0;
 }
 
-// n elements, from i on.
+// n elements, from i on. Operands are passed by value: see codec.h.
 template <class M, class T = typename M::T>
-__attribute__((noinline)) void decode(T* out, const Operand& o, int64_t i, int64_t n) {
+__attribute__((noinline)) void decode(T* out, Operand o, int64_t i, int64_t n) {
   int64_t done = 0;
-  if constexpr (sizeof(T) == 4) {
-    switch (o.storage) {
-      case Storage::f32:
-        done = decode_registers<M, Storage::f32>(out, o, i, n);
-        break;
-      case Storage::f16:
-        done = decode_registers<M, Storage::f16>(out, o, i, n);
-        break;
-      case Storage::bf16:
-      case Storage::bf16_stochastic:
-        done = decode_registers<M, Storage::bf16>(out, o, i, n);
-        break;
-      case Storage::bf16_remainder:
-        done = decode_registers<M, Storage::bf16_remainder>(out, o, i, n);
-        break;
-      case Storage::bf16_remainder8:
-        done = decode_registers<M, Storage::bf16_remainder8>(out, o, i, n);
-        break;
-      case Storage::bf16_master:
-        done = decode_registers<M, Storage::bf16_master>(out, o, i, n);
-        break;
-      case Storage::f16_master:
-        done = decode_registers<M, Storage::f16_master>(out, o, i, n);
-        break;
-      default:
-        break;
-    }
-  }
+  if constexpr (sizeof(T) == 4)
+    done = by_storage(o.storage, [&](auto s) FUSEDOPTIM_INLINE_LAMBDA {
+      int64_t k = 0;
+      for (; k + M::width <= n; k += M::width) M::store(out + k, load<M, s>(o, i + k));
+      return k;
+    });
   if (done < n) load_some<M>(out + done, o, i + done, n - done);
 }
 
+// In the lower 16 bits of each lane, or that much further up.
 template <class M>
-FUSEDOPTIM_INLINE typename Integers<M::width>::U load_random(RandomHalves random, int64_t k) {
-  typename Integers<M::width>::U words = {};
-  if (random.words) memcpy(&words, random.words + k, sizeof(words));
-  return words >> random.shift & 0xffffu;
-}
-
-template <class M, Storage s, class T>
-FUSEDOPTIM_INLINE int64_t encode_registers(const T* in, const Operand& o, int64_t i, int64_t n, RandomHalves random) {
-  int64_t k = 0;
-  for (; k + M::width <= n; k += M::width) {
-    typename Integers<M::width>::U bits = {};
-    if constexpr (is_stochastic(s)) bits = load_random<M>(random, k);
-    store<M, s>(o, i + k, M::load(in + k), bits);
-  }
-  return k;
+FUSEDOPTIM_INLINE typename Integers<M::width>::U load_random(RandomHalves random, int64_t k, int up = 0) {
+  typename Integers<M::width>::U words;
+  memcpy(&words, random.words + k, sizeof(words));
+  return (random.shift ? words >> (16 - up) : words << up) & (0xffffu << up);
 }
 
 template <class M, class T = typename M::T>
-__attribute__((noinline)) void encode(const T* in, const Operand& o, int64_t i, int64_t n, RandomHalves random) {
+__attribute__((noinline)) void encode(const T* in, Operand o, int64_t i, int64_t n, RandomHalves random) {
   int64_t done = 0;
-  if constexpr (sizeof(T) == 4) {
-    switch (o.storage) {
-      case Storage::f32:
-        done = encode_registers<M, Storage::f32>(in, o, i, n, random);
-        break;
-      case Storage::f16:
-        done = encode_registers<M, Storage::f16>(in, o, i, n, random);
-        break;
-      case Storage::bf16:
-        done = encode_registers<M, Storage::bf16>(in, o, i, n, random);
-        break;
-      case Storage::bf16_stochastic:
-        done = encode_registers<M, Storage::bf16_stochastic>(in, o, i, n, random);
-        break;
-      case Storage::bf16_remainder:
-        done = encode_registers<M, Storage::bf16_remainder>(in, o, i, n, random);
-        break;
-      case Storage::bf16_remainder8:
-        done = encode_registers<M, Storage::bf16_remainder8>(in, o, i, n, random);
-        break;
-      case Storage::bf16_master:
-        done = encode_registers<M, Storage::bf16_master>(in, o, i, n, random);
-        break;
-      case Storage::f16_master:
-        done = encode_registers<M, Storage::f16_master>(in, o, i, n, random);
-        break;
-      default:
-        break;
-    }
-  }
+  if constexpr (sizeof(T) == 4)
+    done = by_storage(o.storage, [&](auto s) FUSEDOPTIM_INLINE_LAMBDA {
+      int64_t k = 0;
+      for (; k + M::width <= n; k += M::width) {
+        typename Integers<M::width>::U bits = {};
+        if constexpr (is_stochastic(s)) bits = load_random<M>(random, k);
+        store<M, s>(o, i + k, M::load(in + k), bits);
+      }
+      return k;
+    });
   if (done < n)
     store_some<M>(in + done, o, i + done, n - done, {random.words ? random.words + done : nullptr, random.shift});
 }

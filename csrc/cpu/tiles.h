@@ -11,6 +11,10 @@ namespace fusedoptim {
 // Tile by tile, through buffers of the compute type that stay in the L1 cache. What is in some other memory order is
 // copied first. With blocks, tiles are whole blocks of one row, and a range has those that begin in it. Parameter and
 // gradient stay where they are if there is a loop for them beside states of the compute type.
+//
+// Cost: beside its root and two quotients the loop has cycles to spare, but what waits for these keeps the next
+// elements from beginning. On AVX2 (Zen 5), in ns per element of AdamW: to encode the parameter there costs 0.10 more
+// than in a pass of its own, to decode states 0.05 more, to make random words 0.04 less.
 template <class Rule, int variant, class M>
 class Tiles {
  public:
@@ -23,7 +27,9 @@ class Tiles {
       Entry as_they_are = tile_;
       as_they_are.param() = e.param();
       as_they_are.grad() = e.grad();
-      if (const UpdateFn loop = find_linear<Rule, variant, M>(as_they_are)) {
+      const UpdateFn unencoded = find_unencoded<Rule, variant, M>(as_they_are);
+      unencoded_ = unencoded;
+      if (const UpdateFn loop = unencoded ? unencoded : find_linear<Rule, variant, M>(as_they_are)) {
         loop_ = loop;
         tile_ = as_they_are;
         in_place_ = true;
@@ -42,12 +48,15 @@ class Tiles {
     const int64_t last = e_.row ? first_block(end) : end;
     for (int64_t i = e_.row ? first_block(begin) : begin, n; i < last; i += n) {
       n = end_of_tile(i, last) - i;
+      if (e_.row) block_ = i / e_.row * blocks_of_row(e_.row) + i % e_.row / kBlock;
       find_random_words(i, n);
-      for (int k = 0; k < kOperands; ++k) load(k, i, n);
+      for (int k = 0; k < kOperands; ++k)
+        if (how_[k] != kNot) load(k, i, n);
       tile_.first_index = e_.first_index + i;
-      loop_(tile_, 0, n, {in_.scalars, without_average_, in_.stream});
+      uint32_t* const words = unencoded_ && takes_[0] ? words_[0] : nullptr;
+      loop_(tile_, 0, n, {in_.scalars, without_average_, in_.stream, buffer_[kParam], words});
       for (int k = 0; k < kAverageOperand; ++k)
-        if (k != kGrad || in_.transforms.zero_grad) store(k, i, n);
+        if (how_[k] != kNot && (k != kGrad || in_.transforms.zero_grad)) store(k, i, n);
       if (how_[kAverageOperand] != kNot) update_average(i, n);
     }
   }
@@ -55,12 +64,13 @@ class Tiles {
  private:
   static constexpr Storage kPlain = storage_of(kCompute<T>);
   static constexpr int kAverageOperand = kFirstState + kAverage;
-  enum How { kNot, kInPlace, kConverted, kDecoded, kBlocks };
+  // An operand in its place; one that is read there, and left in its buffer; those that the loop finds in buffers.
+  enum How { kNot, kInPlace, kUnencoded, kConverted, kDecoded, kBlocks };
 
   How how(int k) const {
     const Storage s = e_.operand[k].storage;
     if (!is_read(k)) return kNot;
-    if (k < kFirstState && in_place_) return kInPlace;
+    if (k < kFirstState && in_place_) return unencoded_ && k == kParam && s != kPlain ? kUnencoded : kInPlace;
     if (is_in_blocks(s)) return kBlocks;
     if (e_.layout && is_dtype(s)) return kConverted;
     return !e_.layout && s == kPlain ? kInPlace : kDecoded;
@@ -93,7 +103,7 @@ class Tiles {
 
   // Keys change every 2^32 elements: once in a tile, at most, which is a row's or follows in memory.
   void find_random_words(int64_t i, int64_t n) {
-    if (!(takes_[0] || takes_[1] || takes_[2])) return;
+    if (!((takes_[0] && !unencoded_) || takes_[1] || takes_[2])) return;
     for (int64_t k = 0; k < n;) k += find_random_words_of_key(k, i + k, n - k);
   }
   // Returns of how many.
@@ -104,7 +114,7 @@ class Tiles {
       n = gather_indices<M>(index_, upper, e_.first_index, e_.layout->sizes, e_.layout->strides[kIndex], i, n);
     else
       n = n < left ? n : left;
-    for (int w = 0; w < kWords; ++w)
+    for (int w = unencoded_; w < kWords; ++w)
       if (takes_[w])
         random_words<M>(words_[w] + at, e_.layout ? index_ : nullptr, static_cast<uint32_t>(first), n,
                         RandomKey::of(in_.stream, w, upper));
@@ -119,6 +129,7 @@ class Tiles {
       case kNot:
         return;
       case kInPlace:
+      case kUnencoded:
         tile_.operand[k] = {static_cast<char*>(o.data) + i * size_of(o.storage),
                             static_cast<char*>(o.extra) + i * extra_size_of(o.storage), o.storage};
         return;
@@ -130,7 +141,7 @@ class Tiles {
       case kBlocks:
         if constexpr (sizeof(T) == 4) {
           if (e_.layout) gather_bytes(raw_[k].data, o.data, 1, Runs(e_.layout->sizes, e_.layout->strides[k], i), n);
-          decode_blocks<M>(buffer_[k], codes(k, i), scales(o, i), o.storage, n);
+          decode_blocks<M>(buffer_[k], codes(k, i), scales(o), o.storage, n);
         }
     }
   }
@@ -143,22 +154,21 @@ class Tiles {
         return;
       case kConverted:
         return scatter<M>({buffer_[k], nullptr, kPlain}, o, e_.layout->sizes, e_.layout->strides[k], i, n);
+      case kUnencoded:
       case kDecoded:
         encode<M>(buffer_[k], raw_[k], e_.layout ? 0 : i, n, halves(k));
         if (e_.layout) scatter<M>(raw_[k], o, e_.layout->sizes, e_.layout->strides[k], i, n);
         return;
       case kBlocks:
         if constexpr (sizeof(T) == 4) {
-          encode_blocks<M>(codes(k, i), scales(o, i), buffer_[k], o.storage, n, halves(k));
+          encode_blocks<M>(codes(k, i), scales(o), buffer_[k], o.storage, n, halves(k));
           if (e_.layout) scatter_bytes(raw_[k].data, o.data, 1, Runs(e_.layout->sizes, e_.layout->strides[k], i), n);
         }
     }
   }
 
   uint8_t* codes(int k, int64_t i) const { return static_cast<uint8_t*>(raw_[k].data) + (e_.layout ? 0 : i); }
-  float* scales(const Operand& o, int64_t i) const {
-    return static_cast<float*>(o.extra) + i / e_.row * blocks_of_row(e_.row) + i % e_.row / kBlock;
-  }
+  float* scales(const Operand& o) const { return static_cast<float*>(o.extra) + block_; }
 
   // Of the parameter as it reads now that it is stored.
   void update_average(int64_t i, int64_t n) {
@@ -184,7 +194,9 @@ class Tiles {
   How how_[kOperands];
   Operand raw_[kOperands];  // without a layout, the operands themselves
   UpdateFn loop_ = update_linear<Rule, variant, M, Mix<kPlain, kPlain>>;
-  bool in_place_ = false;  // parameter and gradient
+  int64_t block_ = 0;       // the tile's first, of all in the tensor
+  bool in_place_ = false;   // parameter and gradient
+  bool unencoded_ = false;  // loop_ leaves parameters in their buffer, and makes word 0
   bool takes_[kWords] = {};
 };
 

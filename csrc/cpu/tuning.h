@@ -19,7 +19,7 @@ inline constexpr int64_t kMinChunk = 4096, kMaxChunk = int64_t{1} << 20, kChunks
 // updated.
 inline constexpr int64_t kSmall = 4096, kAhead = 4, kPrefetchBytes = 256;
 
-// Of the loop over tiles: 8 KiB of buffers for AdamW, and as much of what is copied.
-inline constexpr int64_t kTileElements = 512;
+// Of the loop over tiles: 16 KiB of buffers for AdamW with states in blocks. Half of that costs 3 to 6 %.
+inline constexpr int64_t kTileElements = 1024;
 
 }  // namespace fusedoptim::tuning

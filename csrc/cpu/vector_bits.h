@@ -43,6 +43,7 @@ struct Bits {
   using V = typename M::V;
   using U = typename Integers<M::width>::U;
   using I = typename Integers<M::width>::I;
+  using Register = decltype(M::widen(static_cast<const uint16_t*>(nullptr)));  // the instruction set's own
 
   FUSEDOPTIM_INLINE static U of(V v) { return bits_as<U>(v); }
   FUSEDOPTIM_INLINE static V value(U u) { return bits_as<V>(u); }
@@ -52,7 +53,7 @@ struct Bits {
   }
   template <class Narrow>
   FUSEDOPTIM_INLINE static void store(Narrow* x, U u) {
-    M::narrow(x, bits_as<decltype(M::widen(x))>(u));
+    M::narrow(x, bits_as<Register>(u));
   }
 
   // 16 random bits in each lane; the result in the upper half.
