@@ -214,7 +214,10 @@ def known_mix(loop: Loop, states: int) -> tuple[str, int] | None:
         return None
     accesses = tuple(loop.count(rf"{op}\.E\.EF\.{bits}\b") for op in ("LDG", "STG") for bits in (128, 64))
     pairs, n = loop.count(r"F2FP\.BF16"), states
+    if accesses == (2 + n, 0, 1 + n, 0) and pairs == loop.count("PRMT") == 0:
+        return "fp32", 4
     return {
+        ((2 + n, 0, 1 + n, 0), 4 * (n + 1)): ("bf16", 8),
         ((2 + n, 0, 1 + n, 0), 0): ("bf16 stochastic, all states as well", 8),
         ((2 + n, 0, 1 + n, 0), 4 * n): ("bf16, v stochastic", 8),
         ((2 + n, 0, 1 + n, 0), 4 * (n - 1)): ("bf16 stochastic, v as well", 8),

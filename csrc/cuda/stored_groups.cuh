@@ -27,6 +27,15 @@ struct AnyStorages {
 
 template <class... Loops>
 struct LoopList {};
+template <class... A, class... B>
+constexpr LoopList<A..., B...> join(LoopList<A...>, LoopList<B...>) {
+  return {};
+}
+
+// Of tensors without a storage of this kind, in a launch with others that have some: embeddings, and norms.
+template <class Rule>
+using BesideOthers =
+    LoopList<KnownStorages<Rule, 4, Storage::f32, Storage::f32>, KnownStorages<Rule, 8, Storage::bf16, Storage::bf16>>;
 
 // The mixes with loops of their own, beside the one for all: of the variants that are used most. Compiling one takes a
 // second.
@@ -43,9 +52,10 @@ constexpr auto known_loops() {
     return LoopList<KnownStorages<Rule, 8, S, B>, KnownStorages<Rule, 8, S, S>, KnownStorages<Rule, 8, R, B>,
                     KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q>, KnownStorages<Rule, 8, R8, Q>>{};
   else
-    return LoopList<KnownStorages<Rule, 8, B, B, S>, KnownStorages<Rule, 8, S, B, S>, KnownStorages<Rule, 8, S, S>,
-                    KnownStorages<Rule, 8, R, B, S>, KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q, V>,
-                    KnownStorages<Rule, 8, R8, Q, V>>{};
+    return join(LoopList<KnownStorages<Rule, 8, B, B, S>, KnownStorages<Rule, 8, S, B, S>, KnownStorages<Rule, 8, S, S>,
+                         KnownStorages<Rule, 8, R, B, S>, KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q, V>,
+                         KnownStorages<Rule, 8, R8, Q, V>>{},
+                std::conditional_t<variant == 0, BesideOthers<Rule>, LoopList<>>{});
 }
 
 // The largest magnitude of a block, for the lanes that have its groups.
