@@ -17,7 +17,7 @@ from fusedoptim import _members
 from fusedoptim._random_places import Place, place_of
 
 BF16, F32 = torch.bfloat16, torch.float32
-#: What a group asks for. The first five have loops of their own on a GPU.
+#: What a group asks for. All but the last three have loops of their own on a GPU; of fp32 parameters, those in 8 bits.
 POLICIES: dict[str, dict[str, Any]] = {
     "states": {"state_dtype": BF16},
     "stochastic": {"state_dtype": BF16, "rounding": {"param": "stochastic"}},
@@ -25,9 +25,10 @@ POLICIES: dict[str, dict[str, Any]] = {
     "remainder, fp32 states": {"master": "remainder", "state_dtype": F32},
     "remainder, 8 bits": {"master": "remainder", "state_dtype": "int8"},
     "8-bit remainder, 8 bits": {"master": "remainder8", "state_dtype": "int8", "rounding_seed": 5},
+    "fp32 master": {"master": F32, "state_dtype": F32},
+    "all stochastic": {"state_dtype": BF16, "rounding": "stochastic"},
     "fp32 master, 8 bits": {"master": F32, "state_dtype": "int8"},
     "all stochastic, 8 bits": {"state_dtype": "int8", "rounding": "stochastic"},
-    "all stochastic": {"state_dtype": BF16, "rounding": "stochastic"},
     "stochastic, fp32 states": {"state_dtype": F32, "rounding": {"param": "stochastic"}},
 }
 CASES = [
