@@ -71,7 +71,10 @@ def for_blocks(shape: tuple[int, ...]) -> Tensor:
     draw = torch.Generator().manual_seed(shape[-1])
     rows, row = shape[0], torch.Size(shape[1:]).numel()
     exponents = torch.randint(-150, 128, (rows, 1), generator=draw) - torch.randint(0, 26, (rows, row), generator=draw)
-    x = torch.ldexp(1 + torch.rand(rows, row, generator=draw).double(), exponents) * torch.randn(rows, row).sign()
+    x = (
+        torch.ldexp(1 + torch.rand(rows, row, generator=draw).double(), exponents)
+        * torch.randn(rows, row, generator=draw).sign()
+    )
     x[torch.rand(rows, row, generator=draw) < 0.05] = 0.0
     x[0] = torch.arange(row) % 97 / 64.0 - 0.25  # halfway between two codes, where the largest is what blocks scale to
     x[0, ::128] = 14.75

@@ -24,6 +24,8 @@ from device_stored_tests import POLICIES, both, contiguous, drawn, give_gradient
 from device_tests import *  # noqa: F403
 from number_tests import *  # noqa: F403
 from parts_tests import *  # noqa: F403
+from random_bits_tests import *  # noqa: F403
+from storage_tests import *  # noqa: F403
 
 import fusedoptim
 from fusedoptim import _native
