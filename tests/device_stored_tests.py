@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL, BY_NAME, COVERING, Case, gradient
+from cases import ALL, BY_NAME, COVERING, Case, assert_same_numbers, assert_same_raw, gradient
 from device import Kernels
 from layouts import LAYOUTS
 
@@ -49,24 +49,15 @@ CASES = [
 SHAPES = [(3,), (2051,), (16, 256), (25, 170), (14, 301), (52, 9, 3, 3)]
 
 
-def raw(t: torch.Tensor) -> torch.Tensor:
-    """Its bits: what is typed as bf16 may be anything else."""
-    return t.contiguous().view(torch.int16) if t.dtype == BF16 else t
-
-
 def assert_same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
-    """Parameters, gradients and every state, bit for bit."""
+    """Parameters, gradients and every state, bit for bit. A remainder typed as bf16 is no number."""
     for p, q in zip(params_of(a), params_of(b), strict=True):
-        pairs = [("the parameter", p.detach(), q.detach()), ("the gradient", p.grad, q.grad)]
         assert a.state[p].keys() == b.state[q].keys()
-        pairs += [(name, a.state[p][name], b.state[q][name]) for name in a.state[p]]
-        for name, x, y in pairs:
-            if x is None or y is None or torch.equal(raw(x), raw(y)):
-                continue
-            differ = raw(x) != raw(y)
-            if not name.endswith("_remainder"):
-                differ &= ~(x.isnan() & y.isnan())
-            assert not differ.any(), (name, tuple(x.shape), int(differ.sum()), x[differ][:3], y[differ][:3])
+        pairs = [("the parameter", p.detach(), q.detach()), ("the gradient", p.grad, q.grad)]
+        for name, x, y in [*pairs, *((name, a.state[p][name], b.state[q][name]) for name in a.state[p])]:
+            if x is not None and y is not None:
+                compare = assert_same_raw if name.endswith("_remainder") else assert_same_numbers
+                compare(x, y, f"{name} of shape {tuple(p.shape)}")
 
 
 def params_of(o: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import spelled
 import torch
-from cases import COVERING, assert_same_raw, force_grad
+from cases import COVERING, assert_same_numbers, assert_same_raw, force_grad
 from device import Kernels
 from torch import Tensor
 
@@ -255,9 +255,3 @@ def test_what_is_read_of_squares_in_blocks(kernels: Kernels) -> None:
     p.grad = torch.zeros_like(p)
     o.step()
     assert_same_numbers(o.state[p]["max_exp_avg_sq"], reference.decode("q8_squares", codes, scales) * 0.5)
-
-
-def assert_same_numbers(a: Tensor, b: Tensor) -> None:
-    """Bit for bit, but for which NaN it is, where a sum may have any."""
-    assert torch.equal(a.isnan(), b.isnan())
-    assert_same_raw(torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b))
