@@ -42,8 +42,6 @@ BF16, FP32 = ((("AdamW", dtype, "gpt2-xl", "kept"),) for dtype in ("bf16", "fp32
 NORMS = (("NormAdaptive", "fp32", "gpt2-small", "kept"), ("NormAdaptive", "fp32", "gpt2-xl", "kept"))
 #: A line per variant, most telling first.
 SWITCHES = (
-    Switch("keep summed", NORMS, {"keep_summed": 1}),
-    Switch("keep summed, windows of a quarter", NORMS, {"keep_summed": 1, "norm_windows": 4}),
     Switch("windows of a sixteenth", NORMS, {"norm_windows": 16}),
     Switch("six-blocks", (*BF16, *FP32), library="six-blocks"),
     Switch("branching", (*BF16, *FP32), library="branching"),

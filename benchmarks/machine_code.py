@@ -208,18 +208,24 @@ def looks_storages_up(loop: Loop) -> bool:
 
 def known_mix(loop: Loop, states: int) -> tuple[str, int] | None:
     """Of a loop for storages that may be no dtypes, of a rule with so many states, one of them a second moment: which
-    mix it is for, and how many elements a pass has. By what it loads and stores, 16 and 8 bytes at once, and how often
-    it rounds two numbers to bf16. None for the loop that looks storages up."""
+    mix it is for, and how many elements a pass has. By what it loads and stores, 16, 8 and 4 bytes at once, and how
+    often it rounds two numbers to bf16. None for the loop that looks storages up."""
     if looks_storages_up(loop):
         return None
     accesses = tuple(loop.count(rf"{op}\.E\.EF\.{bits}\b") for op in ("LDG", "STG") for bits in (128, 64))
     pairs, n = loop.count(r"F2FP\.BF16"), states
+    if words := loop.count(r"(LDG|STG)\.E\.EF "):
+        return ("fp32, 8 bits", 4) if (accesses, words) == ((2, 0, 1, 0), 2 * n) else None
+    if accesses == (2 + n, 0, 1 + n, 0) and pairs == loop.count("PRMT") == 0:
+        return "fp32", 4
     return {
+        ((2 + n, 0, 1 + n, 0), 4 * (n + 1)): ("bf16", 8),
         ((2 + n, 0, 1 + n, 0), 0): ("bf16 stochastic, all states as well", 8),
         ((2 + n, 0, 1 + n, 0), 4 * n): ("bf16, v stochastic", 8),
         ((2 + n, 0, 1 + n, 0), 4 * (n - 1)): ("bf16 stochastic, v as well", 8),
         ((3 + n, 0, 2 + n, 0), 4 * (n - 1)): ("remainder, v stochastic", 8),
         ((n, 3, n, 2), 0): ("remainder, fp32 states", 4),
+        ((1 + n, 2, 1 + n, 1), 2): ("fp32 master and states", 4),
         ((3, n, 2, n), 0): ("remainder, 8 bits", 8),
         ((2, n + 1, 1, n + 1), 0): ("8-bit remainder, 8 bits", 8),
     }.get((accesses, pairs))

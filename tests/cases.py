@@ -242,17 +242,25 @@ def assert_same_raw(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
     )
 
 
+def assert_same_numbers(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
+    """Bit for bit, but for which NaN it is, where a sum may have any."""
+    assert torch.equal(a.isnan(), b.isnan()), what
+    assert_same_raw(torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b), what)
+
+
 def assert_same_optimizers(a: torch.optim.Optimizer, b: torch.optim.Optimizer, what: str = "") -> None:
-    """Parameters and every state, bit for bit."""
+    """Parameters and every state, bit for bit, wherever they are."""
     pairs = zip(_params(a), _params(b), strict=True)
     for i, (p, q) in enumerate(pairs):
-        assert_same_bits(p.detach(), q.detach(), f"{what}parameter {i}")
+        assert_same_bits(p.detach().cpu(), q.detach().cpu(), f"{what}parameter {i}")
         left, right = a.state.get(p, {}), b.state.get(q, {})
         assert {k for k, v in left.items() if v is not None} == {k for k, v in right.items() if v is not None}
         for name, value in left.items():
             if value is not None:
                 compare = assert_same_raw if name == "param_remainder" else assert_same_bits  # whose NaNs are numbers
-                compare(torch.as_tensor(value), torch.as_tensor(right[name]), f"{what}{name} of parameter {i}")
+                compare(
+                    torch.as_tensor(value).cpu(), torch.as_tensor(right[name]).cpu(), f"{what}{name} of parameter {i}"
+                )
 
 
 def _params(o: torch.optim.Optimizer) -> list[torch.Tensor]:

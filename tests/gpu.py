@@ -8,7 +8,6 @@ import pytest
 import torch
 from cases import (
     Case,
-    assert_same_bits,
     parameters,
     set_gradients,
 )
@@ -39,20 +38,6 @@ def set_both(mine: Params, theirs: Params, step: int) -> None:
     set_gradients(theirs, step)
     for p, q in zip(mine, theirs, strict=True):
         p.grad = None if q.grad is None else q.grad.cuda()
-
-
-def assert_same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
-    """Parameters and every state, bit for bit, wherever they are."""
-    pairs = [
-        (p, q)
-        for left, right in zip(a.param_groups, b.param_groups, strict=True)
-        for p, q in zip(left["params"], right["params"], strict=True)
-    ]
-    for i, (p, q) in enumerate(pairs):
-        assert_same_bits(p.detach().cpu(), q.detach().cpu(), f"parameter {i}")
-        assert a.state.get(p, {}).keys() == b.state.get(q, {}).keys()
-        for name, value in a.state.get(p, {}).items():
-            assert_same_bits(value.cpu(), b.state[q][name].cpu(), f"{name} of parameter {i}")
 
 
 def kernels_of(call: object) -> list[str]:

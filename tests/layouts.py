@@ -1,4 +1,4 @@
-"""Memory layouts of equal values."""
+"""Memory layouts of equal values, where those are."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Maker = Callable[[torch.Tensor], torch.Tensor]
 
 def strided(x: torch.Tensor) -> torch.Tensor:
     """The same values, with gaps between the elements."""
-    out = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2]
+    out = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype, device=x.device)[..., ::2]
     return out.copy_(x)
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:
     """The same values, one element off every larger alignment."""
-    return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+    return torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def backwards_slice(x: torch.Tensor) -> torch.Tensor:
     """A corner of a larger tensor."""
-    big = torch.zeros([n + 2 for n in x.shape], dtype=x.dtype)
+    big = torch.zeros([n + 2 for n in x.shape], dtype=x.dtype, device=x.device)
     view = big[tuple(slice(1, n + 1) for n in x.shape)]
     return view.copy_(x)
 

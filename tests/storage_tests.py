@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import spelled
 import torch
-from cases import COVERING, assert_same_raw, force_grad
+from cases import COVERING, assert_same_numbers, assert_same_raw, force_grad
 from device import Kernels
 from torch import Tensor
 
@@ -71,7 +71,10 @@ def for_blocks(shape: tuple[int, ...]) -> Tensor:
     draw = torch.Generator().manual_seed(shape[-1])
     rows, row = shape[0], torch.Size(shape[1:]).numel()
     exponents = torch.randint(-150, 128, (rows, 1), generator=draw) - torch.randint(0, 26, (rows, row), generator=draw)
-    x = torch.ldexp(1 + torch.rand(rows, row, generator=draw).double(), exponents) * torch.randn(rows, row).sign()
+    x = (
+        torch.ldexp(1 + torch.rand(rows, row, generator=draw).double(), exponents)
+        * torch.randn(rows, row, generator=draw).sign()
+    )
     x[torch.rand(rows, row, generator=draw) < 0.05] = 0.0
     x[0] = torch.arange(row) % 97 / 64.0 - 0.25  # halfway between two codes, where the largest is what blocks scale to
     x[0, ::128] = 14.75
@@ -252,9 +255,3 @@ def test_what_is_read_of_squares_in_blocks(kernels: Kernels) -> None:
     p.grad = torch.zeros_like(p)
     o.step()
     assert_same_numbers(o.state[p]["max_exp_avg_sq"], reference.decode("q8_squares", codes, scales) * 0.5)
-
-
-def assert_same_numbers(a: Tensor, b: Tensor) -> None:
-    """Bit for bit, but for which NaN it is, where a sum may have any."""
-    assert torch.equal(a.isnan(), b.isnan())
-    assert_same_raw(torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b))

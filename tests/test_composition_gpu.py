@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL, FULL, SHAPES, Case, assert_same_bits, gradient
-from gpu import DTYPES, assert_same, backend, kernels_of, pair, set_both, steady
+from cases import ALL, FULL, SHAPES, Case, assert_same_bits, assert_same_optimizers, gradient
+from gpu import DTYPES, backend, kernels_of, pair, set_both, steady
 
 import fusedoptim
 
@@ -31,7 +31,7 @@ def test_all_options_have_the_cpu_kernels_bits(backend: str, case: Case, dtype: 
         assert_same_bits(a.last_grad_norm.cpu(), b.last_grad_norm)
         assert all(p.grad is None or not p.grad.any() for p in mine)
     assert a.skipped_steps.item() == b.skipped_steps.item() == 2
-    assert_same(a, b)
+    assert_same_optimizers(a, b)
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
@@ -46,7 +46,7 @@ def test_limits_of_groups(backend: str, case: Case) -> None:
         a.step()
         b.step()
         assert_same_bits(a.last_grad_norm.cpu(), b.last_grad_norm)
-    assert_same(a, b)
+    assert_same_optimizers(a, b)
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
@@ -113,7 +113,7 @@ def test_a_whole_training_step_in_a_graph(backend: str, case: Case) -> None:
     torch.cuda.synchronize()
     assert mine.param_groups[0]["lr"].item() < 0.005
     assert mine.skipped_steps.item() == theirs.skipped_steps.item() == 1
-    assert_same(mine, theirs)
+    assert_same_optimizers(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

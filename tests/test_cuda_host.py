@@ -24,6 +24,8 @@ from device_stored_tests import POLICIES, both, contiguous, drawn, give_gradient
 from device_tests import *  # noqa: F403
 from number_tests import *  # noqa: F403
 from parts_tests import *  # noqa: F403
+from random_bits_tests import *  # noqa: F403
+from storage_tests import *  # noqa: F403
 
 import fusedoptim
 from fusedoptim import _native
@@ -168,7 +170,7 @@ def test_the_allocator_is_told_of_every_stream_that_uses_tables(model: Model, mo
     assert [stream for _, stream in told] == [11] * 4  # 0, where they were made, need not be told
 
 
-#: Bytes per element that a step reads, but for scales.
+#: Bytes per element that a step of bf16 parameters reads, but for scales.
 READ = {
     "states": 8,
     "stochastic": 8,
@@ -176,23 +178,28 @@ READ = {
     "remainder, fp32 states": 14,
     "remainder, 8 bits": 8,
     "8-bit remainder, 8 bits": 7,
+    "fp32 master": 16,
+    "all stochastic": 8,
     "fp32 master, 8 bits": 10,
     "all stochastic, 8 bits": 6,
-    "all stochastic": 8,
     "stochastic, fp32 states": 12,
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_groups_of_elements_are_fetched_at_once(model: Model, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "dtype", "each"),
+    [*((name, torch.bfloat16, each) for name, each in READ.items()), ("remainder, 8 bits", torch.float32, 10)],
+    ids=str,
+)
+def test_groups_of_elements_are_fetched_at_once(model: Model, policy: str, dtype: torch.dtype, each: int) -> None:
     """Each element once: where numbers are ordinary and addresses aligned, hardly any is left to slow paths."""
     shape = (64, 256)
-    a, b = both(model, BY_NAME["adamw"], [POLICIES[policy]], lambda i: drawn([shape], torch.bfloat16, contiguous, i))
+    a, b = both(model, BY_NAME["adamw"], [POLICIES[policy]], lambda i: drawn([shape], dtype, contiguous, i))
     for step in range(2):
         give_gradients(a, b, step)
         before = model.streamed()
         a.step()
-        assert model.streamed() - before == READ[policy] * 64 * 256
+        assert model.streamed() - before == each * 64 * 256
 
 
 def test_the_allocator_is_told_of_the_default_stream_itself(monkeypatch: pytest.MonkeyPatch) -> None:

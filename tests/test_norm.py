@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import CAPABILITIES, COVERING, assert_same_bits, gradient, parameters, set_gradients
+from cases import BACKEND, CAPABILITIES, COVERING, assert_same_bits, gradient, parameters, set_gradients
 
 import fusedoptim
 from fusedoptim import _native
@@ -65,7 +65,7 @@ class NumpyNormAdaptive:
 @pytest.mark.parametrize("size", [1, 5, 1023, 1024, 1025, 70_001])
 def test_equals_numpy(size: int, weight_decay: float) -> None:
     p = torch.nn.Parameter(gradient(torch.empty(size), 77, 0).float())
-    o = fusedoptim.NormAdaptive([p], lr=0.05, beta=0.8, weight_decay=weight_decay)
+    o = fusedoptim.NormAdaptive([p], lr=0.05, beta=0.8, weight_decay=weight_decay, backend=BACKEND)
     n = NumpyNormAdaptive(p.detach().numpy(), 0.05, 0.8, 1e-8, weight_decay)
     for step in range(4):
         p.grad = gradient(p, step, 0)
@@ -92,7 +92,7 @@ def test_bits_of_large_norms(capability: str, threads: int) -> None:
     torch.set_num_threads(threads)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         ps, qs = parameters([(1100, 1030), (3,)], dtype), parameters([(1100, 1030), (3,)], dtype)
-        a, b = fusedoptim.NormAdaptive(ps), fusedoptim.NormAdaptive(qs, backend="reference")
+        a, b = fusedoptim.NormAdaptive(ps, backend=BACKEND), fusedoptim.NormAdaptive(qs, backend="reference")
         for step in range(2):
             set_gradients(ps, step)
             set_gradients(qs, step)

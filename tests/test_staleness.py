@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import (
+    BACKEND,
     BY_NAME,
     CASES,
+    COVERING,
     FULL,
     LOW,
     Case,
@@ -133,10 +135,24 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def named(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+def changes(cases: list[Case]) -> list[tuple[Case, Change]]:
+    """All with each, or all changes with the rules in turn."""
+    return [
+        (case, change)
+        for i, case in enumerate(cases)
+        for k, change in enumerate(CHANGES)
+        if not COVERING or k % len(cases) == i
+    ]
+
+
 def change_in_between(case: Case, change: Change, make: Callable[[], list]) -> None:
     """The reference looks at everything anew, so it is what a step without a cache does."""
     optimizers = []
-    for backend in ("cpu", "reference"):
+    for backend in (BACKEND or "cpu", "reference"):
         ps = make()
         o = case.make(ps, backend=backend)
         for step in range(6):
@@ -151,15 +167,13 @@ def change_in_between(case: Case, change: Change, make: Callable[[], list]) -> N
     assert_same_optimizers(*optimizers)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize(("case", "change"), changes(FULL), ids=named)
 def test_a_change_takes_effect_at_the_next_step(case: Case, change: Change) -> None:
     shapes = [(5,), (6, 7), (1025,), (9, 9)]
     change_in_between(case, change, lambda: [*parameters(shapes), *parameters([(20,)], torch.bfloat16)])
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", LOW, ids=str)
+@pytest.mark.parametrize(("case", "change"), changes(LOW), ids=named)
 def test_a_change_takes_effect_in_fewer_bits(case: Case, change: Change) -> None:
     """Also of what is kept beside a parameter, or of a state's codes and scales alone."""
     if change in (double, read_as_another_dtype):
@@ -171,7 +185,7 @@ def test_a_change_takes_effect_in_fewer_bits(case: Case, change: Change) -> None
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gradients_replaced_and_written_in_place(in_place: bool) -> None:
     ps, qs = parameters([(100,)] * 5), parameters([(100,)] * 5)
-    a, b = fusedoptim.AdamW(ps, backend="cpu"), fusedoptim.AdamW(qs, backend="reference")
+    a, b = fusedoptim.AdamW(ps, backend=BACKEND or "cpu"), fusedoptim.AdamW(qs, backend="reference")
     for step in range(4):
         set_gradients(qs, step)
         for p, q in zip(ps, qs, strict=True):
@@ -189,7 +203,8 @@ def test_gradients_replaced_and_written_in_place(in_place: bool) -> None:
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_a_gradient_of_another_dtype_than_before(case: Case, dtype: torch.dtype, in_place: bool) -> None:
     ps, qs = parameters([(100,), (33, 5)], dtype), parameters([(100,), (33, 5)], dtype)
-    a, b = case.make(ps, backend="cpu", max_grad_norm=1.0), case.make(qs, backend="reference", max_grad_norm=1.0)
+    a = case.make(ps, backend=BACKEND or "cpu", max_grad_norm=1.0)
+    b = case.make(qs, backend="reference", max_grad_norm=1.0)
     dtypes = [torch.float32, torch.bfloat16, torch.float16, dtype, torch.bfloat16, torch.float32]
     memories = [torch.zeros(p.numel(), dtype=torch.float64) for p in ps]
     for step, of_gradients in enumerate(dtypes):
@@ -269,7 +284,7 @@ def counted_on(steps: list[torch.Tensor]) -> None:
 def test_a_step_count_changed_by_hand(change: Callable[[list[torch.Tensor]], None], views: bool) -> None:
     """Also where all are views of one buffer, as on a GPU, which alone would not show it."""
     optimizers = []
-    for backend in ("cpu", "reference"):
+    for backend in (BACKEND or "cpu", "reference"):
         ps = parameters([(5,), (2, 3), (4,)])
         o = fusedoptim.AdamW(ps, lr=0.1, backend=backend)
         for step in range(5):

@@ -165,16 +165,15 @@ __device__ __forceinline__ void prepare_and_update(BlockWork& work, const StepAr
 
 // Sums the tiles of a part, each by a warp, and leaves the sums at `out`, tile by tile.
 template <bool wide>
-__device__ __forceinline__ void sum_tiles(const BlockWork& work, const int64_t* layouts, double* out,
-                                          bool keep = false) {
+__device__ __forceinline__ void sum_tiles(const BlockWork& work, const int64_t* layouts, double* out) {
   const int64_t first = work.item * kTilesPerPart, left = tiles(work.entry.numel) - first;
   const int count = static_cast<int>(left < kTilesPerPart ? left : kTilesPerPart);
   for (int k = threadIdx.x / kWarp; k < count; k += kWarps) {
     double sum;
     if (wide && work.computes_in_f64())
-      sum = warp_tile_sum<double, wide>(work, first + k, layouts, keep);
+      sum = warp_tile_sum<double, wide>(work, first + k, layouts);
     else
-      sum = warp_tile_sum<float, wide>(work, first + k, layouts, keep);
+      sum = warp_tile_sum<float, wide>(work, first + k, layouts);
     if (threadIdx.x % kWarp == 0) out[k] = sum;
   }
 }
@@ -242,8 +241,7 @@ __global__ void __launch_bounds__(kThreads, kWideBlocksPerSM) norm_step_kernel(c
   if (work.items != 0) {
     const bool given = (args.flags & kSumsGiven) != 0;
     if (work.work == Work::sum && !given) {
-      sum_tiles<wide>(work, t.layouts, t.partials + work.entry.partials + work.item * kTilesPerPart,
-                      (args.flags & kKeepSummed) != 0);
+      sum_tiles<wide>(work, t.layouts, t.partials + work.entry.partials + work.item * kTilesPerPart);
       __syncthreads();
       if (threadIdx.x < kWarp) reduce_up(work, t, [&](double sum) { publish_sum(t.control[work.index], sum); });
     } else if (work.work != Work::sum) {

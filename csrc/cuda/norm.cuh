@@ -47,32 +47,9 @@ __device__ __noinline__ double square_at(const BlockWork& work, int64_t i, const
   return square(load_single<T, wide>(work.data(kGrad), work.dtype(kGrad), at[kGrad]), work.transforms<T>().grad);
 }
 
-// Reads what the L2 is to keep, if asked to, longer than all else.
-template <class Vector>
-__device__ __forceinline__ Vector load_kept(const char* at, [[maybe_unused]] bool keep) {
-#if __CUDA_ARCH__ >= 800
-  if (keep) {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    Vector x;
-    if constexpr (sizeof(Vector) == 16)
-      asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                   : "l"(__cvta_generic_to_global(at)), "l"(policy));
-    else
-      asm volatile("ld.global.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-                   : "=r"(x.x), "=r"(x.y)
-                   : "l"(__cvta_generic_to_global(at)), "l"(policy));
-    return x;
-  }
-#endif
-  return *reinterpret_cast<const Vector*>(at);
-}
-
 // The sum of squares of a tile of the gradient that the rule gets.
 template <class T, bool wide>
-__device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts,
-                                                bool keep) {
+__device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t tile, const int64_t* layouts) {
   const DeviceEntry& e = work.entry;
   const auto transform = work.transforms<T>().grad;
   const DType d = work.dtype(kGrad);
@@ -87,10 +64,10 @@ __device__ __forceinline__ double warp_tile_sum(const BlockWork& work, int64_t t
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         if (d == DType::f32) {
-          const uint4 x = load_kept<uint4>(base + 512 * k, keep);
+          const uint4 x = *reinterpret_cast<const uint4*>(base + 512 * k);
           raw[k].word[0] = x.x, raw[k].word[1] = x.y, raw[k].word[2] = x.z, raw[k].word[3] = x.w;
         } else {
-          const uint2 x = load_kept<uint2>(base + 256 * k, keep);
+          const uint2 x = *reinterpret_cast<const uint2*>(base + 256 * k);
           raw[k].word[0] = x.x, raw[k].word[1] = x.y;
         }
       }

@@ -27,13 +27,23 @@ struct AnyStorages {
 
 template <class... Loops>
 struct LoopList {};
+template <class... A, class... B>
+constexpr LoopList<A..., B...> join(LoopList<A...>, LoopList<B...>) {
+  return {};
+}
+
+// Of tensors without a storage of this kind, in a launch with others that have some: embeddings, and norms.
+template <class Rule>
+using BesideOthers =
+    LoopList<KnownStorages<Rule, 4, Storage::f32, Storage::f32>, KnownStorages<Rule, 8, Storage::bf16, Storage::bf16>>;
 
 // The mixes with loops of their own, beside the one for all: of the variants that are used most. Compiling one takes a
 // second.
 template <class Rule, int variant>
 constexpr auto known_loops() {
   constexpr Storage F = Storage::f32, B = Storage::bf16, S = Storage::bf16_stochastic, R = Storage::bf16_remainder;
-  constexpr Storage R8 = Storage::bf16_remainder8, Q = Storage::q8, V = Storage::q8_squares_stochastic;
+  constexpr Storage R8 = Storage::bf16_remainder8, M = Storage::bf16_master;
+  constexpr Storage Q = Storage::q8, V = Storage::q8_squares_stochastic;
   constexpr int states = states_of<Rule, variant>();
   if constexpr (states > 2 || variant > 1)
     return LoopList<>{};
@@ -41,11 +51,14 @@ constexpr auto known_loops() {
     return LoopList<KnownStorages<Rule, 8, S, B>, KnownStorages<Rule, 8, R, B>>{};
   else if constexpr (Rule::second_moment < 0)
     return LoopList<KnownStorages<Rule, 8, S, B>, KnownStorages<Rule, 8, S, S>, KnownStorages<Rule, 8, R, B>,
-                    KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q>, KnownStorages<Rule, 8, R8, Q>>{};
+                    KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q>, KnownStorages<Rule, 8, R8, Q>,
+                    KnownStorages<Rule, 4, M, F>, KnownStorages<Rule, 4, F, Q>>{};
   else
-    return LoopList<KnownStorages<Rule, 8, B, B, S>, KnownStorages<Rule, 8, S, B, S>, KnownStorages<Rule, 8, S, S>,
-                    KnownStorages<Rule, 8, R, B, S>, KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q, V>,
-                    KnownStorages<Rule, 8, R8, Q, V>>{};
+    return join(
+        LoopList<KnownStorages<Rule, 8, B, B, S>, KnownStorages<Rule, 8, S, B, S>, KnownStorages<Rule, 8, S, S>,
+                 KnownStorages<Rule, 8, R, B, S>, KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q, V>,
+                 KnownStorages<Rule, 8, R8, Q, V>, KnownStorages<Rule, 4, M, F>, KnownStorages<Rule, 4, F, Q, V>>{},
+        std::conditional_t<variant == 0, BesideOthers<Rule>, LoopList<>>{});
 }
 
 // The largest magnitude of a block, for the lanes that have its groups.

@@ -118,7 +118,7 @@ const StepHeader* GpuExecutor::begin(StepTable& table, const LaunchInputs& input
   args_.norm_stats = settings_.norm_stats;
   if (capturing_) flags &= ~kOverlap;  // a graph's launches follow each other closely
   args_.flags = flags | (settings_.skip_nonfinite ? kSkipNonfinite : 0) | (settings_.zero_grad ? kZeroGrad : 0) |
-                (table.norm_in_f64() ? kNormInF64 : 0) | (tuning.keep_summed ? kKeepSummed : 0);
+                (table.norm_in_f64() ? kNormInF64 : 0);
   tables_valid_ = tables_valid_ && (measures_ || !measures);
   measures_ = measures_ || measures;
   if (!tables_valid_) make_tables(table, stream);

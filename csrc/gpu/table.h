@@ -105,8 +105,6 @@ inline constexpr int32_t kOverlap = 8;
 inline constexpr int32_t kTransformed = 16, kReduces = 32;
 // Of one that updates by a rule of norms: the sums are there already.
 inline constexpr int32_t kSumsGiven = 64;
-// The same: gradients that are summed stay in the L2 for longer than all else.
-inline constexpr int32_t kKeepSummed = 128;
 
 // Kernel arguments may have 32,764 bytes from CUDA 12.1 on.
 inline constexpr int64_t kArgumentBytes = 32760;

@@ -13,11 +13,9 @@ inline constexpr int64_t kSmallestChunk = 2048, kLargestChunk = 16384, kChunksPe
 
 struct Tuning {
   int64_t norm_windows = 8;  // a window of gradients that are summed before their updates is such a part of the L2
-  int64_t keep_summed = 0;   // the L2 evicts such gradients last
 
   int64_t* find(const char* name) {
     if (std::strcmp(name, "norm_windows") == 0) return &norm_windows;
-    if (std::strcmp(name, "keep_summed") == 0) return &keep_summed;
     return nullptr;
   }
 };
