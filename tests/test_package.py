@@ -204,7 +204,8 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
         "PYTHONPATH": str(tmp_path),
         "FUSEDOPTIM_TEST_COVERING": "1",
     }
-    tests = ["tests/test_layout.py", "tests/test_staleness.py", "tests/test_rounding.py", "tests/test_norm.py"]
+    names = ("layout", "staleness", "rounding", "norm", "low_precision")
+    tests = [f"tests/test_{name}.py" for name in names]
     chosen = "not ten_thousand and not allocates and not reference_sum"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600, env=env)
