@@ -226,6 +226,7 @@ def known_mix(loop: Loop, states: int) -> tuple[str, int] | None:
         ((3 + n, 0, 2 + n, 0), 4 * (n - 1)): ("remainder, v stochastic", 8),
         ((n, 3, n, 2), 0): ("remainder, fp32 states", 4),
         ((1 + n, 2, 1 + n, 1), 2): ("fp32 master and states", 4),
+        ((2, n, 1, n), 2 * (n - 1)): ("fp32, states in bf16", 4),
         ((3, n, 2, n), 0): ("remainder, 8 bits", 8),
         ((2, n + 1, 1, n + 1), 0): ("8-bit remainder, 8 bits", 8),
     }.get((accesses, pairs))

@@ -30,6 +30,7 @@ STORAGES: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
     "remainder, 8-bit states": (torch.bfloat16, {"master": "remainder", "state_dtype": "int8"}, 14.125),
     "remainder8, 8-bit states": (torch.bfloat16, {"master": "remainder8", "state_dtype": "int8"}, 12.125),
     "fp32 master and states": (torch.bfloat16, {"master": torch.float32}, 30),
+    "fp32, bf16 states": (torch.float32, {"state_dtype": torch.bfloat16}, 20),
     "fp32, 8-bit states": (torch.float32, {"state_dtype": "int8"}, 16.125),
 }
 ROW, ROUNDS, STEPS = 4096, 5, 4

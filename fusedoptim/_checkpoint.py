@@ -102,9 +102,13 @@ class Loader:
         """
         members = [(group, index, i) for index, group in enumerate(self.groups) for i in range(len(group["params"]))]
         saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.groups):
+            raise ValueError("loaded state dict has a different number of parameter groups")
+        if any(len(a["params"]) != len(b["params"]) for a, b in zip(saved_groups, self.groups, strict=True)):
+            raise ValueError("loaded state dict contains a parameter group that doesn't match the size of optimizer's")
         filled = self._filled(saved_groups)
         ids = [k for group in saved_groups for k in group["params"]]
-        owners = dict(zip(ids, members, strict=False))  # torch itself checks that the groups match
+        owners = dict(zip(ids, members, strict=True))
         kept, states = {}, state_dict["state"]
         for k in states:
             alone = held_alone(states, k)  # the very dict that an optimizer works with has another owner
@@ -119,10 +123,11 @@ class Loader:
             lent = {name for name in values if alone and is_large(values[name]) and held_alone(values, name)}
             known = without_marks(of_bitsandbytes(values, self.rule, who), self.rule)
             known |= scalars({**known, **_whole_scalars(known, self.rule)}, self.rule)
-            to_be = filled[index] if index < len(filled) else group
-            known = _masters.by_own_name(to_be, p, known)
-            if _is_stepped(p, known, self.rule):
+            to_be, is_stepped = filled[index], _is_stepped(p, known, self.rule)
+            if is_stepped:
                 self._check(known, who)
+            known = _masters.by_own_name(to_be, p, known)
+            if is_stepped:
                 for name in filter(self.placed.__contains__, known):
                     check_place(p, known[name], name, who)
                 check_states(p, known, self.rule, who, devices=False)
@@ -130,11 +135,11 @@ class Loader:
             kept[k] = {name: Kept(value, values if name in lent else None) for name, value in known.items()}
         if not any(kept.values()):
             self._check_groups(saved_groups)
-        return {**state_dict, "state": kept, "param_groups": filled + list(saved_groups[len(filled) :])}
+        return {**state_dict, "state": kept, "param_groups": filled}
 
     def _filled(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found = []
-        for index, (saved, group) in enumerate(zip(saved_groups, self.groups, strict=False)):
+        for index, (saved, group) in enumerate(zip(saved_groups, self.groups, strict=True)):
             found.append(completed(saved, group, self.defaults, self.rule))
             try:
                 check_storage(found[-1], self.rule)
@@ -190,7 +195,7 @@ class Loader:
                     found = self._restore_one(kept, p, group, lent)
                     new: Recoded = {}
                     if _can_be_stepped(p):
-                        new = _masters.loaded(group, p, found)
+                        new = {} if is_fake(p) else _masters.loaded(group, p, found)
                         new |= recoded(group, self.rule, p, {**found, **new})
                         self.losses += not is_fake(p) and _masters.loses_number(p, found, new)
                     found = {**state[p], **found, **new}
@@ -271,10 +276,9 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
     Args:
         by_torch: torch's own load_state_dict of the optimizer.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
+    is_one = isinstance(state_dict, dict) and {"state", "param_groups"} <= state_dict.keys()
     # Whether a master fits is seen by each rank alone. Without any, ranks load without a word between them.
-    groups = [*optimizer.param_groups, *state_dict["param_groups"]]
+    groups = [*optimizer.param_groups, *(state_dict["param_groups"] if is_one else ())]
     has_masters = any(group.get("master") is not None for group in groups)
     params = [p for group in optimizer.param_groups for p in group["params"] if has_masters]
     name = type(optimizer).__name__
@@ -289,6 +293,8 @@ def load(optimizer: Loading, by_torch: Callable[[dict[str, Any]], None], state_d
                 _masters.check_loaded(loader.masters)
             return prepared
 
+        if not is_one:
+            raise ValueError("this is not an optimizer's state_dict: it needs the keys 'state' and 'param_groups'")
         # Registered last, so that it sees what the user's own hooks made of the state_dict.
         handle = optimizer.register_load_state_dict_pre_hook(prepare)
         before = (optimizer.state, optimizer.param_groups)

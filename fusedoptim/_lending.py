@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ._dtensor import is_dtensor
 
@@ -67,6 +68,7 @@ def can_be_lent(saved: Tensor, p: Tensor) -> bool:
         and not saved.requires_grad
         and not saved.is_inference()
         and saved.device == p.device
+        and not is_lazy(p)
         and saved.shape == p.shape
         and saved.stride() == p.stride()
         and saved.storage_offset() == 0

@@ -51,20 +51,20 @@ def by_own_name(group: Group, p: Tensor, values: dict[str, Any]) -> dict[str, An
 def loses_number(p: Tensor, values: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether states that are dropped said more of a parameter's number than what is left."""
     gone = [name for name in MASTERS.values() if new.get(name, name) is None]
-    if not gone or any(new.get(name) is not None for name in MASTERS.values()):
+    if not gone or any({**values, **new}.get(name) is not None for name in MASTERS.values()):
         return False
-    return not all(_is_rest_of(local(p).detach(), name, local(values[name]).detach()) for name in gone)
+    return not all(_is_rest_of(name, *both) for name in gone for both in _pieces(p, values[name]))
 
 
-def _is_rest_of(x: Tensor, name: str, rest: Tensor) -> bool:
+def _is_rest_of(name: str, x: Tensor, rest: Tensor) -> bool:
     """Whether a parameter says by itself what it stands for with this state."""
     x = x.to(torch.float32)
     if name == MASTER:
         return bool(((x == rest) | (x.isnan() & rest.isnan())).all())
-    own = reference.encode(f"bf16_{name.removeprefix('param_')}", x.contiguous(), None)[1]
+    own = reference.encode(f"bf16_{name.removeprefix('param_')}", x, None)[1]
     bits = torch.int8 if name == REMAINDER8 else torch.int16
     assert own is not None
-    return torch.equal(own.view(bits), rest.contiguous().view(bits))
+    return torch.equal(own.view(bits), rest.view(bits))
 
 
 def warn_of_loss(count: int) -> None:
@@ -179,15 +179,14 @@ def check_loaded(masters: Iterable[tuple[Tensor, Tensor, str]]) -> None:
 
 
 def _misfit(p: Tensor, master: Tensor, who: str) -> str | None:
-    x = local(p).detach()
-    number = part_of(p, master).to(x.device, torch.float32)
-    fits = (number.to(x.dtype) == x) | (number.isnan() & x.isnan())
-    if x.dtype == torch.bfloat16:
-        fits |= reference.encode("bf16_remainder", number.contiguous(), None)[0] == x
-    off = x.numel() - int(fits.sum())
-    return (
-        f"state 'master' of {who} is not what that was rounded from, in {off} of {x.numel()} elements" if off else None
-    )
+    off = 0
+    for x, number in _pieces(p, part_of(p, master).to(p.device, torch.float32)):
+        fits = (number.to(x.dtype) == x) | (number.isnan() & x.isnan())
+        if x.dtype == torch.bfloat16:
+            fits |= reference.encode("bf16_remainder", number, None)[0] == x
+        off += x.numel() - int(fits.sum())
+    of = f"in {off} of {local(p).numel()} elements"
+    return f"state 'master' of {who} is not what that was rounded from, {of}" if off else None
 
 
 @torch.no_grad()
@@ -206,9 +205,13 @@ def reset(p: Tensor, values: Mapping[str, Any]) -> None:
 
 
 def _parts(p: Tensor, values: Mapping[str, Any], how: Stored) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of a parameter and what it keeps beside: the elements in logical order, some at a time."""
-    both = (p, values[how.extra or ""])
-    return zip(*(torch.split(local(t).detach().reshape(-1), PART) for t in both), strict=True)
+    """Of a parameter and what it keeps beside."""
+    return _pieces(p, values[how.extra or ""])
+
+
+def _pieces(p: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of tensors of one shape: the elements in logical order, some at a time."""
+    return zip(*(torch.split(local(t).detach().reshape(-1), PART) for t in (p, beside)), strict=True)
 
 
 def _placed(p: Tensor, value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import spelled
 import torch
+from cases import assert_same_optimizers
 from device import Kernels
 from layouts import LAYOUTS
 from torch import Tensor
@@ -114,6 +115,29 @@ def test_indices_of_more_than_32_bits(kernels: Kernels, first: int, monkeypatch:
     monkeypatch.setattr(_members, "place_of", lambda p, its_id: place)
     n = 1030 if kernels.slow else 20_011
     check(made(kernels, [bf16(n)]), [place], 1)
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_beyond_32_bits(
+    kernels: Kernels, param: torch.dtype, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a loop of its own steps the parameter and draws bits for the moment: all have the gradient's dtype."""
+    if kernels.slow and first not in FIRST[::3]:
+        pytest.skip("takes too long where programs take milliseconds")
+    monkeypatch.setattr(_members, "place_of", lambda p, its_id: Place(7, first, None))
+    draw, rounding = torch.Generator().manual_seed(first), "stochastic" if param == torch.bfloat16 else "auto"
+    shape = (10, 500) if kernels.slow else (40, 500)
+    x, *gradients = (torch.randn(shape, generator=draw).to(param) for _ in range(3))
+    a, b = (
+        fusedoptim.AdamW([torch.nn.Parameter(x.clone())], backend=backend, state_dtype="int8", rounding=rounding)
+        for backend in (kernels.backend, "reference")
+    )
+    for g in gradients:
+        for o in (a, b):
+            o.param_groups[0]["params"][0].grad = g.clone()
+            o.step()
+    assert_same_optimizers(a, b)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "slice"])

@@ -192,6 +192,7 @@ MOST = {
     "remainder, 8 bits": 97,
     "8-bit remainder, 8 bits": 100,
     "fp32 master and states": 65,
+    "fp32, states in bf16": 60,
     "fp32, 8 bits": 105,
 }
 

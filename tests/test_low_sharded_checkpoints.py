@@ -3,6 +3,7 @@ other numbers of processes and in other layouts."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,8 +148,11 @@ def wrong_on_one(layout: str, rank: int, what: str) -> str:
             shard(target.parts[name].params[0])[0] += 1
         elif what == "shape":
             first["exp_avg"] = torch.zeros(3)
+        elif what == "groups":
+            content["param_groups"] = content["param_groups"] * 2
         else:
-            del first["master"]
+            for values in content["state"].values():
+                del values["master"]
     try:
         target.optimizers[name].load_state_dict(content)
     except (ValueError, RankError) as error:
@@ -197,11 +201,14 @@ def test_loading_by_hand() -> None:
 
 @pytest.mark.parametrize(("layout", "world", "rank"), [("fsdp2", 2, 1), ("hsdp", 4, 2), ("both", 4, 1)])
 def test_what_is_wrong_on_one_rank_alone_raises_on_all(layout: str, world: int, rank: int) -> None:
-    for what, says in (("parameter", "Load the model first"), ("shape", "has shape (3,)")):
-        found = run(world, wrong_on_one, layout, rank, what)
-        for i, text in enumerate(found):
-            own = "0 'up.weight' of group 0" in text and says in text
-            assert own if i == rank else text.startswith("another rank refused"), (what, i, text)
+    kinds = {
+        "parameter": "0 'up.weight' of group 0.*Load the model first",
+        "shape": r"0 'up.weight' of group 0.* has shape \(3,\)",
+        "groups": "different number of parameter groups",
+    }
+    for what, says in kinds.items():
+        for i, text in enumerate(run(world, wrong_on_one, layout, rank, what)):
+            assert re.search(says if i == rank else "^another rank refused", text), (what, i, text)
     assert run(world, wrong_on_one, layout, rank, "lacks") == ["nothing"] * world
 
 

@@ -188,7 +188,7 @@ def test_nothing_is_said_where_nothing_is_lost(master: Any) -> None:
     model = torch.nn.Linear(64, 64).to(BF16)
     o = AdamW(model.parameters(), lr=1e-3, master=master, state_dtype=F32)
     go(o, 0, 2)
-    content, raw = o.portable_state_dict(), o.state_dict()
+    content, raw = o.portable_state_dict(), copy.deepcopy(o.state_dict())
     model.float()
     for p, values in zip(model.parameters(), content["state"].values(), strict=True):
         p.data.copy_(values["master"])
@@ -199,9 +199,9 @@ def test_nothing_is_said_where_nothing_is_lost(master: Any) -> None:
     model.float()
     go(o, 4, 5)
     wide = [torch.nn.Parameter(values["master"].clone()) for values in content["state"].values()]
+    AdamW(wide).load_state_dict(raw)
     wide[0].data[0, 0] = content["state"][0]["master"][0, 0] = float("nan")
-    for loaded in (content, raw) if master != F32 else (content,):
-        AdamW(wide).load_state_dict({**loaded, "state": {k: dict(v) for k, v in loaded["state"].items()}})
+    AdamW(wide).load_state_dict(content)
 
 
 def test_a_loss_is_told_once_and_only_if_it_happens() -> None:
@@ -216,6 +216,7 @@ def test_a_loss_is_told_once_and_only_if_it_happens() -> None:
     assert o.skipped_steps == 1 and all("param_remainder" in values for values in o.state.values())
     with pytest.warns(UserWarning, match="of 2 parameters was dropped"):
         go(o, 2, 3)
+    go(o, 3, 4)
     model.bfloat16()
     rounded = AdamW(model.parameters(), lr=1e-3, rounding={"param": "stochastic"})
     with pytest.warns(UserWarning, match="of 2 parameters was dropped"):

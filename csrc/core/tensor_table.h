@@ -20,7 +20,7 @@ struct UpdateInputs {
   const void* scalars;  // the rule's Scalars<T>
   const GroupTransforms& transforms;
   uint64_t stream;  // of random bits
-  // For a loop that leaves it to others to encode its parameters: where it puts them, and their words 0, unless null.
+  // For a loop that leaves it to others to encode its parameters: where it puts them; and words 0, if they are wanted.
   void* params = nullptr;
   uint32_t* words = nullptr;
 };

@@ -118,10 +118,11 @@ FUSEDOPTIM_INLINE void encode_blocks_as(uint8_t* codes, float* scales, const flo
   }
 }
 
-// As decode_blocks(). Numbers have room up to a whole group.
+// As decode_blocks(). Numbers and words have room up to a whole group.
 template <class M>
 __attribute__((noinline)) void encode_blocks(uint8_t* codes, float* scales, float* in, Storage s, int64_t n,
                                              RandomHalves random) {
+  static_assert(kBlock % kGroup<M> == 0 && tuning::kTileElements % kBlock == 0);
   for (int64_t k = n; k % kGroup<M>; ++k) in[k] = 0;
   const bool squares = block_format(s).squares;
   if (is_stochastic(s) && squares)  // the second moment, whose half is known: see random_bits.h

@@ -13,15 +13,14 @@
 
 namespace fusedoptim {
 
-// The storages of parameter, gradient, states, and of the state that is the second moment. unencoded: the updated
-// parameter stays fp32, and goes where UpdateInputs say.
+// The storages of parameter, gradient, states, and of the state that is the second moment. unencoded: a loop of a tile,
+// which leaves fp32 numbers where UpdateInputs say, or in an fp32 parameter itself, and random words.
 template <Storage param_, Storage grad_, Storage state_ = grad_, Storage second_ = state_, bool unencoded_ = false>
 struct Mix {
   static constexpr Storage param = param_, grad = grad_, state = state_, second = second_;
   static constexpr bool unencoded = unencoded_;
   static constexpr Storage result = unencoded ? Storage::f32 : param;
-  static constexpr bool has_pairs =
-      can_pair(param) && can_pair(grad) && can_pair(state) && can_pair(second) && !unencoded;
+  static constexpr bool has_pairs = can_pair(param) && can_pair(grad) && can_pair(state) && can_pair(second);
   static_assert(!is_stochastic(state), "only these two share a word");
 
   template <class Rule>
@@ -62,7 +61,8 @@ class Loop {
       : e_(e),
         c_(*static_cast<const Scalars*>(in.scalars)),
         t_(without_asking(Transforms<T>::of(in.transforms))),
-        average_(around == Around::everything && e.state(kAverage).data && in.transforms.ema_decay >= 0),
+        average_(around == Around::everything && !X::unencoded && e.state(kAverage).data &&
+                 in.transforms.ema_decay >= 0),
         zero_grad_(around == Around::everything && in.transforms.zero_grad),
         result_(X::result == X::param ? e.param() : Operand{in.params, nullptr, X::result}),
         words_(in.words),
@@ -117,7 +117,7 @@ class Loop {
     if (average_) {
       constexpr Storage average = storage_of(kCompute<T>);
       x.state[kAverage] = load_lanes<average, full>(e_.state(kAverage), i, n);
-      average_element<M>(x, t_, as_stored<M, X::result>(x.param, word & 0xffffu));
+      average_element<M>(x, t_, as_stored<M, X::param>(x.param, word & 0xffffu));
       store_lanes<average, 0, full>(e_.state(kAverage), i, n, x.state[kAverage], word);
     }
     if (zero_grad_) store_lanes<X::grad, 0, full>(e_.grad(), i, n, M::set(0), word);
@@ -247,17 +247,19 @@ UpdateFn find_linear(const Entry& e) {
       if (!found)
         return find_among<Rule, variant, M, Mix<S::bf16_remainder, S::bf16, S::bf16, S::bf16_stochastic>,
                           Mix<S::bf16_stochastic, S::bf16, S::bf16, S::bf16_stochastic>,
-                          Mix<S::bf16_remainder, S::bf16, S::f32>, Mix<S::bf16_stochastic, S::bf16, S::f32>>(e);
+                          Mix<S::bf16, S::bf16, S::bf16, S::bf16_stochastic>, Mix<S::bf16_remainder, S::bf16, S::f32>,
+                          Mix<S::bf16_stochastic, S::bf16, S::f32>, Mix<S::bf16_master, S::bf16, S::f32>>(e);
     return found;
   }
 }
 
-// Of those that leave parameters unencoded. States are of the compute type.
+// Of the unencoded ones. States are of the compute type.
 template <class Rule, int variant, class M>
 UpdateFn find_unencoded(const Entry& e) {
   using S = Storage;
   if constexpr (M::width > 1 && sizeof(typename M::T) == 4)
     return find_among<Rule, variant, M, Mix<S::bf16_remainder, S::bf16, S::f32, S::f32, true>,
+                      Mix<S::bf16_remainder8, S::bf16, S::f32, S::f32, true>,
                       Mix<S::bf16_stochastic, S::bf16, S::f32, S::f32, true>,
                       Mix<S::f32, S::f32, S::f32, S::f32, true>>(e);
   return nullptr;

@@ -1,4 +1,4 @@
-// Passes over a few hundred elements, between an operand and numbers of the compute type in the L1 cache: for storages
+// Passes over the elements of a tile, between an operand and numbers of the compute type in the L1 cache: for storages
 // that are looked up, once for a pass.
 #pragma once
 

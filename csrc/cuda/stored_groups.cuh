@@ -52,13 +52,13 @@ constexpr auto known_loops() {
   else if constexpr (Rule::second_moment < 0)
     return LoopList<KnownStorages<Rule, 8, S, B>, KnownStorages<Rule, 8, S, S>, KnownStorages<Rule, 8, R, B>,
                     KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q>, KnownStorages<Rule, 8, R8, Q>,
-                    KnownStorages<Rule, 4, M, F>, KnownStorages<Rule, 4, F, Q>>{};
+                    KnownStorages<Rule, 4, M, F>, KnownStorages<Rule, 4, F, B>, KnownStorages<Rule, 4, F, Q>>{};
   else
-    return join(
-        LoopList<KnownStorages<Rule, 8, B, B, S>, KnownStorages<Rule, 8, S, B, S>, KnownStorages<Rule, 8, S, S>,
-                 KnownStorages<Rule, 8, R, B, S>, KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q, V>,
-                 KnownStorages<Rule, 8, R8, Q, V>, KnownStorages<Rule, 4, M, F>, KnownStorages<Rule, 4, F, Q, V>>{},
-        std::conditional_t<variant == 0, BesideOthers<Rule>, LoopList<>>{});
+    return join(LoopList<KnownStorages<Rule, 8, B, B, S>, KnownStorages<Rule, 8, S, B, S>, KnownStorages<Rule, 8, S, S>,
+                         KnownStorages<Rule, 8, R, B, S>, KnownStorages<Rule, 4, R, F>, KnownStorages<Rule, 8, R, Q, V>,
+                         KnownStorages<Rule, 8, R8, Q, V>, KnownStorages<Rule, 4, M, F>,
+                         KnownStorages<Rule, 4, F, B, S>, KnownStorages<Rule, 4, F, Q, V>>{},
+                std::conditional_t<variant == 0, BesideOthers<Rule>, LoopList<>>{});
 }
 
 // The largest magnitude of a block, for the lanes that have its groups.
