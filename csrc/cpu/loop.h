@@ -248,7 +248,8 @@ UpdateFn find_linear(const Entry& e) {
         return find_among<Rule, variant, M, Mix<S::bf16_remainder, S::bf16, S::bf16, S::bf16_stochastic>,
                           Mix<S::bf16_stochastic, S::bf16, S::bf16, S::bf16_stochastic>,
                           Mix<S::bf16, S::bf16, S::bf16, S::bf16_stochastic>, Mix<S::bf16_remainder, S::bf16, S::f32>,
-                          Mix<S::bf16_stochastic, S::bf16, S::f32>, Mix<S::bf16_master, S::bf16, S::f32>>(e);
+                          Mix<S::bf16_stochastic, S::bf16, S::f32>, Mix<S::bf16_master, S::bf16, S::f32>,
+                          Mix<S::f32, S::f32, S::bf16, S::bf16_stochastic>>(e);
     return found;
   }
 }
