@@ -47,6 +47,7 @@ MARKED = re.compile(r"<!-- results: (?P<file>\S+)(?P<short> short)? -->\n.*?<!--
 #: Beyond the goals' rows: how the step behaves with other dtypes, gradients and caches.
 OTHERS = (
     ("AdamW", "bf16+fp32", "gpt2-small", "kept"),
+    ("AdamW", "remainder+int8", "gpt2-small", "kept"),
     ("AdamW", "fp32", "resnet50", "kept"),
     ("AdamW", "fp32", "vit-l16", "kept"),
     ("AdamW", "fp32", "5000-odd", "kept"),

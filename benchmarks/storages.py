@@ -1,11 +1,12 @@
 """``python -m benchmarks.storages --out FILE.json``: how long AdamW steps take on one large tensor with parameters and
-states in fewer bits, beside a copy of memory. Interleaved; the least of each. A GPU's are steps of CUDA graphs."""
+states in fewer bits, beside a copy of memory. Interleaved: medians of times, and of ratios within a round. A GPU's are steps of CUDA graphs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ STORAGES: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
     "fp32, bf16 states": (torch.float32, {"state_dtype": torch.bfloat16}, 20),
     "fp32, 8-bit states": (torch.float32, {"state_dtype": "int8"}, 16.125),
 }
-ROW, ROUNDS, STEPS = 4096, 5, 4
+ROW, ROUNDS, STEPS = 4096, 15, 4
 
 
 def step_of(dtype: torch.dtype, options: dict[str, Any], elements: int, device: str, backend: str | None) -> Any:
@@ -75,20 +76,17 @@ def measure(device: str, backend: str | None, elements: int) -> list[Result]:
     for name, (dtype, options, size) in STORAGES.items():
         runs[name] = step_of(dtype, options, elements, device, backend)
         moved[name] = size
-    least = dict.fromkeys(runs, float("inf"))
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            least[name] = min(least[name], milliseconds(run, device))
-    copy = moved[COPY] / least[COPY]
+    rounds = [{name: milliseconds(run, device) for name, run in runs.items()} for _ in range(ROUNDS)]
     return [
         {
             "storage": name,
             "bytes": moved[name],
             "elements": elements,
-            "ms": ms,
-            "share_of_copy": moved[name] / ms / copy,
+            "ms": median(times[name] for times in rounds),
+            "over_fp32": median(times[name] / times["fp32"] for times in rounds),
+            "share_of_copy": median(moved[name] / moved[COPY] * times[COPY] / times[name] for times in rounds),
         }
-        for name, ms in least.items()
+        for name in runs
     ]
 
 

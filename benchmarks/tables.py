@@ -211,8 +211,7 @@ def storages(found: Sequence[Results]) -> str:
         here = {row["storage"]: row for row in results.storages}
         for name, of in cells.items():
             ms = here[name]["ms"] / here[name]["elements"] * 1e9 if name in here else None
-            over = None if ms is None else ms / here["fp32"]["ms"] * here["fp32"]["elements"] / 1e9
-            of += ["" if ms is None else f"{number(ms)} ms", "" if over is None else f"{over:.2f}"]
+            of += ["", ""] if ms is None else [f"{number(ms)} ms", f"{here[name]['over_fp32']:.2f}"]
         commits = dict.fromkeys(row.get("commit", e["commit"]) for row in results.storages)
         sources.append(f"{machine(e)}; torch {e['torch']}; commit {', '.join(commits)}.")
     table = "\n".join([*header(names, 1), *map(line, cells.values())])
