@@ -1,5 +1,6 @@
 """``python -m benchmarks.storages --out FILE.json``: how long AdamW steps take on one large tensor with parameters and
-states in fewer bits, beside a copy of memory. Interleaved: medians of times, and of ratios within a round. A GPU's are steps of CUDA graphs."""
+states in fewer bits, beside a copy of memory. Interleaved: medians of times, and of ratios within a round. Steps on a
+GPU are CUDA graphs."""
 
 from __future__ import annotations
 
