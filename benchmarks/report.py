@@ -61,7 +61,8 @@ OTHERS = (
 )
 
 
-#: The cases of a short table: a model, many small tensors, many groups.
+#: The dtypes and cases of a short table: those that others have; a model, many small tensors, many groups.
+SHORT_DTYPES = {"fp32", "bf16"}
 SHORT = {"cpu": ("gpt2-small", "2000x64", "465-groups"), "cuda": ("gpt2-xl", "2000x1024", "465-groups")}
 NO_GPU = "Nothing has run on a GPU yet."
 
@@ -75,7 +76,7 @@ def chosen(results: Results) -> list[Result]:
 
 def short_table(results: Results) -> str:
     """Of the chosen rows those of a few cases, case by case."""
-    rows = [r for r in chosen(results) if r["condition"] == "kept"]
+    rows = [r for r in chosen(results) if r["condition"] == "kept" and SHORT_DTYPES >= set(r["dtype"].split("+"))]
     cases = SHORT[str(results.environment["device"])]
     rows = [r for case in cases for r in rows if r["case"] == case]
     return "\n\n".join(filter(None, [summary(rows), other_commits(results, rows), source(results.environment)]))
