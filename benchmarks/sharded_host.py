@@ -23,7 +23,7 @@ from .common import arguments
 from .measure.devices import DEVICES
 from .measure.environment import environment, source
 from .measure.optimizers import SETTINGS
-from .measure.results import Result, Results
+from .measure.results import Result, Results, rounded
 from .sharded.simulated import LAYOUTS, parameters, simulated
 from .tables import flat
 
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     results = Results(environment(DEVICES["cpu"]()), 0, args.out)
-    results.host, results.finished = results_of(measure(args.seconds)), True
+    results.host, results.finished = rounded(results_of(measure(args.seconds))), True
     print(f"{flat(results.host)}\n\n{source(results.environment)}")
     results.save()
     return 0

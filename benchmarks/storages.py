@@ -17,7 +17,7 @@ import fusedoptim
 from .common import arguments
 from .measure.devices import DEVICES, device_named
 from .measure.environment import environment, source
-from .measure.results import COPY, Result, Results
+from .measure.results import COPY, Result, Results, rounded
 from .tables import storages
 
 STOCHASTIC = {"rounding": {"exp_avg_sq": "stochastic"}}
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     device = arguments.known("--device", [args.device], DEVICES)[0]
     results = Results(environment(device_named(device)), 0, args.out)
-    results.storages = measure(device, args.backend, args.elements or 1 << (25 if device == "cpu" else 28))
+    results.storages = rounded(measure(device, args.backend, args.elements or 1 << (25 if device == "cpu" else 28)))
     results.finished = True
     print(f"{storages([results])}\n\n{source(results.environment)}", flush=True)
     for row in results.storages:

@@ -86,13 +86,14 @@ def load(path: Path) -> Results:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(_rounded(value))
+    return json.dumps(rounded(value))
 
 
-def _rounded(value: Any) -> Any:
-    """Five significant digits, which is more than any of the times has."""
+def rounded(value: Any) -> Any:
+    """Five significant digits, which is more than any of the times has. Tables are of these, whether they are made
+    before or after a file was written."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else str(value)
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
