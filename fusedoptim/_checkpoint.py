@@ -105,7 +105,9 @@ class Loader:
         if len(saved_groups) != len(self.groups):
             raise ValueError("loaded state dict has a different number of parameter groups")
         if any(len(a["params"]) != len(b["params"]) for a, b in zip(saved_groups, self.groups, strict=True)):
-            raise ValueError("loaded state dict contains a parameter group that doesn't match the size of optimizer's")
+            raise ValueError(  # in torch's words, which say so once its hooks are through
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+            )
         filled = self._filled(saved_groups)
         ids = [k for group in saved_groups for k in group["params"]]
         owners = dict(zip(ids, members, strict=True))
