@@ -10,6 +10,7 @@ from .gradient_release import step_in_backward
 from .groups import decay_groups, layerwise_groups
 from .norm_adaptive import NormAdaptive
 from .rmsprop import RMSprop
+from .rule_functions import mean_square, norm, to_fp32
 from .schedules import warmup_cosine
 from .sgd import SGD
 
@@ -30,6 +31,9 @@ __all__ = [
     "decay_groups",
     "grad_norm",
     "layerwise_groups",
+    "mean_square",
+    "norm",
     "step_in_backward",
+    "to_fp32",
     "warmup_cosine",
 ]

@@ -34,6 +34,7 @@ from ._modes import PRE_DISPATCH, count_modes
 from ._norm_groups import norm_groups
 from ._norms import NormResults, given_norm, norm_is_measured
 from ._options import DEFAULTS, StepOptions, check_options, scales_in_step
+from ._own_groups import completed
 from ._random_places import Id
 from ._rule import GROUP_OPTIONS, Group, Rule
 from ._runners import Steps
@@ -58,7 +59,7 @@ class FusedOptimizer(Optimizer):
         RuntimeError: if the backend asked for cannot be used here.
     """
 
-    rule: ClassVar[Rule]
+    rule: Rule
     #: Arguments beside params with which ``python -m fusedoptim`` steps it: such that all of its rule is in use.
     _self_check: ClassVar[dict[str, Any]] = {}
     #: GradScaler looks for it. True with ``amp_in_step`` or ``zero_grad_in_step``.
@@ -84,6 +85,7 @@ class FusedOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: StepOptions) -> None:
         check_options(options, type(self))
+        self.rule = completed(type(self).rule, defaults)
         defaults |= {name: options.get(name, off) for name, off in GROUP_OPTIONS.items()}
         _group_keys.switch_off(defaults, self.rule)
         defaults |= _group_keys.settled(defaults)
@@ -383,6 +385,7 @@ class FusedOptimizer(Optimizer):
         self.defaults = {**GROUP_OPTIONS, **self.defaults}
         _group_keys.move_state_dtype(self._options, self.defaults, self.param_groups)
         if "_runners" not in self.__dict__:  # a copy; else a state_dict is loaded
+            self.rule = completed(type(self).rule, self.defaults)
             self._begin()
         self._drop_runners()
         _torch_compile.note_params(self)

@@ -124,14 +124,14 @@ def check_states(p: Tensor, state: Mapping[str, Any], rule: Rule, who: str, devi
         value = state.get(name)
         if value is None:
             continue
-        scalar = name in ("step", rule.scalar_state)
+        scalar = name == "step" or name in rule.number_names
         if not isinstance(value, Tensor):
             raise ValueError(f"state {name!r} of {who} must be a tensor, but is {value!r}: {remedy}")
         of_blocks = format_in_blocks(name, p, rule)
         shape = p.shape if of_blocks is None else of_blocks.shape
         if (value.numel() != 1) if scalar else (value.shape != shape):
             raise ValueError(f"state {name!r} of {who} has shape {tuple(value.shape)}: {remedy}")
-        allowed = DTYPES if not scalar else (torch.float32,) if name == rule.scalar_state else DTYPES[:2]
+        allowed = DTYPES if not scalar else DTYPES[:2] if name == "step" else (torch.float32,)
         if name == EMA and devices:  # while loading it is converted
             allowed = (compute_dtype(p),)
         if name in DTYPES_OF_MASTERS:

@@ -349,8 +349,8 @@ def _is_stepped(p: Tensor, values: Mapping[str, Any], rule: Rule) -> bool:
 
 def _whole_scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     """Those states of one number that somebody distributed: the ranks have one number each."""
-    names = [name for name in ("step", rule.scalar_state) if is_dtensor(values.get(name or ""))]
-    return {name: whole(values[name]) for name in names if name}
+    names = [name for name in ("step", *rule.number_names) if is_dtensor(values.get(name))]
+    return {name: whole(values[name]) for name in names}
 
 
 def _copy(saved: Tensor, dtype: torch.dtype, p: Tensor, of_step: torch.Size | None = None) -> Tensor:

@@ -52,7 +52,7 @@ class JointRunner:
         self.runners, self.exchange, self.rule, self.options = runners, exchange, rule, options
         self.notice = Notice()
         #: Whether each tensor's own norm is a sum over ranks.
-        self.adds_by_tensor = rule.uses_norm and exchange is not None and bool(exchange.rounds)
+        self.adds_by_tensor = rule.sums > 0 and exchange is not None and bool(exchange.rounds)
         #: Whether the last step came so far, on any device, before it raised.
         self.has_written = False
 
@@ -96,18 +96,18 @@ class JointRunner:
             for runner in self.runners:
                 take_norm(runner.settings.norm_stats, norm, self.options)
         elif self.measures:
-            found_inf = self._measure(False, grad_scale, found_inf)
+            found_inf = self._measure(None, grad_scale, found_inf)
             for runner in self.runners:
                 runner.reduce()
                 if self.exchange is not None and self.exchange.size == 0 and self.exchange.sum is not None:
                     take_norm(runner.settings.norm_stats, norm_of([self.exchange.sum], False), self.options)
-        if self.rule.uses_norm:
-            found_inf = self._measure(True, grad_scale, found_inf)
+        for k in range(self.rule.sums):
+            found_inf = self._measure(k, grad_scale, found_inf)
         for runner in self.runners:
             runner.update(grad_scale, found_inf)
             self.has_written = True
 
-    def _measure(self, of_tensors: bool, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+    def _measure(self, of_rule: int | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
         """Returns what says that nothing is to be updated: on a GPU, where nobody waits for it, also that another rank
         refuses.
 
@@ -115,8 +115,8 @@ class JointRunner:
             RefusedElsewhere: if one does, where that is known by now.
         """
         for runner in self.runners:
-            runner.measure(of_tensors, grad_scale)
-        refusals = combine(self.runners, self.exchange, of_tensors)
+            runner.measure(of_rule, grad_scale)
+        refusals = combine(self.runners, self.exchange, of_rule is not None)
         if self.exchange is None:
             return found_inf
         if refusals.device.type == "cpu":

@@ -62,9 +62,9 @@ class NativeRunner:
         scale, found = self._on_device(grad_scale), self._on_device(found_inf)
         self.plan.run(self.stream(), _address(scale), _address(found))
 
-    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+    def measure(self, of_rule: int | None = None, grad_scale: Tensor | None = None) -> None:
         scale = self._on_device(grad_scale)
-        self.plan.measure(transformed, self.stream(), _address(scale))
+        self.plan.measure(of_rule is not None, self.stream(), _address(scale))
 
     def reduce(self) -> None:
         self.plan.reduce(self.stream())
@@ -123,7 +123,7 @@ class NativeRunner:
         elements = {s.name: s.elements for s in stored if s.elements}
         counts = self.rule.has_step or any(s.is_stochastic for s in stored)
         slots = [elements.get(s.name, s.name) for s in self.rule.states]
-        return [*slots, EMA, "step" if counts else None, self.rule.scalar_state]
+        return [*slots, EMA, "step" if counts else None, next(iter(self.rule.number_names), None)]
 
     def _storages(self, m: BoundParam, at: int, tensors: list[Tensor]) -> tuple[Any, ...]:
         """As a plan takes them; what is kept beside an operand joins the tensors."""
@@ -181,11 +181,11 @@ class GpuRunner(NativeRunner):
         super().build(groups, state, members, dormant, wide)
         self._may_be_idle = not any(has_gradient(m.param) for m in members)
 
-    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+    def measure(self, of_rule: int | None = None, grad_scale: Tensor | None = None) -> None:
         if self._may_be_idle:  # where no tensor has its states so far, nothing is launched that would write sums
             self.numbers.zero_()
         with device_guard(self.device):
-            super().measure(transformed, grad_scale)
+            super().measure(of_rule, grad_scale)
 
     def reduce(self) -> None:
         with device_guard(self.device):

@@ -45,9 +45,9 @@ def check_whole_tensors(rule: Rule, optimizer: str, measured: bool) -> None:
     Raises:
         ValueError: if a step needs one.
     """
-    if measured or rule.uses_norm:
-        what = optimizer if rule.uses_norm else "max_grad_norm, as skip_nonfinite,"
-        refuse_norm_of_shards(what, for_clipping=not rule.uses_norm)
+    if measured or rule.sums:
+        what = optimizer if rule.sums else "max_grad_norm, as skip_nonfinite,"
+        refuse_norm_of_shards(what, for_clipping=not rule.sums)
 
 
 class NormResults:

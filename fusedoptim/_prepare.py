@@ -105,7 +105,7 @@ def _refuse(
         exchange.agree(True)
         return
     measured = norm_is_measured(optimizer._options, optimizer.param_groups) and not norm_is_given
-    by_tensor = optimizer.rule.uses_norm and bool(exchange.rounds)
+    by_tensor = optimizer.rule.sums * bool(exchange.rounds)
     exchange.refuse(params, [False] * (exchange.adds and measured) + [True] * by_tensor)
 
 

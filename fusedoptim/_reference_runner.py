@@ -19,6 +19,7 @@ from ._rule import EMA, SQUARES, Rule
 from ._runners import Groups, States, StepSettings
 from ._storage import PARAM, Stored
 from ._values import numbers
+from .rule_functions import Call, calling, sum_of_squares, to_fp32
 
 
 class ReferenceRunner:
@@ -31,8 +32,8 @@ class ReferenceRunner:
         self.rule, self.settings = rule, settings
         self.own = is_own(rule)
         self.fresh = False
-        #: Whether the sums are those of what the rule gets.
-        self.sums_given = False
+        #: Those of what the rule asks for, by which; empty where they are the whole tensors' own.
+        self.sums_of_rule: list[Tensor] = []
 
     def retire(self) -> None:
         pass
@@ -59,10 +60,11 @@ class ReferenceRunner:
     @torch.no_grad()
     def refresh(self, groups: Groups, state: States) -> bool:
         fresh, self.fresh = self.fresh, False
-        self.sums_given = False
+        self.sums_of_rule = []
         if fresh and not self.own:
             for m in self._active():  # a number that overflows should say so before anything is written
-                self._update(m, _copy(local(m.param).new_empty(0), m.param), lambda t: t.new_empty(0))
+                empty = _copy(local(m.param).new_empty(0), m.param)
+                self._update(m, empty, lambda t: t.new_empty(0), Call(0))
         return fresh
 
     def release(self) -> None:
@@ -73,19 +75,25 @@ class ReferenceRunner:
 
     def run_scaled(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if self.settings.skip_nonfinite or any(g["max_grad_norm"] is not None for g in self.groups):
-            self.measure(False, grad_scale)
+            self.measure(None, grad_scale)
             self.reduce()
         self.update(grad_scale, found_inf)
 
     @torch.no_grad()
-    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
+    def measure(self, of_rule: int | None = None, grad_scale: Tensor | None = None) -> None:
+        if of_rule is not None:
+            self.numbers = torch.zeros_like(self.numbers)
+            self.sums_of_rule[of_rule:] = [self.sums]
         self.sums.zero_()
-        self.sums_given = transformed
         for m in self._active():
             g = self._gradient(m, grad_scale)
-            if transformed:
-                g = reference.clipped(g, self._norm(), self.groups[m.group])
-            self.sums[self._place(m)] = reference.sum_of_squares(g)
+            if of_rule is None:
+                self.sums[self._place(m)] = sum_of_squares(g)
+                continue
+            call = Call(m.param.shape.numel())
+            self._update(m, reference.clipped(g, self._norm(), self.groups[m.group]), lambda t: t, call)
+            if of_rule < len(call.found):
+                self.sums[self._place(m)] = call.found[of_rule]
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -157,26 +165,28 @@ class ReferenceRunner:
         self, m: BoundParam, norm: Tensor, grad_scale: Tensor | None
     ) -> tuple[BoundParam, Tensor, dict[str, Any]]:
         gradient = reference.clipped(self._gradient(m, grad_scale), norm, self.groups[m.group])
-        return (m, *self._update(m, gradient, lambda t: t))
+        sums = [sums[self._place(m)].item() for sums in self.sums_of_rule]
+        return (m, *self._update(m, gradient, lambda t: t, Call(m.param.shape.numel(), sums or None)))
 
     def _update(
-        self, m: BoundParam, gradient: Tensor, part: Callable[[Tensor], Tensor]
+        self, m: BoundParam, gradient: Tensor, part: Callable[[Tensor], Tensor], call: Call
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The new values of the parameter and the states, or of a part of them."""
+        """The new values of the parameter and the states, or of a part of them. Those that are numbers are tensors in
+        the result, too."""
         state, group = self.state.get(m.param, {}), self.groups[m.group]
         work: dict[str, Any] = {
             s.name: part(_load(m, s.name, state.get(s.name), state)) for s in self.rule.states if s.needed_in(group)
         }
         if m.first:
             work.update({s.name: None for s in self.rule.states if s.starts_absent and s.name in work})
-        if self.rule.scalar_state:
-            work[self.rule.scalar_state] = state[self.rule.scalar_state].clone()
+        numbers = [name for name in self.rule.number_names if name in state]
+        work.update({name: state[name].item() for name in numbers})
         counts = self.rule.has_step or any(s.is_stochastic for s in m.stored)
         step = state["step"] + 1 if counts else None
-        if self.sums_given:
-            group = {**group, reference.SUM_OF_SQUARES: self.sums[self._place(m)]}
         updated = part(_load(m, PARAM, m.param, state))
-        self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
+        with calling(call):
+            self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
+        work.update({name: torch.tensor(to_fp32(work[name]), device=updated.device) for name in numbers})
         return updated, work if step is None else {**work, "step": step}
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 Group = Mapping[str, Any]
-#: ``reference(param, grad, states, step, group)`` updates ``param`` and the tensors in ``states`` in place. All are
-#: contiguous and of the compute dtype; ``step`` counts from 1. A state that is ``None`` is absent so far.
+#: ``reference(param, grad, states, step, group)`` updates ``param`` and the tensors in ``states`` in place, and sets
+#: those states that are numbers. Tensors are contiguous and of the compute dtype; ``step`` counts from 1. A state that
+#: is ``None`` is absent so far.
 Reference = Callable[[Tensor, Tensor, dict[str, Any], float, Group], None]
 
 
@@ -58,10 +59,10 @@ REQUIRED: Any = object()
 
 @dataclass(frozen=True)
 class Hyper:
-    """A number that a group has, or one of the two that it has under one key."""
+    """A number that a group has, or one of several that it has under one key."""
 
     key: str
-    #: Which of two, or -1 for one that is the key's value.
+    #: Which of them, or -1 for one that is the key's value.
     index: int = -1
     #: What a step accepts, and so does a constructor.
     accepts: Range = NUMBER
@@ -75,6 +76,8 @@ class Hyper:
     off: Any = REQUIRED
     #: What torch.optim makes of a group without it, for what its older versions did not have.
     absent: Any = REQUIRED
+    #: How many there are under the key.
+    count: int = 2
 
     @property
     def off_number(self) -> float | None:
@@ -121,8 +124,8 @@ class State:
     needed: Callable[[Group], bool] | None = None
     #: On a tensor's first step it counts as absent instead of as zeros.
     starts_absent: bool = False
-    #: The key in the optimizer's defaults of the value that it starts with, else 0.
-    initial: str | None = None
+    #: The value that it starts with: a number, the key of one in the optimizer's defaults, or a function of the group.
+    initial: float | str | Callable[[Group], float] = 0.0
     #: SQUARES, MAXIMUM, or neither.
     kind: str = ""
 
@@ -140,16 +143,19 @@ class Rule:
     reference: Reference
     hyper: tuple[Hyper, ...] = ()
     states: tuple[State, ...] = ()
+    #: Keys of a group whose values are no numbers: the function gets them as they are. Where neither they nor ``hyper``
+    #: are declared, both follow from the optimizer's defaults.
+    constants: tuple[str, ...] = ()
     #: Numbers that are read where states are made, and by no step.
     initial: tuple[Hyper, ...] = ()
     #: Raises ValueError for values of a group that are in their ranges, but do not go together.
     check: Callable[[Group], None] = lambda group: None
     #: Whether a 0-dim tensor ``step`` per parameter counts the steps.
     has_step: bool = True
-    #: The name of a 0-dim fp32 state per parameter, or None.
-    scalar_state: str | None = None
-    #: Whether the update depends on the norm of the whole gradient.
-    uses_norm: bool = False
+    #: States that are one number per parameter, in a 0-dim fp32 tensor: the function gets and sets them as numbers.
+    numbers: tuple[State, ...] = ()
+    #: How many sums of squares over whole tensors the function asks for, with norm() or mean_square().
+    sums: int = 0
     #: Whether an optimizer has its states before its first step.
     states_at_construction: bool = False
     #: The optimizer of torch.optim that takes the sparse gradients which this one does not.
@@ -178,8 +184,12 @@ class Rule:
     def required_states(self) -> set[str]:
         """The states that every group needs."""
         names = {s.name for s in self.states if s.needed is None}
-        names |= {"step"} if self.has_step else set()
-        return names | ({self.scalar_state} if self.scalar_state else set())
+        names |= {s.name for s in self.numbers if s.needed is None}
+        return names | ({"step"} if self.has_step else set())
+
+    @property
+    def number_names(self) -> list[str]:
+        return [s.name for s in self.numbers]
 
     def signature(self) -> set[str]:
         """The states by which one knows whose a checkpoint is: those that all groups need, or else all that one may."""

@@ -83,11 +83,12 @@ class Runner(Steps, Protocol):
     def sums(self) -> Tensor:
         """An fp64 number per parameter of all groups, on the device. measure() writes them, the others read them."""
 
-    def measure(self, transformed: bool = False, grad_scale: Tensor | None = None) -> None:
-        """Writes the sum of squares of every gradient, 0 where there is none: unscaled, or as the rule gets it."""
+    def measure(self, of_rule: int | None = None, grad_scale: Tensor | None = None) -> None:
+        """Writes sums of squares, 0 where there is no gradient: of the unscaled gradients, or that which of its sums
+        the rule asks for."""
 
     def reduce(self) -> None:
         """Makes the norm of all gradients, in the settings' ``norm_stats``, of the sums."""
 
     def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """Steps every member that has a gradient, with that norm; a rule of norms takes the sums as its own."""
+        """Steps every member that has a gradient, with that norm; a rule takes the sums that were measured for it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,8 +63,7 @@ def scalars(values: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     stays. Checkpoints have them as numbers of Python and NumPy, and as tensors of any dtype. What is none of these is
     left out."""
     wanted: dict[str, tuple[torch.dtype, ...]] = {"step": (torch.float32, torch.float64)}
-    if rule.scalar_state:
-        wanted[rule.scalar_state] = (torch.float32,)
+    wanted.update({name: (torch.float32,) for name in rule.number_names})
     found = {}
     for name, dtypes in wanted.items():
         value = values.get(name)
@@ -93,7 +92,7 @@ def converted(p: Tensor, values: Mapping[str, Any], rule: Rule, group: Group) ->
 class HasStates(Protocol):
     """What an optimizer has that its states follow from."""
 
-    rule: ClassVar[Rule]
+    rule: Rule
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
@@ -111,6 +110,7 @@ class StateMaker:
     def __init__(self, rule: Rule, defaults: Mapping[str, Any]) -> None:
         self.rule, self.defaults = rule, defaults
         self.slots = {s.name: s for s in rule.states}
+        self.numbers = {s.name: s for s in rule.numbers}
         #: The names of those that count as absent in a parameter's first step.
         self.absent = {n for s in rule.states if s.starts_absent for n in (s.name, *_blocks.names_in_blocks(s.name))}
         #: By group the names that all its parameters need; None where each has its own, by an option of storage.
@@ -135,15 +135,13 @@ class StateMaker:
         of_all = self._names[id(group)]
         for name in _storage.state_names(self.rule, group, p) if of_all is None else of_all:
             if there.get(name) is None:
-                of = group if of_all is None else None
-                yield name, self._new(name, self.slots.get(name), p if like is None else like, of)
+                yield name, self._new(name, group, of_all is None, p if like is None else like)
 
-    def _new(self, name: str, slot: State | None, p: Tensor, low: Group | None) -> Tensor:
-        if slot is not None:
-            dtype = p.dtype if low is None else _storage.state_dtype(low, name, p)
-            if slot.initial is None:
+    def _new(self, name: str, group: Group, low: bool, p: Tensor) -> Tensor:
+        if (slot := self.slots.get(name)) is not None:
+            dtype = _storage.state_dtype(group, name, p) if low else p.dtype
+            if (fill := self._fill(slot, group)) == 0:
                 return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-            fill = number(self.defaults[slot.initial])
             return torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         if name == "step":
             double = torch.get_default_dtype() == torch.float64
@@ -154,9 +152,13 @@ class StateMaker:
             return _masters.new_master(name, p)
         if (of := _blocks.slot_of(name)) in self.slots:
             slot = self.slots[of]
-            fill = 0.0 if slot.initial is None else number(self.defaults[slot.initial])
-            return _blocks.new_in_blocks(name, p, slot.kind == SQUARES, fill)
-        return torch.zeros((), dtype=torch.float32, device=p.device)
+            return _blocks.new_in_blocks(name, p, slot.kind == SQUARES, self._fill(slot, group))
+        return torch.full((), self._fill(self.numbers[name], group), dtype=torch.float32, device=p.device)
+
+    def _fill(self, state: State, group: Group) -> float:
+        if callable(state.initial):
+            return state.initial(group)
+        return number(self.defaults[state.initial]) if isinstance(state.initial, str) else state.initial
 
 
 def move_steps(entries: Iterable[dict[str, Any]], device: torch.device, changes: Changes) -> None:

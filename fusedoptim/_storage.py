@@ -122,7 +122,7 @@ def state_names(rule: Rule, group: Group | None = None, p: Tensor | None = None)
             names += names_in_blocks(slot.name) if in_blocks else [slot.name]
     if group is None or group.get("ema_decay") is not None:
         names.append(EMA)
-    names += [rule.scalar_state] if rule.scalar_state else []
+    names += [s.name for s in rule.numbers if group is None or s.needed_in(group)]
     if group is None or p is None:
         return [*names, *MASTERS.values()]
     master = MASTERS.get(group.get("master"))
@@ -132,7 +132,7 @@ def state_names(rule: Rule, group: Group | None = None, p: Tensor | None = None)
 def check_names(rule: Rule) -> None:
     """Raises ValueError for a rule with a state that would be taken for one of this package's own."""
     taken = ("step", EMA, PARAM, PORTABLE_MASTER, *MASTERS.values())
-    names = [slot.name for slot in rule.states] + ([rule.scalar_state] if rule.scalar_state else [])
+    names = [slot.name for slot in (*rule.states, *rule.numbers)]
     if len({*names, ""}) <= len(names):
         raise ValueError(f"rule {rule.name!r} has the states {names}: each needs a name of its own")
     for name in names:

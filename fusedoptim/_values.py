@@ -21,15 +21,15 @@ def number(value: Any) -> float:
 
 
 def item(value: Any, hyper: Hyper) -> Any:
-    """The part of a group's value that a hyper-parameter is. ValueError if it should be one of two and is not."""
+    """The part of a group's value that a hyper-parameter is. ValueError if it should be one of several and is not."""
     if hyper.index < 0:
         return value
     try:
-        if len(value) == 2:
+        if len(value) == hyper.count:
             return value[hyper.index]
     except (TypeError, LookupError):
         pass
-    raise ValueError("must be two numbers")
+    raise ValueError(f"must be {'two' if hyper.count == 2 else hyper.count} numbers")
 
 
 def numbers(group: Group, rule: Rule) -> dict[str, Any]:
@@ -40,5 +40,5 @@ def numbers(group: Group, rule: Rule) -> dict[str, Any]:
         value = found[hyper.key] = group.get(hyper.key, hyper.off)
         if value is None or (hyper is LR and isinstance(value, Tensor)):
             continue
-        found[hyper.key] = number(value) if hyper.index < 0 else (number(value[0]), number(value[1]))
+        found[hyper.key] = number(value) if hyper.index < 0 else tuple(map(number, value))
     return found

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import reference
 from ._base import FusedOptimizer
-from ._rule import BELOW_1, FP32, Flag, Hyper, Rule, at_least_0
+from ._rule import BELOW_1, FP32, Flag, Hyper, Rule, State, at_least_0
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,8 +56,8 @@ class NormAdaptive(FusedOptimizer):
             Flag("maximize"),
         ),
         states=(),
-        scalar_state="avg_grad_norm",
-        uses_norm=True,
+        numbers=(State("avg_grad_norm"),),
+        sums=1,
     )
 
     def __init__(

@@ -6,20 +6,20 @@ which is off by one unit in the last place for a fifth of all fp32 values). Ever
 functions.
 
 Each function updates ``p`` and the tensors in ``s`` in place. All tensors are contiguous and of the compute dtype: fp64
-for fp64 parameters, fp32 for all others. 16-bit tensors are converted before and rounded once after. ``t`` is the
-number of the step, from 1, and ``h`` the parameter group, its values Python floats. Only lr may be a tensor, which
-keeps torch's arithmetic.
+for fp64 parameters, fp32 for all others. 16-bit tensors are converted before and rounded once after. States that are
+one number are Python floats in ``s``, and are set there, to be rounded to fp32. ``t`` is the number of the step, from
+1, and ``h`` the parameter group, its values Python floats. Only lr may be a tensor, which keeps torch's arithmetic.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._rule import Group
+from .rule_functions import correctly_rounded_sqrt, double, norm, sum_of_squares, to_fp32
 
 __all__ = [
     "adagrad",
@@ -40,8 +40,6 @@ __all__ = [
 ]
 
 States = dict[str, Any]
-#: The key under which a group has the sum of squares of the whole gradient, where ``g`` is a process's part of it.
-SUM_OF_SQUARES = "sum_of_squares"
 
 
 def adam(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
@@ -117,12 +115,10 @@ def norm_adaptive(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
     """lr divided by a moving average of the gradient's norm: ``a = beta*a + (1-beta)*||g||``,
     ``p = p*(1 - lr*weight_decay) - (lr/(a+eps))*g``, where the quotient is 0 if its divisor is. Scalars in double,
     rounded once to fp32."""
-    lr, beta = float(h["lr"]), h["beta"]
-    total = h[SUM_OF_SQUARES] if SUM_OF_SQUARES in h else sum_of_squares(g)
-    norm = to_fp32(float(total) ** 0.5)
-    average = to_fp32(beta * s["avg_grad_norm"].item() + (1 - beta) * norm)
+    lr, beta = double(h["lr"]), h["beta"]
+    average = to_fp32(beta * s["avg_grad_norm"] + (1 - beta) * to_fp32(norm(g)))
     divisor = average + h["eps"]
-    s["avg_grad_norm"].fill_(average)
+    s["avg_grad_norm"] = average
     if h["maximize"]:
         g = -g
     if h["weight_decay"] != 0:
@@ -158,54 +154,10 @@ def clipped(g: Tensor, norm: Tensor | None, h: Group) -> Tensor:
     return g
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """The sum of squares of a tensor, fp64, with bits that do not depend on who computes it.
-
-    Elements in logical order, squares in fp64; tiles of 1024, padded with zeros, summed by halving (i with i+512, then
-    i with i+256, ...); the tile sums in the same way, until one number is left.
-    """
-    x = x.detach().reshape(-1).to(torch.float64)
-    if x.numel() == 0:
-        return x.new_zeros(())
-    x = x * x
-    while True:
-        x = torch.nn.functional.pad(x, (0, -x.numel() % 1024)).view(-1, 1024)
-        for half in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
-            x = x[:, :half] + x[:, half : 2 * half]
-        x = x.reshape(-1)
-        if x.numel() == 1:
-            return x[0]
-
-
-def correctly_rounded_sqrt(x: Tensor) -> Tensor:
-    """The square root rounded to nearest, as IEEE 754 asks, for fp32 and fp64."""
-    if x.dtype != torch.float64:
-        return x.double().sqrt().to(x.dtype)  # two roundings are as one: 53 bits >= 2*24 + 2
-    # The library's root r is at most one unit off. x - r*r is exact as an fma; compare it with the distance to the
-    # midpoints between r and its neighbours. Tiny x are scaled, so that the difference does not underflow.
-    tiny = x < 2.0**-900
-    scaled = torch.where(tiny, x * 2.0**200, x)
-    r = scaled.sqrt()
-    rest = torch.addcmul(scaled, r, r, value=-1)
-    up = torch.nextafter(r, torch.full_like(r, torch.inf))
-    down = torch.nextafter(r, torch.zeros_like(r))
-    result = torch.where(rest > r * (up - r), up, torch.where(rest <= -(r * (r - down)), down, r))
-    result = torch.where((x == 0) | torch.isinf(r) | torch.isnan(r), r, result)
-    return torch.where(tiny, result * 2.0**-100, result)
-
-
 def scalar_lr(h: Group) -> Any:
     """lr as a number or a 0-dim tensor."""
     lr = h["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
-def to_fp32(x: float) -> float:
-    """x rounded to the nearest fp32 value."""
-    try:
-        return float(struct.unpack("f", struct.pack("f", x))[0])
-    except OverflowError:
-        return float("inf") if x > 0 else float("-inf")
 
 
 # ---- how numbers are stored in fewer bits: see csrc/core/storage.h and csrc/core/random_bits.h ----

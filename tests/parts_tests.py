@@ -52,10 +52,10 @@ def test_the_parts_make_a_step(kernels: Any, case: Case, dtype: torch.dtype, opt
         scale = None
         runner = ready(a)
         if options:
-            runner.measure(False, scale)
+            runner.measure(None, scale)
             runner.reduce()
-        if a.rule.uses_norm:
-            runner.measure(True, scale)
+        if a.rule.sums:
+            runner.measure(0, scale)
         runner.update(scale, None)
     assert_same_optimizers(a, b)
     for p, q in zip(mine, theirs, strict=True):
@@ -67,7 +67,7 @@ def test_the_parts_make_a_step(kernels: Any, case: Case, dtype: torch.dtype, opt
 
 def test_what_is_measured(kernels: Any) -> None:
     """Sums of squares by the one definition, unscaled or as the rule gets the gradient; 0 where there is none."""
-    case = BY_NAME["sgd_momentum"]
+    case = BY_NAME["norm_adaptive"]
     params, optimizer = make(kernels, case, torch.float32, clip_grad_value=0.25, max_grad_norm=math.inf)
     set_gradients(params, 0)
     optimizer.step()
@@ -75,10 +75,10 @@ def test_what_is_measured(kernels: Any) -> None:
     params[0].grad = None
     scale = torch.tensor(4.0)
     runner = ready(optimizer)
-    runner.measure(False, scale)
+    runner.measure(None, scale)
     unscaled = [torch.zeros(()) if p.grad is None else p.grad / 4 for p in params]
     assert runner.sums.tolist() == [fusedoptim.reference.sum_of_squares(g).item() for g in unscaled]
-    runner.measure(True, scale)
+    runner.measure(0, scale)
     assert runner.sums.tolist() == [fusedoptim.reference.sum_of_squares(g.clamp(-0.25, 0.25)).item() for g in unscaled]
 
 
@@ -94,7 +94,7 @@ def test_sums_may_change_between_the_parts(kernels: Any) -> None:
     runner.sums.mul_(4)
     runner.reduce()
     assert float(optimizer.last_grad_norm) == 2 * norm
-    runner.measure(True)
+    runner.measure(0)
     runner.sums.mul_(4)
     runner.update()
     assert [optimizer.state[p]["avg_grad_norm"].item() for p in params] == [2 * x for x in averages]
@@ -183,7 +183,7 @@ def test_sharded_steps(kernels: Any, case: Case, two_ranks: Any) -> None:
         a.step()
         total = sum(fusedoptim.reference.sum_of_squares(q.grad) for q in theirs if q.grad is not None)
         assert float(a.last_grad_norm) == (2 * total).sqrt().float()
-        if a.rule.uses_norm:  # by the whole tensors' norms, too
+        if a.rule.sums:  # by the whole tensors' norms, too
             continue
         b.step(grad_norm=a.last_grad_norm)
         for p, q in zip(mine, theirs, strict=True):

@@ -129,7 +129,7 @@ def test_a_changed_function_of_a_compiled_rule_is_not_stepped_with_its_kernels()
     "name", ["step", "ema", "param", "master", "param_remainder", "param_remainder8", "param_master", "m_q8", "m_scale"]
 )
 def test_names_of_states_that_every_optimizer_may_have_are_refused(name: str) -> None:
-    for own in ({"states": (State("exp_avg"), State(name))}, {"scalar_state": name}):
+    for own in ({"states": (State("exp_avg"), State(name))}, {"numbers": (State(name),)}):
         with pytest.raises(ValueError, match=f"rule 'mine' has a state '{name}'.* choose"):
             type("Mine", (FusedOptimizer,), {"rule": Rule("mine", lion, **own)})
 
