@@ -1,0 +1,139 @@
+"""Symbols for numbers: the group's, the step's, norms, and what is worked out from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..rule_functions import double, to_fp32
+from .nodes import ARITHMETIC, COMPARISONS, Kind, Node
+from .refusals import refuse, refuse_operation
+
+if TYPE_CHECKING:
+    from .paths import Path
+
+
+class Condition:
+    """A comparison of numbers. Asked for its truth it is decided: see paths.py."""
+
+    def __init__(self, path: Path, node: Node) -> None:
+        self._path, self.node = path, node
+
+    def __bool__(self) -> bool:
+        return self._path.decide(self.node)
+
+    def __and__(self, other: Any) -> Any:
+        raise refuse("& of conditions on numbers", "use `and`, `or` and `not`")
+
+    __or__ = __rand__ = __ror__ = __xor__ = __invert__ = __and__
+
+
+class Number:
+    """A number that a step knows."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, path: Path, node: Node) -> None:
+        self._path, self.node = path, node
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0]
+        if isinstance(first, Number):
+            path = first._path
+            if function is to_fp32:
+                return path.number(path.graph.make("fp32", Kind.NUMBER, untied(path, first.node)))
+            if function is double:
+                return path.number(untied(path, first.node))
+        raise refuse_operation(getattr(function, "__name__", str(function)))
+
+    def __bool__(self) -> bool:
+        return self._path.decide(self._path.graph.make("ne", Kind.CONDITION, self.node, self._path.graph.const(0.0)))
+
+    def __float__(self) -> float:
+        raise refuse_operation("float")
+
+    def __int__(self) -> int:
+        raise refuse_operation("int")
+
+    __index__ = __round__ = __trunc__ = __floor__ = __ceil__ = __int__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise refuse_operation(name)
+
+    def sqrt(self) -> Number:
+        """What math.sqrt is, for the duration of a trace."""
+        return self._path.number(self._path.graph.make("sqrt", Kind.NUMBER, untied(self._path, self.node)))
+
+    def __pos__(self) -> Number:
+        return self
+
+    def __mod__(self, other: Any) -> Any:
+        raise refuse("% of numbers", "numbers have +, -, *, /, **, abs(), min(), max() and comparisons")
+
+    __rmod__ = __floordiv__ = __rfloordiv__ = __divmod__ = __rdivmod__ = __mod__
+
+
+def untied(path: Path, node: Node) -> Node:
+    """What a learning rate that is a tensor stands for, as a number of its own."""
+    return path.graph.make("double", Kind.NUMBER, node) if node.of_lr else node
+
+
+def node_of(path: Path, x: Any) -> Node | None:
+    """Of a number of any kind; None for what is none."""
+    if isinstance(x, Number):
+        return x.node
+    if isinstance(x, (bool, int, float)):
+        return path.graph.const(x)
+    return None
+
+
+def _operation(path: Path, op: str, *args: Node) -> Node:
+    of_lr = any(a.of_lr for a in args)
+    if of_lr and op == "pow":
+        raise refuse("** with a learning rate that is a tensor", "double(lr) is its number")
+    if of_lr and op == "div" and not args[0].of_lr:  # torch takes the reciprocal, then multiplies
+        one = path.graph.make("div", Kind.NUMBER, path.graph.const(1.0), args[1], of_lr=True)
+        return path.graph.make("mul", Kind.NUMBER, one, args[0], of_lr=True)
+    return path.graph.make(op, Kind.NUMBER, *args, of_lr=of_lr)
+
+
+def _unary(op: str) -> Any:
+    def method(self: Number) -> Number:
+        return self._path.number(_operation(self._path, op, self.node))
+
+    return method
+
+
+def _binary(op: str, reflected: bool) -> Any:
+    def method(self: Number, other: Any) -> Any:
+        right = node_of(self._path, other)
+        if right is None:
+            return NotImplemented
+        args = (right, self.node) if reflected else (self.node, right)
+        return self._path.number(_operation(self._path, op, *args))
+
+    return method
+
+
+def _comparison(op: str) -> Any:
+    def method(self: Number, other: Any) -> Any:
+        right = node_of(self._path, other)
+        if right is None:
+            return NotImplemented
+        return Condition(self._path, self._path.graph.make(op, Kind.CONDITION, self.node, right))
+
+    return method
+
+
+_NAMES = {"div": "truediv"}
+for _op in ("neg", "abs"):
+    setattr(Number, f"__{_op}__", _unary(_op))
+for _op in ("add", "sub", "mul", "div", "pow"):
+    assert _op in ARITHMETIC
+    _name = _NAMES.get(_op, _op)
+    setattr(Number, f"__{_name}__", _binary(_op, False))
+    setattr(Number, f"__r{_name}__", _binary(_op, True))
+for _op in COMPARISONS:
+    setattr(Number, f"__{_op}__", _comparison(_op))

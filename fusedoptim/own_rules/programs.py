@@ -1,0 +1,80 @@
+"""The programs of rules: made when a combination of a group's values first occurs, and kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from .._rule import SQUARES, Group, Rule
+from .nodes import Kind, in_order, postfix
+from .trace import Program, constants_of, trace
+
+_known: dict[Rule, list[Program]] = {}
+_lock = threading.Lock()
+
+
+def program_of(rule: Rule, group: Group) -> Program:
+    """The program for a group, whose values have been checked.
+
+    Raises:
+        RuleError: for a function that cannot be traced.
+    """
+    with _lock:
+        of_rule = _known.setdefault(rule, [])
+        found = next((p for p in of_rule if p.fits(group)), None)
+        if found is None:
+            found = trace(rule, group)
+            of_rule.append(found)
+        return found
+
+
+def programs_of(rule: Rule, groups: Sequence[Group]) -> list[Program]:
+    """Those of these groups, each once."""
+    return list(dict.fromkeys(program_of(rule, group) for group in groups))
+
+
+#: What csrc/core/guard.h knows of a group's constants is one number.
+_constants: dict[tuple[Any, ...], float] = {}
+
+
+def constants_number(rule: Rule, group: Group) -> float:
+    """A number for the values of a group that are none: the same for the same."""
+    return _number_of(constants_of(rule, group))
+
+
+def _number_of(values: tuple[Any, ...]) -> float:
+    key = tuple((type(value), value) for value in values)
+    with _lock:
+        return _constants.setdefault(key, float(len(_constants)))
+
+
+def guard(program: Program) -> list[tuple[str, float]]:
+    """Of the rows of hyper-parameters that a program is for, as csrc/core/guard.h has it."""
+    at = {(h.key, h.index): k for k, h in enumerate(program.rule.row)}
+
+    def column(of: tuple[str, int]) -> int:
+        return at[of] + 1  # behind lr comes its dtype
+
+    found: list[tuple[str, float]] = []
+    for node, wanted in program.guards:
+        found += postfix(node, column)
+        found += [] if wanted else [("not", 0.0)]
+    found += [("column", 1.0), ("constant", 0.0), ("ne" if program.lr_is_tensor else "eq", 0.0)]
+    return [*found, ("constants", 0.0), ("constant", _number_of(program.constants)), ("eq", 0.0)]
+
+
+def states_mask(program: Program) -> int:
+    """A bit for each state that its groups need."""
+    return sum(1 << k for k, s in enumerate(program.rule.states) if s.name in program.states)
+
+
+def second_moment(rule: Rule) -> int:
+    """The state that is one, or -1."""
+    return next((k for k, s in enumerate(rule.states) if s.kind == SQUARES), -1)
+
+
+def divides(programs: Sequence[Program]) -> bool:
+    """Whether a rule takes roots or quotients of elements."""
+    roots = [n for p in programs for n in (p.param, *p.new_states.values())]
+    return any(n.op in ("div", "sqrt") and n.kind is Kind.TENSOR for n in in_order(roots))
