@@ -6,6 +6,7 @@ from ._options import StepOptions
 from ._rule import Rule, State
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .gallery import ASGD, Adadelta, Adamax, NAdam, RAdam, Rprop
 from .gradient_release import step_in_backward
 from .groups import decay_groups, layerwise_groups
 from .norm_adaptive import NormAdaptive
@@ -16,13 +17,19 @@ from .sgd import SGD
 
 __version__ = "0.1.0"
 __all__ = [
+    "ASGD",
     "SGD",
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "FusedOptimizer",
+    "NAdam",
     "NormAdaptive",
+    "RAdam",
     "RMSprop",
+    "Rprop",
     "Rule",
     "State",
     "StepOptions",

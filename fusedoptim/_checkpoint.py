@@ -39,15 +39,8 @@ from ._storage import (
 )
 from ._warnings import warn
 
-#: The states by which one knows whose a checkpoint is. Those of torch.optim's optimizers that this package does not
-#: have stand here; every rule of its own says which are its (Rule.signature).
-SIGNATURES = {
-    "Adadelta": {"step", "square_avg", "acc_delta"},
-    "Adamax": {"step", "exp_avg", "exp_inf"},
-    "ASGD": {"step", "eta", "mu", "ax"},
-    "NAdam": {"step", "mu_product", "exp_avg", "exp_avg_sq"},
-    "Rprop": {"step", "prev", "step_size"},
-}
+#: By optimizer, the states by which one knows whose a checkpoint is (Rule.signature).
+SIGNATURES: dict[str, set[str]] = {}
 
 
 def note_signature(optimizer: str, rule: Rule) -> None:

@@ -90,6 +90,12 @@ def at_least_0(key: str, label: str = "", accepts: Range = NUMBER, absent: Any =
     return Hyper(key, accepts=accepts, label=label or f"{key} value", constructor=TORCH_AT_LEAST_0, absent=absent)
 
 
+def betas(count: int = 2) -> tuple[Hyper, ...]:
+    """Decay rates under one key, with torch.optim's messages."""
+    labels = [f"beta parameter at index {i}" for i in range(count)]
+    return tuple(Hyper("betas", i, BELOW_1, labels[i], BELOW_1, count=count) for i in range(count))
+
+
 @dataclass(frozen=True)
 class Flag(Hyper):
     """One that is on or off, where torch.optim takes None for off."""

@@ -114,6 +114,7 @@ def state_names(rule: Rule, group: Group | None = None, p: Tensor | None = None)
     """The names of the states, in the order in which they are created; with a group and a parameter, those that these
     need."""
     names = ["step"] if rule.has_step or group is None or rounds_stochastically(group, rule) else []
+    names += [s.name for s in rule.numbers if group is None or s.needed_in(group)]
     for slot in rule.states:
         if group is None or p is None:
             names += [slot.name, *names_in_blocks(slot.name)]
@@ -122,7 +123,6 @@ def state_names(rule: Rule, group: Group | None = None, p: Tensor | None = None)
             names += names_in_blocks(slot.name) if in_blocks else [slot.name]
     if group is None or group.get("ema_decay") is not None:
         names.append(EMA)
-    names += [s.name for s in rule.numbers if group is None or s.needed_in(group)]
     if group is None or p is None:
         return [*names, *MASTERS.values()]
     master = MASTERS.get(group.get("master"))

@@ -34,11 +34,15 @@ def item(value: Any, hyper: Hyper) -> Any:
 
 def numbers(group: Group, rule: Rule) -> dict[str, Any]:
     """A group as every backend computes with it. Its values have been checked. A learning rate that is a tensor stays
-    one, because it has torch's arithmetic of tensors; options that are not there have the values that mean off."""
+    one, because it has torch's arithmetic of tensors, and has no dimensions; options that are not there have the values
+    that mean off."""
     found = dict(group)
     for hyper in rule.row:
         value = found[hyper.key] = group.get(hyper.key, hyper.off)
-        if value is None or (hyper is LR and isinstance(value, Tensor)):
+        if value is None:
+            continue
+        if hyper is LR and isinstance(value, Tensor):
+            found[hyper.key] = value.reshape(())
             continue
         found[hyper.key] = number(value) if hyper.index < 0 else tuple(map(number, value))
     return found

@@ -10,17 +10,13 @@ from torch.optim.optimizer import ParamsT
 from . import reference
 from ._base import FusedOptimizer
 from ._options import check_options
-from ._rule import BELOW_1, FP32, MAXIMUM, SQUARES, Flag, Hyper, Rule, State, at_least_0
+from ._rule import FP32, MAXIMUM, SQUARES, Flag, Rule, State, at_least_0, betas
 from ._values import number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import StepOptions
-
-
-def _beta(index: int) -> Hyper:
-    return Hyper("betas", index, BELOW_1, f"beta parameter at index {index}", constructor=BELOW_1)
 
 
 class Adam(FusedOptimizer):
@@ -56,8 +52,7 @@ class Adam(FusedOptimizer):
         name="adam",
         reference=reference.adam,
         hyper=(
-            _beta(0),
-            _beta(1),
+            *betas(),
             at_least_0("eps", "epsilon value", FP32),
             at_least_0("weight_decay"),
             Flag("amsgrad"),

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import fusedoptim
+from fusedoptim._backends import is_own
 
 #: The backend of every optimizer that a test makes without naming one. None is the user's default.
 BACKEND = os.environ.get("FUSEDOPTIM_TEST_BACKEND")
@@ -25,8 +26,21 @@ class Case:
     #: Whether torch.optim has this variant.
     in_torch: bool = True
 
+    @property
+    def cls(self) -> type[fusedoptim.FusedOptimizer]:
+        found: type[fusedoptim.FusedOptimizer] = getattr(fusedoptim, self.optimizer)
+        return found
+
+    @property
+    def own(self) -> bool:
+        """Whether its rule is a function alone, as those of the gallery are."""
+        return is_own(self.cls.rule)
+
     def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
-        return getattr(fusedoptim, self.optimizer)(params, **{"backend": BACKEND, **self.options, **more})
+        options = {"backend": BACKEND, **self.options, **more}
+        if self.own:  # until something compiles such functions
+            options["backend"] = "reference"
+        return self.cls(params, **options)
 
     def make_torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         return getattr(torch.optim, self.optimizer)(params, **{**self.options, **more})
@@ -69,6 +83,20 @@ CASES = [
     ),
     Case("norm_adaptive", "NormAdaptive", in_torch=False),
     Case("norm_adaptive_all", "NormAdaptive", {"beta": 0.5, "weight_decay": 0.1, "maximize": True}, in_torch=False),
+    Case("adadelta", "Adadelta"),
+    Case("adadelta_all", "Adadelta", {"rho": 0.5, "eps": 1e-4, "weight_decay": 0.1, "maximize": True}),
+    Case("adamax", "Adamax"),
+    Case("adamax_all", "Adamax", {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1, "maximize": True}),
+    Case("asgd", "ASGD"),
+    Case("asgd_all", "ASGD", {"lambd": 0.1, "alpha": 0.6, "t0": 1.5, "weight_decay": 0.1, "maximize": True}),
+    Case("nadam", "NAdam"),
+    Case("nadam_decay_max", "NAdam", {"weight_decay": 0.1, "maximize": True, "momentum_decay": 0.1}),
+    Case("nadam_decoupled", "NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.7, 0.9)}),
+    Case("radam", "RAdam"),
+    Case("radam_decay_max", "RAdam", {"weight_decay": 0.1, "maximize": True, "betas": (0.7, 0.9)}),
+    Case("radam_decoupled", "RAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.0, 0.5)}),
+    Case("rprop", "Rprop"),
+    Case("rprop_all", "Rprop", {"etas": (0.3, 1.5), "step_sizes": (1e-3, 0.02), "maximize": True}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 IN_TORCH = [case for case in CASES if case.in_torch]
@@ -82,8 +110,16 @@ FULL = [
         "rmsprop_all",
         "adagrad_all",
         "norm_adaptive_all",
+        "adadelta_all",
+        "adamax_all",
+        "asgd_all",
+        "nadam_decoupled",
+        "radam_decay_max",
+        "rprop_all",
     )
 ]
+#: Those with kernels that are compiled ahead.
+BUILT_IN = [case for case in FULL if not case.own]
 
 
 def _low(name: str, optimizer: str, **options: Any) -> Case:
