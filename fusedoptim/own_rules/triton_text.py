@@ -56,6 +56,8 @@ class TritonPrinter(Printer):
                 return "a.lr_value(row)"
             case "choose":
                 return f"tl.where({', '.join(args)})"
+            case "pow" if node.args[1].op == "const" and node.args[1].data == 0.5:
+                return f"tl.sqrt({args[0]})"
             case "pow":
                 return f"a.general_power({', '.join(args)})"
             case "add" | "sub" | "mul" | "div" if node.of_lr:

@@ -83,8 +83,8 @@ def power(x, n):
 
 @triton.jit
 def general_power(x, y):
-    """x**y, both fp64: the whole part of y as above, what is left of it by logarithms, whose error is a few units in the
-    last place of fp64 as long as x is not far from 1. Rounded to fp32 it is as the CPU's in all but one of 10^8."""
+    """x**y, both fp64: the whole part of y as above, what is left of it by logarithms, whose error is a few units in
+    the last place of fp64 unless x is huge or tiny: of 10^8 results that are rounded to fp32 one may be another."""
     whole = tl.floor(y + 0.5)
     result = power(x, tl.abs(whole))
     if whole < 0.0:

@@ -1,0 +1,87 @@
+"""The compiled libraries of a rule's programs, and the handle by which a plan knows the rule."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from .. import _native
+from .._rule import Rule
+from . import compiler
+from .cpp import Loops, library
+from .programs import divides, guard, second_moment, states_mask
+from .trace import Program
+
+
+class Need(NamedTuple):
+    """A loop that a plan found none for, as it says so (csrc/python/plan.h)."""
+
+    program: int
+    wide: bool
+    param: int
+    grad: int
+    states: list[int]
+    #: Whether only the loop over tiles can take it.
+    tiles: bool
+
+
+#: Addresses of what was loaded, by instruction set.
+_loaded: dict[tuple[Program, str], list[int]] = {}
+_lock = threading.Lock()
+
+
+def handle(rule: Rule, programs: Sequence[Program], capability: str | None) -> Any:
+    """What a plan takes: the rule with these programs, and what is compiled of them.
+
+    Args:
+        capability: the CPU's instruction set; None for plans of other devices, which need no library.
+    """
+    assert _native._C is not None
+    with _lock:
+        addresses = [list(_loaded.get((p, capability), ())) if capability else [] for p in programs]
+    return _native._C.RuleHandle(
+        rule.name,
+        [h.key if h.index < 0 else f"{h.key}[{h.index}]" for h in rule.hyper],
+        [s.name for s in rule.states],
+        rule.number_names,
+        rule.has_step,
+        rule.sums,
+        divides(programs),
+        second_moment(rule),
+        [(guard(p), states_mask(p), found) for p, found in zip(programs, addresses, strict=True)],
+    )
+
+
+def provide(programs: Sequence[Program], needs: Iterable[Need], capability: str) -> None:
+    """Compiles and loads what a plan lacks.
+
+    Raises:
+        CompilerError: with what the compiler says.
+    """
+    by_library: dict[tuple[int, bool], list[Need]] = {}
+    for need in needs:
+        by_library.setdefault((need.program, need.wide), []).append(need)
+    for (index, wide), of_library in by_library.items():
+        program = programs[index]
+        address = compiler.load(library(program, _loops(program, wide, of_library)), capability)
+        with _lock:
+            known = _loaded.setdefault((program, capability), [])
+            if address not in known:
+                known.append(address)
+
+
+def _loops(program: Program, wide: bool, needs: Sequence[Need]) -> Loops:
+    assert _native._C is not None
+    names = {number: name for name, number in _native._C.storages().items()}
+    second = second_moment(program.rule)
+    mixes = set()
+    for need in needs:
+        if need.tiles:
+            continue
+        param, grad = names[need.param], names[need.grad]
+        others = [names[s] for k, s in enumerate(need.states) if s >= 0 and k != second]
+        state = others[0] if others else grad
+        of_second = names[need.states[second]] if second >= 0 and need.states[second] >= 0 else state
+        mixes.add((param, grad, state, of_second))
+    return Loops(wide, tuple(sorted(mixes)), any(need.tiles for need in needs))
