@@ -173,6 +173,14 @@ def build_cuda(target: Path, memory: Path) -> str | None:
     return None
 
 
+def copy_headers(to: Path) -> None:
+    """What rules of one's own are compiled with travels with the package (fusedoptim/own_rules/compiler.py)."""
+    for part in ("core", "cpu", "rules"):
+        (to / part).mkdir(parents=True, exist_ok=True)
+        for header in (HERE / "csrc" / part).glob("*.h"):
+            shutil.copy(header, to / part)
+
+
 class BuildWhatCanBeBuilt(BuildExtension):
     """torch's own build command, which here reports instead of failing."""
 
@@ -182,6 +190,8 @@ class BuildWhatCanBeBuilt(BuildExtension):
         self.write_header(digest)
         target = (HERE if self.inplace or self.editable_mode else Path(self.build_lib)) / "fusedoptim"
         target.mkdir(parents=True, exist_ok=True)
+        if target.parent != HERE:
+            copy_headers(target / "include")
         with ThreadPoolExecutor(1) as beside:  # half a minute of one core for each kind of GPU
             cuda = beside.submit(build_cuda, target, Path(self.build_temp) / "_C_cuda.command")
             try:
