@@ -6,7 +6,21 @@ from ._options import StepOptions
 from ._rule import Rule, State
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
-from .gallery import ASGD, Adadelta, Adamax, NAdam, RAdam, Rprop
+from .gallery import (
+    ADOPT,
+    ASGD,
+    LAMB,
+    LARS,
+    Adadelta,
+    Adamax,
+    AdamWScheduleFree,
+    AdEMAMix,
+    CautiousAdamW,
+    Lion,
+    NAdam,
+    RAdam,
+    Rprop,
+)
 from .gradient_release import step_in_backward
 from .groups import decay_groups, layerwise_groups
 from .norm_adaptive import NormAdaptive
@@ -17,14 +31,21 @@ from .sgd import SGD
 
 __version__ = "0.1.0"
 __all__ = [
+    "ADOPT",
     "ASGD",
+    "LAMB",
+    "LARS",
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
     "Adamax",
+    "CautiousAdamW",
     "FusedOptimizer",
+    "Lion",
     "NAdam",
     "NormAdaptive",
     "RAdam",

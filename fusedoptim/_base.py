@@ -189,9 +189,9 @@ class FusedOptimizer(Optimizer):
             for runner in runners:
                 runner.run()
 
-    def _check_not_averaging(self) -> None:
+    def _check_not_averaging(self, call: str = "step") -> None:
         if self._averaging:
-            raise RuntimeError("step() within ema_weights(), whose end would undo it: step after it")
+            raise RuntimeError(f"{call}() within ema_weights(), whose end would undo it: {call} after it")
 
     def _step_afresh(self, grad_norm: Tensor | None = None) -> None:
         """Validates everything, makes missing states and runners, and steps; or raises, having changed nothing."""

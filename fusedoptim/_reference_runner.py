@@ -111,13 +111,13 @@ class ReferenceRunner:
         # A user's function may raise. All results come before the first write then: it takes a copy of everything.
         for m, updated, work in list(results) if self.own else results:
             state, bits = self.state.get(m.param, {}), self._random_bits(m, updated.shape, work)
-            _store(m, PARAM, m.param, updated, state, bits)
+            store(m, PARAM, m.param, updated, state, bits)
             for name, value in work.items():
-                _store(m, name, state.get(name), value, state, bits)
+                store(m, name, state.get(name), value, state, bits)
             decay = self.groups[m.group]["ema_decay"]
             if decay is not None:
                 average = state[EMA]
-                _write(average, torch.lerp(local(average), _load(m, PARAM, m.param, state), 1 - decay))
+                _write(average, torch.lerp(local(average), load(m, PARAM, m.param, state), 1 - decay))
         if self.settings.zero_grad:
             for m in self._active():
                 assert m.param.grad is not None
@@ -175,7 +175,7 @@ class ReferenceRunner:
         the result, too."""
         state, group = self.state.get(m.param, {}), self.groups[m.group]
         work: dict[str, Any] = {
-            s.name: part(_load(m, s.name, state.get(s.name), state)) for s in self.rule.states if s.needed_in(group)
+            s.name: part(load(m, s.name, state.get(s.name), state)) for s in self.rule.states if s.needed_in(group)
         }
         if m.first:
             work.update({s.name: None for s in self.rule.states if s.starts_absent and s.name in work})
@@ -183,7 +183,7 @@ class ReferenceRunner:
         work.update({name: state[name].item() for name in numbers})
         counts = self.rule.has_step or any(s.is_stochastic for s in m.stored)
         step = state["step"] + 1 if counts else None
-        updated = part(_load(m, PARAM, m.param, state))
+        updated = part(load(m, PARAM, m.param, state))
         with calling(call):
             self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
         work.update({name: torch.tensor(to_fp32(work[name]), device=updated.device) for name in numbers})
@@ -194,7 +194,7 @@ def _stored(m: BoundParam, name: str) -> Stored | None:
     return next((s for s in m.stored if s.name == name), None)
 
 
-def _load(m: BoundParam, name: str, t: Any, state: dict[str, Any]) -> Tensor:
+def load(m: BoundParam, name: str, t: Any, state: dict[str, Any]) -> Tensor:
     """What is stored under this name, in the compute dtype, contiguous."""
     how = _stored(m, name)
     if how is None or how.extra is None:
@@ -203,7 +203,7 @@ def _load(m: BoundParam, name: str, t: Any, state: dict[str, Any]) -> Tensor:
     return reference.decode(how.storage, local(elements), local(state[how.extra]))
 
 
-def _store(m: BoundParam, name: str, t: Any, value: Tensor, state: dict[str, Any], bits: dict[str, Tensor]) -> None:
+def store(m: BoundParam, name: str, t: Any, value: Tensor, state: dict[str, Any], bits: dict[str, Tensor]) -> None:
     how = _stored(m, name)
     if how is None:
         _write(t, value)

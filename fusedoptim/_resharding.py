@@ -23,15 +23,18 @@ class Resharding:
     A sharded parameter does not lead to its module, so that the model has to be given. None will do where nothing was
     wrapped: plain tensor parallelism computes with the very parameters that are written.
 
+    Args:
+        call: which call takes the model, for messages.
+
     Raises:
         TypeError: for what is no module.
         RuntimeError: if parameters may be those of a module that was not given.
     """
 
-    def __init__(self, model: nn.Module | None, params: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module | None, params: Iterable[Tensor], call: str = "ema_weights") -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
-        self._model = model
+        self._model, self._call = model, call
         modules = list(model.modules()) if model is not None else []
         self._fsdp1, self._fsdp2 = (
             [m for m in modules if isinstance(m, _class(name))] for name in ("FullyShardedDataParallel", "FSDPModule")
@@ -42,7 +45,7 @@ class Resharding:
         if missing := self._missing():
             raise RuntimeError(
                 f"{missing} sharded parameters may belong to modules of FSDP that keep whole ones from the last "
-                "forward, and would go on using these: pass the model, ema_weights(model), or several in a ModuleList"
+                f"forward, and would go on using these: pass the model, {call}(model), or several in a ModuleList"
             )
 
     def again(self) -> None:
@@ -55,8 +58,8 @@ class Resharding:
                 module.reset_iter_state()
         if self._missing():
             raise RuntimeError(
-                "the forward of an FSDP2 model was interrupted within ema_weights(), and this torch cannot reshard it: "
-                "it would go on using the averages; build the model anew, from a checkpoint"
+                f"the forward of an FSDP2 model was interrupted within {self._call}(), and this torch cannot reshard "
+                "it: it would go on using the averages; build the model anew, from a checkpoint"
             )
 
     def _reshard(self) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ._options import StepOptions
 
 
-def _check(group: Group) -> None:
+def check_nesterov(group: Group) -> None:
     nesterov, momentum, dampening = (number(group[key]) for key in ("nesterov", "momentum", "dampening"))
     if nesterov != 0 and (momentum <= 0 or dampening != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
@@ -62,7 +62,7 @@ class SGD(FusedOptimizer):
         ),
         states=(State("momentum_buffer", needed=lambda group: number(group["momentum"]) != 0, starts_absent=True),),
         has_step=False,
-        check=_check,
+        check=check_nesterov,
     )
 
     _self_check: ClassVar[dict[str, Any]] = {"momentum": 0.9, "dampening": 0.1}

@@ -49,6 +49,11 @@ class Case:
         return self.name
 
 
+def _other(name: str, optimizer: str, **options: Any) -> Case:
+    """One that torch.optim does not have."""
+    return Case(name, optimizer, options, in_torch=False)
+
+
 CASES = [
     Case("adam", "Adam"),
     Case("adam_decay", "Adam", {"weight_decay": 0.1, "eps": 1e-6}),
@@ -97,6 +102,26 @@ CASES = [
     Case("radam_decoupled", "RAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.0, 0.5)}),
     Case("rprop", "Rprop"),
     Case("rprop_all", "Rprop", {"etas": (0.3, 1.5), "step_sizes": (1e-3, 0.02), "maximize": True}),
+    _other("lion", "Lion"),
+    _other("lion_all", "Lion", betas=(0.8, 0.95), weight_decay=0.1, maximize=True),
+    _other("lamb", "LAMB"),
+    _other("lamb_always", "LAMB", weight_decay=0.0, always_adapt=True, bias_correction=False, maximize=True),
+    _other("lamb_clip", "LAMB", weight_decay=0.3, trust_clip=True, betas=(0.5, 0.7)),
+    _other("lars", "LARS", lr=0.1),
+    _other("lars_all", "LARS", momentum=0.9, dampening=0.3, weight_decay=0.1, trust_coeff=0.05, maximize=True),
+    _other("lars_clip", "LARS", lr=0.1, momentum=0.9, nesterov=True, always_adapt=True, trust_clip=True),
+    _other("ademamix", "AdEMAMix"),
+    _other(
+        "ademamix_all", "AdEMAMix", betas=(0.8, 0.9, 0.99), beta3_warmup=4, alpha_warmup=5, weight_decay=0.1, alpha=8.0
+    ),
+    _other("ademamix_max", "AdEMAMix", alpha_warmup=3, maximize=True),
+    _other("adopt", "ADOPT"),
+    _other("adopt_decouple", "ADOPT", weight_decay=0.1, decouple=True, betas=(0.7, 0.9), clip_exp=0.333),
+    _other("adopt_decay_max", "ADOPT", weight_decay=0.1, clip=False, eps=1e-3, maximize=True),
+    _other("schedule_free", "AdamWScheduleFree"),
+    _other("schedule_free_all", "AdamWScheduleFree", weight_decay=0.1, warmup_steps=4, r=0.5, maximize=True),
+    _other("cautious", "CautiousAdamW"),
+    _other("cautious_max", "CautiousAdamW", weight_decay=0.0, betas=(0.5, 0.9), maximize=True),
 ]
 BY_NAME = {case.name: case for case in CASES}
 IN_TORCH = [case for case in CASES if case.in_torch]
@@ -116,30 +141,33 @@ FULL = [
         "nadam_decoupled",
         "radam_decay_max",
         "rprop_all",
+        "lion_all",
+        "lamb_clip",
+        "lars_all",
+        "ademamix_all",
+        "adopt_decouple",
+        "schedule_free_all",
+        "cautious",
     )
 ]
 #: Those with kernels that are compiled ahead.
 BUILT_IN = [case for case in FULL if not case.own]
 
 
-def _low(name: str, optimizer: str, **options: Any) -> Case:
-    return Case(name, optimizer, options, in_torch=False)
-
-
 #: Numbers in fewer bits: every way to store a parameter and each kind of state, and every optimizer. For parameters of
 #: bfloat16 and fp32; those in blocks have to be large: see LOW_SHAPES.
 LOW = [
-    _low("adamw_low", "AdamW", master="remainder", state_dtype=torch.bfloat16, rounding_seed=3),
-    _low("adamw_8_bits", "AdamW", master="remainder8", state_dtype="int8", weight_decay=0.1),
-    _low(
+    _other("adamw_low", "AdamW", master="remainder", state_dtype=torch.bfloat16, rounding_seed=3),
+    _other("adamw_8_bits", "AdamW", master="remainder8", state_dtype="int8", weight_decay=0.1),
+    _other(
         "adam_amsgrad_low",
         "Adam",
         amsgrad=True,
         master=torch.float32,
         state_dtype={"exp_avg": "int8", "exp_avg_sq": torch.bfloat16},
     ),
-    _low("sgd_low", "SGD", lr=0.1, momentum=0.9, nesterov=True, rounding="stochastic", state_dtype=torch.bfloat16),
-    _low(
+    _other("sgd_low", "SGD", lr=0.1, momentum=0.9, nesterov=True, rounding="stochastic", state_dtype=torch.bfloat16),
+    _other(
         "rmsprop_8_bits",
         "RMSprop",
         momentum=0.5,
@@ -147,8 +175,8 @@ LOW = [
         state_dtype="int8",
         rounding={"param": "stochastic", "momentum_buffer": "stochastic"},
     ),
-    _low("adagrad_low", "Adagrad", rounding="stochastic", state_dtype="int8", initial_accumulator_value=0.5),
-    _low("norm_adaptive_low", "NormAdaptive", master="remainder", beta=0.5, weight_decay=0.1),
+    _other("adagrad_low", "Adagrad", rounding="stochastic", state_dtype="int8", initial_accumulator_value=0.5),
+    _other("norm_adaptive_low", "NormAdaptive", master="remainder", beta=0.5, weight_decay=0.1),
 ]
 #: Rows of whole blocks and of others, some too short for blocks; three dimensions and one; none and one element.
 LOW_SHAPES: list[tuple[int, ...]] = [(0,), (), (17,), (33, 170), (16, 3, 128), (64, 64), (4099,), (100, 63)]
