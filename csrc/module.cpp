@@ -67,8 +67,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("number", &VersionProbe::number);
   py::class_<Look>(m, "Look")
       .def(py::init([](py::dict state, std::vector<py::object> slots, std::vector<py::object> optional, py::object step,
-                       py::object scalar, py::object ema, bool writes_grads) {
-        Look::Names names{std::move(slots), std::move(optional), std::move(step), std::move(scalar), std::move(ema)};
+                       std::vector<py::object> scalars, py::object ema, bool writes_grads) {
+        Look::Names names{std::move(slots), std::move(optional), std::move(step), std::move(scalars), std::move(ema)};
         return Look(std::move(state), std::move(names), writes_grads);
       }))
       .def("at", py::overload_cast<const py::list&>(&Look::at))

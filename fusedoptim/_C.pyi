@@ -74,7 +74,7 @@ class Look:
         slots: list[str],
         optional: list[str],
         step: str | None,
-        scalar: str | None,
+        scalars: list[str],
         ema: str,
         writes_grads: bool,
     ) -> None: ...

@@ -202,7 +202,7 @@ def _make_look(optimizer: HasStates) -> Any:
         slots[slot.needed is not None].append(slot.name)
     step = "step" if rule.has_step else None
     zero_grad = optimizer._options["zero_grad_in_step"]
-    return _native._C.Look(optimizer.state, *slots, step, next(iter(rule.number_names), None), EMA, zero_grad)
+    return _native._C.Look(optimizer.state, *slots, step, rule.number_names, EMA, zero_grad)
 
 
 def _check(optimizer: HasStates, index: int, i: int) -> Conversion:

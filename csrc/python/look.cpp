@@ -75,7 +75,8 @@ bool Look::states(PyObject* values) {
     if (!state(values, name, any, any, shaped)) return false;
   if (!state(values, names_.ema, any, any, average)) return false;
   if (!names_.step.is_none() && !state(values, names_.step, there, missing, step)) return false;
-  if (!names_.scalar.is_none() && !state(values, names_.scalar, there, missing, scalar)) return false;
+  for (const py::object& name : names_.scalars)
+    if (!state(values, name, there, missing, scalar)) return false;
   return there == 0 || missing == 0;
 }
 
