@@ -41,14 +41,17 @@ class Case:
         """Whether it has something to step that: nothing compiles functions so far."""
         return not self.own or backend == "reference"
 
-    def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
-        """Skips the test if a backend is asked for that it does not run on."""
+    def arguments(self, **more: Any) -> dict[str, Any]:
+        """Of its constructor. Skips the test if a backend is asked for that it does not run on."""
         options = {"backend": BACKEND, **self.options, **more}
         if not self.runs_on(options["backend"]):
             if options["backend"] is not None:
                 pytest.skip("no kernels are compiled for it")
             options["backend"] = "reference"
-        return self.cls(params, **options)
+        return options
+
+    def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
+        return self.cls(params, **self.arguments(**more))
 
     def make_torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         return getattr(torch.optim, self.optimizer)(params, **{**self.options, **more})
@@ -160,7 +163,7 @@ FULL = [
 ]
 #: Of the gallery's, one for each kind of states: numbers; absent at first, without a step; both. For tests that see
 #: nothing else of a rule, and take long.
-KINDS = [case for case in FULL if not case.own or case.name in ("asgd_all", "lars_all", "schedule_free_all")]
+EACH_KIND = [case for case in FULL if not case.own or case.name in ("asgd_all", "lars_all", "schedule_free_all")]
 
 #: Numbers in fewer bits: every way to store a parameter and each kind of state, and every optimizer. For parameters of
 #: bfloat16 and fp32; those in blocks have to be large: see LOW_SHAPES.
