@@ -28,7 +28,7 @@ def cautious_adamw(p: Tensor, g: Tensor, s: dict[str, Any], t: float, h: Group) 
     s["exp_avg"].lerp_(g, 1 - beta1)
     s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
     agrees = s["exp_avg"] * g > 0
-    share = mean_square(torch.where(agrees, 1.0, 0.0))
+    share = mean_square(agrees)
     denom = s["exp_avg_sq"].sqrt().div_((1 - beta2**t) ** 0.5).add_(h["eps"])
     rate = lr / (1 - beta1**t) / max(share, 1e-3)
     p.addcdiv_(torch.where(agrees, s["exp_avg"], 0.0), denom, value=-rate)
