@@ -157,8 +157,8 @@ def _for_own(name: str | None, device: torch.device, rule: Rule) -> str:
         return name
     if name == "cuda":
         raise RuntimeError(
-            f"backend='cuda' cannot be used: its kernels come with the package, and the rule {rule.name!r} is a function "
-            f"of its own. Leave out backend=, or pass {compiled!r}"
+            f"backend='cuda' cannot be used: its kernels come with the package, and the rule {rule.name!r} is a "
+            f"function of its own. Leave out backend=, or pass {compiled!r}"
         )
     raise ValueError(
         f"backend={name!r} cannot step parameters on {device}: leave out backend=, which chooses per device"

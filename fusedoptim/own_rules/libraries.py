@@ -33,15 +33,11 @@ _lock = threading.Lock()
 
 def excess(rule: Rule) -> str | None:
     """What a rule has more of than there is room for in tables; None if it has not."""
-    assert _native._C is not None
-    most = _native._C.limits()
-    counts = {
-        "states of the parameter's shape": (len(rule.states), most["states"]),
-        "states that are numbers": (len(rule.numbers), most["numbers"]),
-        "sums over whole tensors": (rule.sums, most["sums"]),
-        "values of a group": (len(rule.hyper), most["hypers"]),
-    }
-    return next((f"it has {n} {what}, and {m} are the most" for what, (n, m) in counts.items() if n > m), None)
+    try:
+        handle(rule, [], None)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def handle(rule: Rule, programs: Sequence[Program], capability: str | None) -> Any:
