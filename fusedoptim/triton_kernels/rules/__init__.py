@@ -2,8 +2,8 @@
 
 ``prepare(row, inputs, T, VARIANT)`` returns its scalars of type T as a tuple, from a group's hyper-parameters and
 ``inputs``, a tuple: the number of this step, whether the states are to be taken as absent, two sums of squares over the
-whole tensor and the tensor's three numbers, of which the rule's own come first, and the whole tensor's elements. All but
-the second are fp64, and 0 where there is none.
+whole tensor and the tensor's three numbers, of which the rule's own come first, and the whole tensor's elements. All
+but the second are fp64, and 0 where there is none.
 
 ``update(p, g, s, c, VARIANT)`` returns the new parameter and the tuple of the new states, from registers to registers;
 ``s`` are three states, of which the rule's own come first in the order of csrc/rules, and ``c`` the scalars. States
