@@ -68,7 +68,7 @@ def generate(rule: str | None, kinds: tuple[Kind, ...], backend: str = "cuda", a
     device = importlib.import_module("fusedoptim.triton_kernels.device")
     warp = 64 if backend == "hip" else 32
     purpose = "measure" if rule is None else "update"
-    code, values = device.kernel_for(purpose, rule or "", kinds, device.block(warp))
+    code, values = device.kernel_for(purpose, rule and _native._C.find_rule(rule), kinds, device.block(warp))
     source = ASTSource(
         code,
         {"header": "i64", **dict.fromkeys(code.arg_names[1:], "constexpr")},

@@ -12,6 +12,7 @@
 #include "gpu/tuning.h"
 #include "python/clipper.h"
 #include "python/look.h"
+#include "python/own_rule.h"
 #include "python/plan.h"
 #include "python/pybind.h"
 #include "python/version_probe.h"
@@ -39,17 +40,19 @@ void collect_plans(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_plans))
-      .def(py::init<const RuleHandle&, const std::vector<Plan::HyperArgs>&, const std::vector<std::string>&, py::object,
-                    std::pair<int, int>, py::object, std::tuple<int64_t, bool, bool>>())
+      .def(py::init<const RuleHandle&, const std::vector<Plan::HyperArgs>&, const std::vector<std::string>&,
+                    const std::vector<std::string>&, py::object, std::pair<int, int>, py::object,
+                    std::tuple<int64_t, bool, bool>>())
       .def("build", &Plan::build)
       .def("refresh", &Plan::refresh)
       .def("release", &Plan::release)
       .def("run", &Plan::run, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
-      .def("measure", &Plan::measure, py::arg("transformed"), py::arg("stream") = 0, py::arg("grad_scale") = 0)
+      .def("measure", &Plan::measure, py::arg("of_rule"), py::arg("stream") = 0, py::arg("grad_scale") = 0)
       .def("reduce", &Plan::reduce, py::arg("stream") = 0)
       .def("update", &Plan::update, py::arg("stream") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
       .def("retire", &Plan::retire)
       .def_property_readonly("reason", &Plan::reason)
+      .def_property_readonly("lacking", &Plan::lacking)
       .def_property_readonly("number", &Plan::number)
       .def_property_readonly("captured", &Plan::captured);
   py::class_<Clipper>(m, "Clipper")
@@ -66,9 +69,11 @@ PYBIND11_MODULE(_C, m) {
       .def("adopt", &VersionProbe::adopt)
       .def_property_readonly("number", &VersionProbe::number);
   py::class_<Look>(m, "Look")
-      .def(py::init([](py::dict state, std::vector<py::object> slots, std::vector<py::object> optional, py::object step,
-                       std::vector<py::object> scalars, py::object ema, bool writes_grads) {
-        Look::Names names{std::move(slots), std::move(optional), std::move(step), std::move(scalars), std::move(ema)};
+      .def(py::init([](py::dict state, std::vector<py::object> slots, std::vector<py::object> optional,
+                       std::vector<py::object> numbers, std::vector<py::object> optional_numbers, py::object step,
+                       py::object ema, bool writes_grads) {
+        Look::Names names{std::move(slots), std::move(optional), std::move(numbers), std::move(optional_numbers),
+                          std::move(step),  std::move(ema)};
         return Look(std::move(state), std::move(names), writes_grads);
       }))
       .def("at", py::overload_cast<const py::list&>(&Look::at))
@@ -80,7 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cuda_api", [](int64_t address) {
     const auto* found = reinterpret_cast<const cuda::Api*>(address);
     if (found && (found->version != cuda::kApiVersion || found->argument_bytes != sizeof(gpu::StepArgs) ||
-                  found->entry_bytes != sizeof(gpu::DeviceEntry)))
+                  found->entry_bytes != sizeof(gpu::TableEntry)))
       throw std::runtime_error("_C_cuda was built from another version of fusedoptim");
     cuda::api = found;
   });
@@ -107,24 +112,40 @@ PYBIND11_MODULE(_C, m) {
   });
   // What is compiled of a rule. Python holds it, and hands it to plans.
   py::class_<RuleHandle>(m, "RuleHandle")
-      .def_property_readonly("name", [](const RuleHandle& rule) { return rule.name; })
-      .def_property_readonly("divides", [](const RuleHandle& rule) { return rule.divides; })
+      .def(py::init(&own_rule), py::arg("name"), py::arg("hyper_names"), py::arg("state_names"),
+           py::arg("number_names"), py::arg("has_step"), py::arg("sums"), py::arg("divides"), py::arg("second_moment"),
+           py::arg("programs"))
+      .def_readonly("name", &RuleHandle::name)
+      .def_readonly("divides", &RuleHandle::divides)
+      .def_readonly("sums", &RuleHandle::sums)
+      .def_property_readonly("numbers", &RuleHandle::numbers)
       .def_property_readonly("layout", &gpu::rule_layout)
       .def_property_readonly("halves",
                              [](const RuleHandle& rule) {
                                std::vector<int> halves;
-                               for (int k = 0; k < rule.slots; ++k)
+                               for (int k = 0; k < rule.slots(); ++k)
                                  halves.push_back(half_of_slot(k, rule.second_moment));
                                return halves;
                              })
-      .def_property_readonly("states_of_variants", [](const RuleHandle& rule) {
-        std::vector<int> states;
-        for (int v = 0; v < rule.variants; ++v) {
-          states.push_back(0);
-          for (int k = 0; k < rule.slots; ++k) states.back() += rule.uses(v, k);
-        }
-        return states;
-      });
+      .def_property_readonly("states_of_variants",
+                             [](const RuleHandle& rule) {
+                               std::vector<int> states;
+                               for (const Program& p : rule.programs) states.push_back(__builtin_popcount(p.states));
+                               return states;
+                             })
+      // Which of its programs a row of hyper-parameters needs (see fusedoptim/_rule.py for its order, with lr's dtype
+      // after lr); None if none is there.
+      .def(
+          "program_of",
+          [](const RuleHandle& rule, const std::vector<double>& row, double constants) -> std::optional<int> {
+            if (static_cast<int>(row.size()) != rule.hypers())
+              throw py::value_error("a row of rule '" + rule.name + "' has " + std::to_string(rule.hypers()) +
+                                    " numbers, but these are " + std::to_string(row.size()));
+            Variant found;
+            if (!rule.find_variant(row.data(), constants, found)) return std::nullopt;
+            return found.program;
+          },
+          py::arg("row"), py::arg("constants") = 0.0);
   m.def("find_rule", &find_rule, py::return_value_policy::reference);
   m.def("rules", [] {
     std::vector<std::string> names;

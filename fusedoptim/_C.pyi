@@ -4,10 +4,29 @@ from typing import Any
 from torch import Tensor
 
 class RuleHandle:
+    def __init__(
+        self,
+        name: str,
+        hyper_names: Sequence[str],
+        state_names: Sequence[str],
+        number_names: Sequence[str],
+        has_step: bool,
+        sums: int,
+        divides: bool,
+        second_moment: int,
+        programs: Sequence[tuple[Sequence[tuple[str, float]], int, Sequence[int]]],
+    ) -> None: ...
     @property
     def name(self) -> str: ...
     @property
     def divides(self) -> bool: ...
+    @property
+    def sums(self) -> int: ...
+    @property
+    def numbers(self) -> int: ...
+    @property
+    def halves(self) -> list[int]: ...
+    def program_of(self, row: Sequence[float], constants: float = 0.0) -> int | None: ...
     @property
     def layout(self) -> dict[str, int]: ...
     @property
@@ -17,8 +36,9 @@ class Plan:
     def __init__(
         self,
         rule: RuleHandle,
-        hyper: Sequence[tuple[str, int, float, float, float | None]],
+        hyper: Sequence[tuple[str, int, int, float, float, bool, float | None]],
         states: Sequence[str],
+        numbers: Sequence[str],
         increment_version: Callable[[Any], None],
         device: tuple[int, int],
         launcher: Any,
@@ -34,16 +54,21 @@ class Plan:
         sums: Tensor,
         wide: bool,
         shards: tuple[type[Tensor], Callable[[Tensor, Tensor], Tensor | None], list[Tensor | None]] | None,
+        stored: Sequence[tuple[Any, ...]],
+        watched: Sequence[str],
+        constants: Sequence[float],
     ) -> None: ...
     def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool: ...
     def release(self) -> None: ...
     def run(self, stream: int = 0, grad_scale: int = 0, found_inf: int = 0) -> None: ...
-    def measure(self, transformed: bool, stream: int = 0, grad_scale: int = 0) -> None: ...
+    def measure(self, of_rule: int | None, stream: int = 0, grad_scale: int = 0) -> None: ...
     def reduce(self, stream: int = 0) -> None: ...
     def update(self, stream: int = 0, grad_scale: int = 0, found_inf: int = 0) -> None: ...
     def retire(self) -> None: ...
     @property
     def reason(self) -> str: ...
+    @property
+    def lacking(self) -> list[tuple[int, bool, list[int], bool]]: ...
     @property
     def number(self) -> int: ...
     @property
@@ -73,8 +98,9 @@ class Look:
         state: dict[Any, Any],
         slots: list[str],
         optional: list[str],
+        numbers: list[str],
+        optional_numbers: list[str],
         step: str | None,
-        scalars: list[str],
         ema: str,
         writes_grads: bool,
     ) -> None: ...

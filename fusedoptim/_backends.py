@@ -96,7 +96,7 @@ def choose(name: str | None, device: torch.device, rule: Rule | None = None) -> 
         rule: the one that is to be stepped; None for one that has kernels.
     """
     if rule is not None and is_own(rule):
-        return _without_kernels(name, rule.name)
+        return _for_own(name, device, rule)
     if name is not None:
         backend = BACKENDS[name]
         on_host = (name == "cuda" and cuda_on_host()) or (name == "triton" and triton_interprets())
@@ -140,19 +140,48 @@ def is_own(rule: Rule) -> bool:
     return rule.reference is not getattr(reference, rule.name, None)
 
 
-def _without_kernels(name: str | None, rule: str) -> str:
-    if name not in (None, "reference"):
+def _for_own(name: str | None, device: torch.device, rule: Rule) -> str:
+    """Its function is compiled for the CPU, and by Triton for everything else."""
+    if name == "reference":
+        return name
+    compiled = "cpu" if device.type == "cpu" else "triton"
+    if name is None or name == compiled:
+        problem = _own_problem(BACKENDS[compiled], device, rule)
+        if problem is None:
+            return compiled
+        if name is None:
+            warn_own(rule, problem)
+            return "reference"
+        raise RuntimeError(f"backend={name!r} cannot be used for the rule {rule.name!r}: {problem}")
+    if name == "triton" and triton_interprets():
+        return name
+    if name == "cuda":
         raise RuntimeError(
-            f"backend={name!r} cannot be used: it has no kernels for the rule {rule!r}. Leave out backend=, or pass "
-            "'reference': then its own function steps it"
+            f"backend='cuda' cannot be used: its kernels come with the package, and the rule {rule.name!r} is a "
+            f"function of its own. Leave out backend=, or pass {compiled!r}"
         )
-    if name is None and rule not in _warned:
-        _warned.add(rule)
+    raise ValueError(
+        f"backend={name!r} cannot step parameters on {device}: leave out backend=, which chooses per device"
+    )
+
+
+def _own_problem(backend: Backend, device: torch.device, rule: Rule) -> str | None:
+    from .own_rules import compiler, libraries
+
+    if not backend.takes(device):
+        return f"no backend has kernels for {device.type!r} devices"
+    problem = backend.problem(device) or libraries.excess(rule)
+    return problem or (compiler.problem() if backend.name == "cpu" else None)
+
+
+def warn_own(rule: Rule, cause: str) -> None:
+    """That a rule is stepped by its function, once."""
+    if rule.name not in _warned:
+        _warned.add(rule.name)
         warn(
-            f"no kernels are compiled for the rule {rule!r}: its own eager function steps it, correctly and slowly. "
-            "backend='reference' says that this is meant"
+            f"nothing is compiled for the rule {rule.name!r} ({cause}): its own eager function steps it, correctly and "
+            "slowly. backend='reference' says that this is meant"
         )
-    return "reference"
 
 
 def with_kernels(device: torch.device) -> tuple[str | None, list[str]]:

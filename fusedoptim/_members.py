@@ -197,12 +197,13 @@ def _make_look(optimizer: HasStates) -> Any:
     rule = optimizer.rule
     if _native._C is None or any(map(is_low, optimizer.param_groups)) or has_low_states(optimizer.state, rule):
         return None
-    slots: list[list[str]] = [[], []]
-    for slot in rule.states:
-        slots[slot.needed is not None].append(slot.name)
+    names: list[list[str]] = [[], [], [], []]
+    for k, states in enumerate((rule.states, rule.numbers)):
+        for state in states:
+            names[2 * k + (state.needed is not None)].append(state.name)
     step = "step" if rule.has_step else None
     zero_grad = optimizer._options["zero_grad_in_step"]
-    return _native._C.Look(optimizer.state, *slots, step, rule.number_names, EMA, zero_grad)
+    return _native._C.Look(optimizer.state, *names, step, EMA, zero_grad)
 
 
 def _check(optimizer: HasStates, index: int, i: int) -> Conversion:

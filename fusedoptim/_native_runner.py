@@ -24,15 +24,23 @@ class NativeRunner:
     device = torch.device("cpu")
 
     def __init__(
-        self, rule: Rule, settings: StepSettings, device: tuple[int, int] = (1, 0), launcher: Any = None
+        self,
+        rule: Rule,
+        settings: StepSettings,
+        device: tuple[int, int] = (1, 0),
+        launcher: Any = None,
+        handle: Any = None,
     ) -> None:
         assert _native._C is not None
         self.rule, self.settings = rule, settings  # which the plan has the address of
-        hyper = [(h.key, h.index, h.accepts.low, h.accepts.high, h.accepts.whole, h.off_number) for h in rule.row]
+        hyper = [
+            (h.key, h.index, h.count, h.accepts.low, h.accepts.high, h.accepts.whole, h.off_number) for h in rule.row
+        ]
         self.plan = _native._C.Plan(
-            _native._C.find_rule(rule.name),
+            handle or _native._C.find_rule(rule.name),
             hyper,
             [state.name for state in rule.states],
+            rule.number_names,
             _versions.by_torch,
             device,
             launcher,
@@ -64,7 +72,8 @@ class NativeRunner:
 
     def measure(self, of_rule: int | None = None, grad_scale: Tensor | None = None) -> None:
         scale = self._on_device(grad_scale)
-        self.plan.measure(of_rule is not None, self.stream(), _address(scale))
+        self.numbers = self._rows[of_rule or 0]
+        self.plan.measure(of_rule, self.stream(), _address(scale))
 
     def reduce(self) -> None:
         self.plan.reduce(self.stream())
@@ -92,6 +101,7 @@ class NativeRunner:
         tensors: list[Tensor] = []
         # What lacks a state has no gradient yet.
         of_plain = self._names(())
+        needless = [{s.name for s in self.rule.numbers if not s.needed_in(group)} for group in groups]
         starts = [0, *accumulate(len(group["params"]) for group in groups)]
         stored: list[Any] = []
         bindings: list[int] = []  # flat, because the garbage collector looks at every list
@@ -100,8 +110,8 @@ class NativeRunner:
             tensors.append(m.param)
             for name in self._names(m.stored) if m.stored else of_plain:
                 value = None if name is None else m.states.get(name)
-                if value is None:
-                    bindings.append(-1)
+                if value is None or name in needless[m.group]:
+                    bindings.append(-2 if name in needless[m.group] else -1)
                 else:
                     bindings.append(len(tensors))
                     tensors.append(value)
@@ -114,8 +124,12 @@ class NativeRunner:
             shards = (_dtensor.dtensor_class(), _dtensor.aligned, dtensors)
             tensors = [_dtensor.local(t) for t in tensors]
         counted = None if _versions.find_counters() else tensors
-        self.numbers = torch.zeros(starts[-1] + 1, dtype=torch.float64, device=self.device)
-        self.plan.build(groups, state, bindings, list(dormant), counted, self.numbers, wide, shards, stored, [*STORAGE])
+        size = (max(self.rule.sums, 1), starts[-1] + 1)
+        sums = torch.zeros(size, dtype=torch.float64, device=self.device)
+        self._rows = sums.unbind()
+        self.numbers = self._rows[0]
+        watched = [*STORAGE, *self.rule.constants]
+        self.plan.build(groups, state, bindings, list(dormant), counted, sums, wide, shards, stored, watched, [])
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
     def _names(self, stored: tuple[Stored, ...]) -> list[str | None]:
@@ -123,7 +137,7 @@ class NativeRunner:
         elements = {s.name: s.elements for s in stored if s.elements}
         counts = self.rule.has_step or any(s.is_stochastic for s in stored)
         slots = [elements.get(s.name, s.name) for s in self.rule.states]
-        return [*slots, EMA, "step" if counts else None, next(iter(self.rule.number_names), None)]
+        return [*slots, EMA, "step" if counts else None, *self.rule.number_names]
 
     def _storages(self, m: BoundParam, at: int, tensors: list[Tensor]) -> tuple[Any, ...]:
         """As a plan takes them; what is kept beside an operand joins the tensors."""
@@ -183,7 +197,7 @@ class GpuRunner(NativeRunner):
 
     def measure(self, of_rule: int | None = None, grad_scale: Tensor | None = None) -> None:
         if self._may_be_idle:  # where no tensor has its states so far, nothing is launched that would write sums
-            self.numbers.zero_()
+            self._rows[of_rule or 0].zero_()
         with device_guard(self.device):
             super().measure(of_rule, grad_scale)
 

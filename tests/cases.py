@@ -188,6 +188,17 @@ LOW = [
     ),
     _other("adagrad_low", "Adagrad", rounding="stochastic", state_dtype="int8", initial_accumulator_value=0.5),
     _other("norm_adaptive_low", "NormAdaptive", master="remainder", beta=0.5, weight_decay=0.1),
+    _other("nadam_low", "NAdam", master="remainder", state_dtype=torch.bfloat16, weight_decay=0.1, rounding_seed=3),
+    _other("adadelta_8_bits", "Adadelta", master=torch.float32, state_dtype="int8"),
+    _other("lamb_8_bits", "LAMB", master="remainder8", state_dtype="int8", weight_decay=0.1),
+    _other("lars_low", "LARS", momentum=0.9, rounding="stochastic", state_dtype=torch.bfloat16, weight_decay=0.1),
+    _other(
+        "schedule_free_low",
+        "AdamWScheduleFree",
+        master="remainder",
+        state_dtype={"z": torch.float32, "exp_avg_sq": "int8"},
+        weight_decay=0.1,
+    ),
 ]
 #: Rows of whole blocks and of others, some too short for blocks; three dimensions and one; none and one element.
 LOW_SHAPES: list[tuple[int, ...]] = [(0,), (), (17,), (33, 170), (16, 3, 128), (64, 64), (4099,), (100, 63)]

@@ -20,7 +20,7 @@ Api make() {
   api.version = kApiVersion;
   api.on_host = 1;
   api.argument_bytes = sizeof(StepArgs);
-  api.entry_bytes = sizeof(DeviceEntry);
+  api.entry_bytes = sizeof(TableEntry);
   api.check = [](int32_t) -> const char* { return nullptr; };
   api.find = [](const char* rule, int32_t, int32_t) -> const void* { return rule; };  // anything but null
   api.launch = [](int32_t, const void*, const StepArgs&, uint32_t, int32_t, void*) -> const char* { return nullptr; };

@@ -15,9 +15,9 @@ struct LaunchInputs {
   int64_t found_inf = 0;   // an fp32 number: nothing is to change unless it is 0. Or 0
 };
 
-// The gradients whose squares are summed: as they come out of unscaling, for their common norm, or as the rule gets
-// them, for a rule of norms.
-enum class Gradients { unscaled, transformed };
+// Of what squares are summed: of gradients as they come out of unscaling, for their common norm; else of what the rule
+// asks for with this number, counted from 0.
+inline constexpr int kOfGradients = -1;
 
 class Executor {
  public:
@@ -25,8 +25,9 @@ class Executor {
 
   // Looks at what is outside of the table (threads, instruction set). Whether every entry has to be prepared anew.
   virtual bool sync_threads_and_isa() { return false; }
-  // Call for an entry whose storage or layout changed, and for all before the first step.
-  virtual void prepare(Entry& entry, Variant variant) = 0;
+  // Call for an entry whose storage or layout changed, and for all before the first step. False if nothing is compiled
+  // that could step it.
+  virtual bool prepare(Entry& entry) = 0;
   // Call when an entry began or ceased to be active.
   virtual void activity_changed() {}
 
@@ -44,11 +45,12 @@ class Executor {
   virtual void run(StepTable& table, const LaunchInputs& inputs, const std::function<void()>& on_caller) = 0;
 
   // The parts of a step, for whoever has something to do between them, as adding the sums of other processes:
-  // writes every active entry's sum of squares to table.sums, and 0 for all others; reduces as well, if it is told to;
-  virtual void measure(StepTable& table, const LaunchInputs& inputs, Gradients which, bool reduces) = 0;
-  // makes the norm of all gradients of all of table.sums, and counts a step that is to be skipped for it;
+  // writes every active entry's sum of squares to its row of table.sums, and 0 for all others; reduces as well, if it
+  // is told to;
+  virtual void measure(StepTable& table, const LaunchInputs& inputs, int of_rule, bool reduces) = 0;
+  // makes the norm of all gradients of the first row of table.sums, and counts a step that is to be skipped for it;
   virtual void reduce(StepTable& table, const LaunchInputs& inputs) = 0;
-  // updates all active entries and their step counts, with that norm, and for a rule of norms with table.sums.
+  // updates all active entries and their step counts, with that norm, and for a rule with sums with table.sums.
   virtual void update(StepTable& table, const LaunchInputs& inputs) = 0;
 };
 

@@ -10,6 +10,9 @@ namespace fusedoptim {
 // States with the parameter's shape: the rule's own, then the moving average of the parameter that any rule can have.
 inline constexpr int kMaxSlots = 3, kAverage = kMaxSlots, kStates = kMaxSlots + 1;
 
+// States that are one fp32 number per tensor; sums of squares over whole tensors that a rule may ask for.
+inline constexpr int kMaxNumbers = 3, kMaxSums = 2;
+
 enum OperandIndex { kParam, kGrad, kFirstState };
 inline constexpr int kOperands = kFirstState + kStates;
 // In a layout: the place of an element in the whole tensor, of which this one may be a shard.
@@ -22,12 +25,12 @@ struct Operand {
   Storage storage;
 };
 
-// The code that a row of hyper-parameters needs of its rule, and whether the moving average is kept.
+// Which of its rule's programs a row of hyper-parameters needs, and whether the moving average is kept.
 struct Variant {
-  uint8_t code = 0;
+  uint8_t program = 0;
   bool average = false;
 
-  bool operator==(const Variant& other) const { return code == other.code && average == other.average; }
+  bool operator==(const Variant& other) const { return program == other.program && average == other.average; }
   bool operator!=(const Variant& other) const { return !(*this == other); }
 };
 

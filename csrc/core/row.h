@@ -16,7 +16,7 @@ static_assert(sizeof(kOptionKeys) / sizeof(*kOptionKeys) == kOptions);
 // Added to kLrDType where kLr holds the bits of the address of a learning rate on the device.
 inline constexpr int kLrOnDevice = 8;
 
-inline constexpr int kMaxHypers = 16;
+inline constexpr int kMaxHypers = 24;
 
 struct HyperRow {
   double value[kMaxHypers] = {};

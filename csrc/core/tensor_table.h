@@ -28,6 +28,8 @@ struct UpdateInputs {
 using UpdateFn = void (*)(const Entry&, int64_t begin, int64_t end, const UpdateInputs&);
 // The sum of squares of elements [1024*tile, 1024*(tile+1)) of the gradient, transformed.
 using TileSumFn = double (*)(const Entry&, int64_t tile, const GroupTransforms&);
+// The sums of squares that a rule asks for, of the same elements: one behind the other.
+using MeasureFn = void (*)(const Entry&, int64_t tile, const UpdateInputs&, double* sums);
 
 // What a plan looks at in every step comes first, parameter and gradient included: two cache lines.
 struct Entry {
@@ -38,15 +40,19 @@ struct Entry {
   TileSumFn tile_sum = nullptr;
   int32_t group = 0;
   DType step_dtype = DType::f32;
-  bool active = false;            // has a gradient in this step
-  bool first = false;             // its states were created for this step
-  bool is_stochastic = false;     // some operand takes random bits
-  void* step = nullptr;           // 0-dim, fp32 or fp64; null for a rule without a step
-  float* scalar_state = nullptr;  // for a rule with one
+  bool active = false;         // has a gradient in this step
+  bool first = false;          // its states were created for this step
+  bool is_stochastic = false;  // some operand takes random bits
+  void* step = nullptr;        // 0-dim, fp32 or fp64; null for a rule without a step
   Operand operand[kOperands] = {};
-  uint64_t id = 0;          // of the parameter, for its random bits
-  int64_t first_index = 0;  // of its first element, in the whole tensor that this one may be a shard of
-  int64_t row = 0;          // elements in one row of what is stored in blocks; 0 where nothing is
+  Variant variant;                   // of its group
+  bool ready = false;                // all that a step needs of it is there
+  float* numbers[kMaxNumbers] = {};  // the rule's states that are one; null for one that its group does without
+  MeasureFn measure = nullptr;       // null for a rule whose sum is that of the gradient, transformed
+  int64_t whole_numel = 0;           // of the whole tensor that this one may be a shard of
+  int64_t first_index = 0;           // of its first element, in the whole tensor
+  uint64_t id = 0;                   // of the parameter, for its random bits
+  int64_t row = 0;                   // elements in one row of what is stored in blocks; 0 where nothing is
 
   Operand& param() { return operand[kParam]; }
   Operand& grad() { return operand[kGrad]; }
@@ -60,10 +66,14 @@ struct Entry {
 struct StepTable {
   std::vector<Entry> entries;
   std::vector<HyperRow> rows;
-  double* sums = nullptr;  // of squares, of each entry's gradient: in memory on the device, 0 where it has none
+  // Of squares, in memory on the device: rows with a number for each entry, 0 where it has no gradient. The first is of
+  // gradients, or the first sum of a rule that asks for some; the second its second.
+  double* sums = nullptr;
+  int64_t sums_stride = 0;  // from one row to the next
   std::shared_ptr<void> sums_owner;
   bool wide = false;  // whether a tensor that is elsewhere, on another device or rank, has fp64
 
+  double* sums_row(int k) const { return sums + k * sums_stride; }
   // Whether the norm of all gradients is kept in fp64.
   bool norm_in_f64() const {
     if (wide) return true;

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <thread>
@@ -11,6 +12,7 @@
 #include "../core/strided.h"
 #include "capability.h"
 #include "lanes_portable.h"
+#include "tensor_scalars.h"
 
 namespace fusedoptim {
 namespace {
@@ -46,10 +48,16 @@ bool CpuExecutor::sync_threads_and_isa() {
   return before && before != current;
 }
 
-void CpuExecutor::prepare(Entry& entry, Variant variant) {
-  entry.update = rule_.cpu[kernels_->capability](variant.code, entry);
+bool CpuExecutor::prepare(Entry& entry) {
+  const Program& program = rule_.programs[entry.variant.program];
+  const CpuCapability isa = kernels_->capability;
+  entry.update = nullptr;
+  for (const FindLoop find : program.loops[isa])
+    if (!entry.update) entry.update = find(entry);
   entry.tile_sum = kernels_->tile_sum(entry);
+  entry.measure = program.measure[isa][entry.compute_dtype() == DType::f64];
   scheduled_ = false;
+  return entry.update != nullptr;
 }
 
 bool CpuExecutor::begin_step(const StepTable& table) {
@@ -59,8 +67,10 @@ bool CpuExecutor::begin_step(const StepTable& table) {
 }
 
 void CpuExecutor::reschedule(const StepTable& table) {
-  schedule_.build(table.entries, torch::stable::get_num_threads(),
-                  rule_.needs_norm ? tuning::kWindowElements : INT64_MAX / 2);
+  int64_t window = rule_.sums > 0 ? tuning::kWindowElements : INT64_MAX / 2;
+  const auto measures = [](const Entry& e) { return e.measure != nullptr; };
+  if (std::any_of(table.entries.begin(), table.entries.end(), measures)) window /= kFirstState + rule_.slots();
+  schedule_.build(table.entries, torch::stable::get_num_threads(), window);
   first_partial_.clear();  // made when they are needed
 }
 
@@ -98,10 +108,10 @@ void CpuExecutor::for_each_part(const std::vector<Entry>& entries, int64_t chunk
 
 // ---- measure ----
 
-void CpuExecutor::set_transforms(const StepTable& table, const LaunchInputs& inputs, Gradients which) {
+void CpuExecutor::set_transforms(const StepTable& table, const LaunchInputs& inputs, bool of_rule) {
   const float unscale = unscale_by(number(inputs.grad_scale));
   transforms_.assign(table.rows.size(), GroupTransforms::unscaled(unscale));
-  if (which == Gradients::unscaled) return;
+  if (!of_rule) return;
   const bool in_f64 = table.needs_global_norm(settings_) && table.norm_in_f64();
   for (size_t i = 0; i < table.rows.size(); ++i) {
     const double* h = table.rows[i].value;
@@ -110,31 +120,45 @@ void CpuExecutor::set_transforms(const StepTable& table, const LaunchInputs& inp
   }
 }
 
-void CpuExecutor::sum_squares(StepTable& table, const Window& w, Caller on_caller) {
+void CpuExecutor::sum_squares(StepTable& table, const Window& w, SumsOf which, Caller on_caller) {
   const std::vector<Entry>& entries = table.entries;
   if (first_partial_.empty()) {
-    int64_t total = 0;
+    partials_ = 0;
     for (const Entry& e : entries) {
-      first_partial_.push_back(total);
-      if (e.active) total += tiles(e.numel);
+      first_partial_.push_back(partials_);
+      if (e.active) partials_ += tiles(e.numel);
     }
-    partial_.resize(total);
+    partial_.resize(partials_ * std::max(rule_.sums, 1));
   }
   parallel_chunks(w, on_caller, [&](int64_t chunk) {
+    TensorScalars scalars(rule_, table, false);
     for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
       const Entry& e = entries[i];
       double* out = partial_.data() + first_partial_[i];
-      for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = e.tile_sum(e, t, transforms_[e.group]);
+      if (!which.of_rule || !e.measure) {
+        for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = e.tile_sum(e, t, transforms_[e.group]);
+        return;
+      }
+      const UpdateInputs in{scalars.of(e), transforms_[e.group], 0};
+      for (int64_t t = begin / kTile; t < tiles(end); ++t) {
+        double sums[kMaxSums];
+        e.measure(e, t, in, sums);
+        for (int k = 0; k < rule_.sums; ++k) out[k * partials_ + t] = sums[k];
+      }
     });
   });
   for (int64_t i = w.entry_begin; i < w.entry_end; ++i)
-    table.sums[i] =
-        entries[i].active ? reduce_tile_sums(partial_.data() + first_partial_[i], tiles(entries[i].numel)) : 0;
+    for (int k = which.first; k < which.end; ++k) {
+      double* const partial = partial_.data() + k * partials_ + first_partial_[i];
+      table.sums_row(k)[i] = entries[i].active ? reduce_tile_sums(partial, tiles(entries[i].numel)) : 0;
+    }
 }
 
-void CpuExecutor::measure(StepTable& table, const LaunchInputs& inputs, Gradients which, bool reduces) {
-  set_transforms(table, inputs, which);
-  for (const Window& w : schedule_.windows) sum_squares(table, w, nullptr);
+void CpuExecutor::measure(StepTable& table, const LaunchInputs& inputs, int of_rule, bool reduces) {
+  const bool is_rules = of_rule != kOfGradients;
+  const int row = is_rules ? of_rule : 0;
+  set_transforms(table, inputs, is_rules);
+  for (const Window& w : schedule_.windows) sum_squares(table, w, {is_rules, row, row + 1}, nullptr);
   if (reduces) reduce(table, inputs);
 }
 
@@ -156,15 +180,15 @@ bool CpuExecutor::skips(const LaunchInputs& inputs) const {
 }
 
 void CpuExecutor::run(StepTable& table, const LaunchInputs& inputs, const std::function<void()>& on_caller) {
-  if (table.needs_global_norm(settings_)) measure(table, inputs, Gradients::unscaled, true);
-  update(table, inputs, rule_.needs_norm, &on_caller);
+  if (table.needs_global_norm(settings_)) measure(table, inputs, kOfGradients, true);
+  update(table, inputs, rule_.sums > 0, &on_caller);
 }
 
 void CpuExecutor::update(StepTable& table, const LaunchInputs& inputs) { update(table, inputs, false, nullptr); }
 
 void CpuExecutor::update(StepTable& table, const LaunchInputs& inputs, bool sums, Caller on_caller) {
   if (!skips(inputs)) {
-    set_transforms(table, inputs, Gradients::transformed);
+    set_transforms(table, inputs, true);
     update_windows(table, sums, on_caller);
     commit(table);
   } else if (settings_.zero_grad) {
@@ -176,7 +200,7 @@ void CpuExecutor::update(StepTable& table, const LaunchInputs& inputs, bool sums
 void CpuExecutor::update_windows(StepTable& table, bool sums, Caller on_caller) {
   for (const Window& w : schedule_.windows) {
     if (sums) {
-      sum_squares(table, w, on_caller);
+      sum_squares(table, w, {true, 0, rule_.sums}, on_caller);
       on_caller = nullptr;
     }
     parallel_chunks(w, on_caller, [&](int64_t chunk) { update_chunk(table, chunk); });
@@ -184,45 +208,25 @@ void CpuExecutor::update_windows(StepTable& table, bool sums, Caller on_caller) 
   }
 }
 
-StepInputs CpuExecutor::inputs_of(const StepTable& table, const Entry& e, PowMemo* pow) const {
-  const double sum = rule_.needs_norm ? table.sums[&e - table.entries.data()] : 0;
-  return {table.rows[e.group].value,
-          next_step(e.step, e.step_dtype),
-          e.first,
-          sum,
-          e.scalar_state ? *e.scalar_state : 0.0f,
-          pow};
-}
-
 void CpuExecutor::update_chunk(const StepTable& table, int64_t chunk) const {
   const std::vector<Entry>& entries = table.entries;
-  alignas(64) unsigned char scalars[kMaxScalarBytes];
-  // Neighbours usually agree in everything that scalars depend on.
-  const Entry* prepared = nullptr;
-  double prepared_step = 0;
-  PowMemo pow;
+  TensorScalars scalars(rule_, table, true);
   for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
     const Entry& e = entries[i];
-    const StepInputs in = inputs_of(table, e, &pow);
-    const bool same = prepared && !rule_.needs_norm && prepared->group == e.group && prepared->first == e.first &&
-                      prepared->compute_dtype() == e.compute_dtype() && prepared_step == in.step;
-    if (!same) {
-      (e.compute_dtype() == DType::f64 ? rule_.prepare_f64 : rule_.prepare_f32)(in, scalars);
-      prepared = &e;
-      prepared_step = in.step;
-    }
+    const void* const prepared = scalars.of(e);
     if (e.numel < tuning::kSmall && i + tuning::kAhead < static_cast<int64_t>(entries.size()))
       prefetch_data(entries[i + tuning::kAhead]);
     const uint64_t stream = e.is_stochastic ? stream_of(table, e) : 0;
-    e.update(e, begin, end, {scalars, transforms_[e.group], stream});
+    e.update(e, begin, end, {prepared, transforms_[e.group], stream});
   });
 }
 
 // Counts the step, once no thread reads the numbers from before it.
 void CpuExecutor::commit(StepTable& table) const {
+  TensorScalars scalars(rule_, table, true);
   for (Entry& e : table.entries) {
     if (!e.active) continue;
-    if (e.scalar_state) *e.scalar_state = rule_.next_scalar_state(inputs_of(table, e, nullptr));
+    scalars.step_numbers(e);
     store_step(e.step, e.step_dtype, next_step(e.step, e.step_dtype));
     e.first = false;
   }

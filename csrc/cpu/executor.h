@@ -16,11 +16,11 @@ class CpuExecutor : public Executor {
   CpuExecutor(const RuleHandle& rule, StepSettings settings) : rule_(rule), settings_(settings) {}
 
   bool sync_threads_and_isa() override;
-  void prepare(Entry& entry, Variant variant) override;
+  bool prepare(Entry& entry) override;
   void activity_changed() override { scheduled_ = false; }
   bool begin_step(const StepTable& table) override;
   void run(StepTable& table, const LaunchInputs& inputs, const std::function<void()>& on_caller) override;
-  void measure(StepTable& table, const LaunchInputs& inputs, Gradients which, bool reduces) override;
+  void measure(StepTable& table, const LaunchInputs& inputs, int of_rule, bool reduces) override;
   void reduce(StepTable& table, const LaunchInputs& inputs) override;
   void update(StepTable& table, const LaunchInputs& inputs) override;
 
@@ -28,9 +28,13 @@ class CpuExecutor : public Executor {
   using Caller = const std::function<void()>*;  // what runs beside the work; null for nothing
   void reschedule(const StepTable& table);
   bool skips(const LaunchInputs& inputs) const;
-  void set_transforms(const StepTable& table, const LaunchInputs& inputs, Gradients which);
-  void sum_squares(StepTable& table, const Window& w, Caller on_caller);
-  // sums: whether a rule of norms sums the squares itself, window by window.
+  void set_transforms(const StepTable& table, const LaunchInputs& inputs, bool of_rule);
+  struct SumsOf {  // gradients, or what the rule asks for; the rows of sums that are written
+    bool of_rule;
+    int first, end;
+  };
+  void sum_squares(StepTable& table, const Window& w, SumsOf which, Caller on_caller);
+  // sums: whether the squares that a rule asks for are summed here, window by window.
   void update(StepTable& table, const LaunchInputs& inputs, bool sums, Caller on_caller);
   void update_windows(StepTable& table, bool sums, Caller on_caller);
   void commit(StepTable& table) const;
@@ -39,7 +43,6 @@ class CpuExecutor : public Executor {
   void parallel_chunks(const Window& w, Caller on_caller, const F& chunk) const;
   template <class F>
   void for_each_part(const std::vector<Entry>& entries, int64_t chunk, const F& part) const;
-  StepInputs inputs_of(const StepTable& table, const Entry& e, PowMemo* pow) const;
   void update_chunk(const StepTable& table, int64_t chunk) const;
 
   const RuleHandle rule_;
@@ -49,7 +52,8 @@ class CpuExecutor : public Executor {
   bool scheduled_ = false;
   std::vector<GroupTransforms> transforms_;  // of each group
   Schedule schedule_;
-  std::vector<double> partial_;         // tile sums of all gradients
+  std::vector<double> partial_;         // tile sums of all tensors, for each sum that a rule asks for
+  int64_t partials_ = 0;                // of one of these
   std::vector<int64_t> first_partial_;  // of each entry
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../rules/all.h"
-#include "../rules/rule_handle.h"
+#include "../rules/program_code.h"
 
 namespace fusedoptim {
 
@@ -13,8 +13,10 @@ struct Kernels {
   TileSumFn (*tile_sum)(const Entry&);
 };
 
+inline constexpr int kMaxVariants = 4;
+
 struct UpdatesOfRules {
-  FindUpdate of[Rules::size];
+  FindLoop of[Rules::size][kMaxVariants];  // null beyond a rule's variants
 };
 
 #if defined(__x86_64__)

@@ -5,48 +5,11 @@
 // core to spare for arithmetic.
 #pragma once
 
-#include <type_traits>
-
 #include "../core/tensor_table.h"
 #include "../rules/step_element.h"
-#include "pairs.h"
+#include "mixes.h"
 
 namespace fusedoptim {
-
-// The storages of parameter, gradient, states, and of the state that is the second moment. unencoded: a loop of a tile,
-// which leaves fp32 numbers where UpdateInputs say, or in an fp32 parameter itself, and random words.
-template <Storage param_, Storage grad_, Storage state_ = grad_, Storage second_ = state_, bool unencoded_ = false>
-struct Mix {
-  static constexpr Storage param = param_, grad = grad_, state = state_, second = second_;
-  static constexpr bool unencoded = unencoded_;
-  static constexpr Storage result = unencoded ? Storage::f32 : param;
-  static constexpr bool has_pairs = can_pair(param) && can_pair(grad) && can_pair(state) && can_pair(second);
-  static_assert(!is_stochastic(state), "only these two share a word");
-
-  template <class Rule>
-  static constexpr Storage of_slot(int k) {
-    return k == Rule::second_moment ? second : state;
-  }
-  template <class Rule>
-  static constexpr bool takes_random() {
-    return unencoded || is_stochastic(param) || (Rule::second_moment >= 0 && is_stochastic(second));
-  }
-};
-
-// Calls f(slot) for each state that the variant has; slots are constants.
-template <class Rule, int variant, int k = 0, class F>
-FUSEDOPTIM_INLINE void for_each_slot(const F& f) {
-  if constexpr (k < Rule::kSlots) {
-    if constexpr (Rule::uses(variant, k)) f(std::integral_constant<int, k>{});
-    for_each_slot<Rule, variant, k + 1>(f);
-  }
-}
-template <class Rule>
-constexpr int count_slots(int variant) {
-  int n = 0;
-  for (int k = 0; k < Rule::kSlots; ++k) n += Rule::uses(variant, k);
-  return n;
-}
 
 template <class Rule, int variant, class M, class X, Around around>
 class Loop {
@@ -216,7 +179,7 @@ void update_linear(const Entry& e, int64_t begin, int64_t end, const UpdateInput
   }
 }
 
-// ---- which storages there are loops for ----
+// ---- which storages there are loops for: see mixes.h ----
 
 template <class Rule, int variant, class X>
 FUSEDOPTIM_INLINE bool fits(const Entry& e) {
@@ -227,7 +190,7 @@ FUSEDOPTIM_INLINE bool fits(const Entry& e) {
 }
 
 template <class Rule, int variant, class M, class... X>
-FUSEDOPTIM_INLINE UpdateFn find_among(const Entry& e) {
+FUSEDOPTIM_INLINE UpdateFn find_among(const Entry& e, MixList<X...>) {
   UpdateFn found = nullptr;
   ((found = !found && fits<Rule, variant, X>(e) ? update_linear<Rule, variant, M, X> : found), ...);
   return found;
@@ -236,34 +199,12 @@ FUSEDOPTIM_INLINE UpdateFn find_among(const Entry& e) {
 // Null if there is none.
 template <class Rule, int variant, class M>
 UpdateFn find_linear(const Entry& e) {
-  using S = Storage;
-  if constexpr (sizeof(typename M::T) == 8) {
-    return find_among<Rule, variant, M, Mix<S::f64, S::f64>>(e);
-  } else {
-    const UpdateFn found = find_among<Rule, variant, M, Mix<S::f32, S::f32>, Mix<S::bf16, S::bf16>, Mix<S::f16, S::f16>,
-                                      Mix<S::bf16, S::bf16, S::f32>>(e);
-    // What the documentation recommends, where no state is stochastic but the second moment.
-    if constexpr (M::width > 1 && count_slots<Rule>(variant) > 0)
-      if (!found)
-        return find_among<Rule, variant, M, Mix<S::bf16_remainder, S::bf16, S::bf16, S::bf16_stochastic>,
-                          Mix<S::bf16_stochastic, S::bf16, S::bf16, S::bf16_stochastic>,
-                          Mix<S::bf16, S::bf16, S::bf16, S::bf16_stochastic>, Mix<S::bf16_remainder, S::bf16, S::f32>,
-                          Mix<S::bf16_stochastic, S::bf16, S::f32>, Mix<S::bf16_master, S::bf16, S::f32>,
-                          Mix<S::f32, S::f32, S::bf16, S::bf16_stochastic>>(e);
-    return found;
-  }
+  return find_among<Rule, variant, M>(e, typename LoopsOf<Rule, variant, M>::Linear{});
 }
-
-// Of the unencoded ones. States are of the compute type.
+// Of those of a tile. States are of the compute type.
 template <class Rule, int variant, class M>
 UpdateFn find_unencoded(const Entry& e) {
-  using S = Storage;
-  if constexpr (M::width > 1 && sizeof(typename M::T) == 4)
-    return find_among<Rule, variant, M, Mix<S::bf16_remainder, S::bf16, S::f32, S::f32, true>,
-                      Mix<S::bf16_remainder8, S::bf16, S::f32, S::f32, true>,
-                      Mix<S::bf16_stochastic, S::bf16, S::f32, S::f32, true>,
-                      Mix<S::f32, S::f32, S::f32, S::f32, true>>(e);
-  return nullptr;
+  return find_among<Rule, variant, M>(e, typename LoopsOf<Rule, variant, M>::Unencoded{});
 }
 
 }  // namespace fusedoptim

@@ -13,24 +13,24 @@ UpdateFn find_update_with(const Entry& e) {
 }
 
 template <class Rule, int variant, class F32, class F64>
-UpdateFn find_update_of_variant(const Entry& e) {
+UpdateFn find_update(const Entry& e) {
   const bool wide = e.compute_dtype() == DType::f64;
   return wide ? find_update_with<Rule, variant, F64>(e) : find_update_with<Rule, variant, F32>(e);
 }
 
-template <class Rule, class F32, class F64, int variant = 0>
-UpdateFn find_update(int wanted, const Entry& e) {
-  if constexpr (variant < Rule::variants) {
-    if (wanted == variant) return find_update_of_variant<Rule, variant, F32, F64>(e);
-    return find_update<Rule, F32, F64, variant + 1>(wanted, e);
-  } else {
+template <class Rule, int variant, class F32, class F64>
+constexpr FindLoop find_update_of() {
+  if constexpr (variant < Rule::variants)
+    return find_update<Rule, variant, F32, F64>;
+  else
     return nullptr;
-  }
 }
 
 template <class F32, class F64, class... R>
 constexpr UpdatesOfRules updates_of(RuleList<R...>) {
-  return {{find_update<R, F32, F64>...}};
+  static_assert(kMaxVariants == 4 && ((R::variants <= kMaxVariants) && ...));
+  return {{{find_update_of<R, 0, F32, F64>(), find_update_of<R, 1, F32, F64>(), find_update_of<R, 2, F32, F64>(),
+            find_update_of<R, 3, F32, F64>()}...}};
 }
 
 }  // namespace fusedoptim

@@ -9,7 +9,7 @@
 
 namespace fusedoptim::cuda {
 
-inline constexpr int32_t kApiVersion = 6;
+inline constexpr int32_t kApiVersion = 7;
 
 // In place of a rule's name: the kernels that measure and reduce.
 inline constexpr const char *kMeasure = "(measure)", *kReduce = "(reduce)";

@@ -32,7 +32,7 @@ gpu::Program CudaDevice::prepare(gpu::Purpose purpose, const RuleHandle& rule, b
                                  const std::vector<gpu::Kind>& kinds) {
   const char* name = purpose == gpu::Purpose::measure  ? kMeasure
                      : purpose == gpu::Purpose::reduce ? kReduce
-                                                       : rule.name;
+                                                       : rule.name.c_str();
   bool stored = false;
   for (const gpu::Kind& kind : kinds)
     for (Storage s : kind.storage) stored = stored || !is_dtype(s);

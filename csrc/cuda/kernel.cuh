@@ -19,7 +19,7 @@ __device__ inline bool find_work(BlockWork& work, const StepArgs& args, uint32_t
   if (threadIdx.x == 0) {
     work.index = segment.entry;
     work.work = segment.work;
-    work.entry = t.entries[segment.entry];
+    work.entry = t.entries[segment.entry].entry;
     work.first = (grad & kFirst) != 0;
     work.entry.operand[kGrad].data = reinterpret_cast<void*>(static_cast<uintptr_t>(grad & kAddress));
     work.items = t.first_item[s + 1] - t.first_item[s];
@@ -70,7 +70,7 @@ __device__ inline bool is_skipped(const StepArgs& args) {
 // What a step makes of a tensor's numbers.
 struct Progress {
   double step;
-  float scalar_state;
+  float number;  // of a rule with one
 };
 
 // The first warp's work: the scalars of the block's tensor, which lane 0 writes. Returns what they were made from.
@@ -102,10 +102,15 @@ __device__ __noinline__ Progress prepare_scalars(typename Rule::template Scalars
       pow.exponent[k] = step;
     }
   }
-  StepInputs in{hyper, step, work.first, sum_of_squares, e.scalar_state ? *e.scalar_state : 0.0f, &pow};
+  static_assert(Rule::kNumbers <= 1 && Rule::sums <= 1);
+  float number = 0;
+  if constexpr (Rule::kNumbers == 1) number = *e.number;
+  // None of these rules asks for the number of elements.
+  const StepInputs in{hyper, step, work.first, &sum_of_squares, &number, 0, &pow};
   if (threadIdx.x == 0) scalars = Rule::template prepare<T>(in);
-  if constexpr (Rule::needs_norm) return {in.step, Rule::next_scalar_state(in)};
-  return {in.step, 0.0f};
+  float next = 0;
+  if constexpr (Rule::kNumbers == 1) Rule::next_numbers(in, &next);
+  return {step, next};
 }
 
 // The entry's own variant of the rule.
@@ -126,7 +131,8 @@ __device__ __forceinline__ void update_variant(const BlockWork& work, const type
 // the new ones.
 template <class Rule, bool stored>
 __device__ __forceinline__ void arrive(const BlockWork& work, const StepArgs& args, Progress progress) {
-  if constexpr (!Rule::has_step && !Rule::needs_norm && !stored) return;  // what rounds stochastically counts steps
+  if constexpr (!Rule::has_step && Rule::kNumbers == 0 && Rule::sums == 0 && !stored)
+    return;  // what rounds stochastically counts steps
   const DeviceEntry& e = work.entry;
   EntryControl& control = args.tables.control[work.index];
   const uint32_t blocks = static_cast<uint32_t>(work.items);
@@ -136,9 +142,9 @@ __device__ __forceinline__ void arrive(const BlockWork& work, const StepArgs& ar
     __threadfence();
     control.arrivals = 0;
   }
-  if constexpr (Rule::needs_norm) control.ready = 0;
+  if constexpr (Rule::sums > 0) control.ready = 0;
   store_step(e.step, e.kind.step_dtype, progress.step);
-  if constexpr (Rule::needs_norm) *e.scalar_state = progress.scalar_state;
+  if constexpr (Rule::kNumbers == 1) *e.number = progress.number;
 }
 
 template <class Rule, class T, bool wide, bool stored>

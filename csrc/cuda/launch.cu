@@ -64,7 +64,7 @@ template <class Rule, bool wide, bool stored>
 Kernel kernel_of() {
   if constexpr (std::is_same_v<Rule, Clip>)  // what clips has gradients alone, whose storages are dtypes
     return step_kernel<Rule, wide, false>;
-  else if constexpr (Rule::needs_norm)
+  else if constexpr (Rule::sums > 0)
     return norm_step_kernel<Rule, wide, stored>;
   else
     return step_kernel<Rule, wide, stored>;
@@ -217,8 +217,8 @@ constexpr int32_t kOnHost = 1;
 #else
 constexpr int32_t kOnHost = 0;
 #endif
-const Api kApi = {kApiVersion, kOnHost,   sizeof(StepArgs), sizeof(DeviceEntry), check, find, launch_step, upload,
-                  write,       capturing, l2_bytes,         multiprocessors};
+const Api kApi = {kApiVersion, kOnHost, sizeof(StepArgs), sizeof(TableEntry), check,          find, launch_step,
+                  upload,      write,   capturing,        l2_bytes,           multiprocessors};
 
 }  // namespace
 }  // namespace fusedoptim::cuda

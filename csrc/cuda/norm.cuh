@@ -131,7 +131,7 @@ __device__ __forceinline__ void reduce_up(const BlockWork& work, const Tables& t
 
 __device__ inline void publish_sum(EntryControl& control, double sum) {
   if (threadIdx.x % kWarp != 0) return;
-  control.sum_of_squares = sum;
+  control.sums[0] = sum;
   __threadfence();
   atomicExch(&control.ready, 1u);
 }
@@ -140,7 +140,7 @@ __device__ inline void publish_sum(EntryControl& control, double sum) {
 __device__ inline double wait_for_sum(EntryControl& control) {
   while (atomicAdd(&control.ready, 0u) == 0) __nanosleep(100);
   __threadfence();
-  return __ldcg(&control.sum_of_squares);
+  return __ldcg(&control.sums[0]);
 }
 
 }  // namespace fusedoptim::cuda

@@ -9,35 +9,29 @@
 
 namespace fusedoptim::gpu {
 
-Kind GpuExecutor::kind_of(const Entry& e, Variant variant) const {
+Kind GpuExecutor::kind_of(const Entry& e) const {
   Kind kind{};
   kind.storage[kParam] = e.param().storage;
   kind.storage[kGrad] = e.grad().storage;
   for (int k = 0; k < kStates; ++k) {
-    if (!rule_.uses_state(variant, k)) continue;
+    if (!rule_.uses_state(e.variant, k)) continue;
     kind.storage[kFirstState + k] = e.state(k).storage;
     kind.uses |= 1 << k;
   }
   kind.step_dtype = e.step_dtype;
-  kind.variant = variant.code;
+  kind.variant = e.variant.program;
   return kind;
 }
 
-void GpuExecutor::find_steppable(const StepTable& table) {
-  steppable_.assign(table.entries.size(), {});
+// Of what is not ready there has been no gradient yet.
+void GpuExecutor::find_kinds(const std::vector<Entry>& entries) {
+  wide_.assign(entries.size(), false);
   for (auto& kinds : kinds_) kinds.clear();
-  for (size_t i = 0; i < table.entries.size(); ++i) {
-    const Entry& e = table.entries[i];
-    Steppable& s = steppable_[i];
-    s.variant = rule_.variant_of(table.rows[e.group].value);
-    s.can = (e.param().data || e.numel == 0) && (e.step || !(rule_.has_step || e.is_stochastic)) &&
-            (e.scalar_state || !rule_.next_scalar_state);
-    for (int k = 0; k < kStates; ++k)
-      if (rule_.uses_state(s.variant, k)) s.can = s.can && (e.state(k).data || e.numel == 0);
-    if (!s.can) continue;
-    const Kind kind = kind_of(e, s.variant);
-    for (Storage d : kind.storage) s.wide = s.wide || d == Storage::f64;
-    auto& kinds = kinds_[s.wide];
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (!entries[i].ready) continue;
+    const Kind kind = kind_of(entries[i]);
+    for (Storage d : kind.storage) wide_[i] = wide_[i] || d == Storage::f64;
+    auto& kinds = kinds_[wide_[i] ? 1 : 0];
     const auto at = std::lower_bound(kinds.begin(), kinds.end(), kind);
     if (at == kinds.end() || kind < *at) kinds.insert(at, kind);
   }
@@ -50,8 +44,8 @@ void GpuExecutor::make_work_lists(const std::vector<Entry>& entries) {
     const Entry& e = entries[i];
     elements += e.numel;
     const auto index = static_cast<int32_t>(i);
-    if (steppable_[i].can)
-      sized[steppable_[i].wide].push_back({index, e.numel, e.numel * size_of(e.grad().storage)});
+    if (e.ready)
+      sized[wide_[i] ? 1 : 0].push_back({index, e.numel, e.numel * size_of(e.grad().storage)});
     else
       others.push_back({index, 0, 0});
   }
@@ -70,7 +64,7 @@ void GpuExecutor::make_work_lists(const std::vector<Entry>& entries) {
       }
   }
   for (int wide = 0; wide < 2; ++wide) {
-    if (rule_.needs_norm)
+    if (rule_.sums > 0)
       add_sums_and_updates(ready_[kUpdate + wide].list, sized[wide],
                            device_->l2_bytes() / std::max<int64_t>(tuning.norm_windows, 1));
     else
@@ -100,30 +94,32 @@ int64_t GpuExecutor::add_layout(const Layout& l, Variant variant) {
   return start;
 }
 
-DeviceEntry GpuExecutor::device_entry(const Entry& e, size_t i) {
-  DeviceEntry d{};
-  const Steppable& s = steppable_[i];
-  if (!s.can) return d;
-  d.kind = kind_of(e, s.variant);
+TableEntry GpuExecutor::table_entry(const Entry& e, size_t i) {
+  TableEntry found{};
+  if (!e.ready) return found;
+  DeviceEntry& d = found.entry;
+  d.kind = kind_of(e);
   for (int k = 0; k < kOperands; ++k)
     if (k == kParam || (k >= kFirstState && (d.kind.uses >> (k - kFirstState) & 1)))
       d.operand[k] = {e.operand[k].data, e.operand[k].extra};
   d.step = e.step;
-  d.scalar_state = e.scalar_state;
+  d.number = e.numbers[0];
+  std::copy(e.numbers + 1, e.numbers + kMaxNumbers, found.more_numbers);
   d.id = e.id;
   d.first_index = e.first_index;
   d.row = e.row;
   d.numel = e.numel;
+  found.whole_numel = e.whole_numel;
   // The same for both where there are both.
-  const int64_t layout = e.sum_layout ? add_layout(*e.sum_layout, s.variant) : -1;
+  const int64_t layout = e.sum_layout ? add_layout(*e.sum_layout, e.variant) : -1;
   d.layout = e.layout ? layout : -1;
   d.sum_layout = layout;
   d.partials = first_partial_[i];
   d.nodes = first_node_[i];
   d.group = e.group;
-  const auto& kinds = kinds_[s.wide];
+  const auto& kinds = kinds_[wide_[i] ? 1 : 0];
   d.kind_index = static_cast<int32_t>(std::lower_bound(kinds.begin(), kinds.end(), d.kind) - kinds.begin());
-  return d;
+  return found;
 }
 
 // What blocks tell each other.
@@ -131,7 +127,7 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
   first_partial_.assign(entries.size(), 0);
   first_node_.assign(entries.size(), 0);
   int64_t partials = 0, nodes = 0;
-  for (size_t i = 0; (rule_.needs_norm || measures_) && i < entries.size(); ++i) {
+  for (size_t i = 0; (rule_.sums > 0 || measures_) && i < entries.size(); ++i) {
     first_partial_[i] = partials;
     first_node_[i] = static_cast<int32_t>(nodes);
     int64_t count = tiles(entries[i].numel);
@@ -142,6 +138,8 @@ void GpuExecutor::make_control(const std::vector<Entry>& entries, void* stream) 
       if (count > 1) partials += count;
     }
   }
+  tables_.partials_stride = partials;
+  partials *= std::max(rule_.sums, 1);
   Packer packer;
   const int64_t at_launch = packer.add(std::vector<LaunchControl>(1));
   const int64_t at_control = packer.add(std::vector<EntryControl>(entries.size()));
@@ -171,13 +169,13 @@ void GpuExecutor::make_tables(const StepTable& table, void* stream) {
         "capture, and none that changes dtypes or memory layouts in between");
   if (!tables_.control || (measures_ && !control_measures_)) make_control(entries, stream);
   if (captured_any_) captured_.push_back(std::move(table_memory_));
-  find_steppable(table);
+  find_kinds(entries);
   make_work_lists(entries);
   layouts_.clear();
-  std::vector<DeviceEntry> device_entries;
-  for (size_t i = 0; i < entries.size(); ++i) device_entries.push_back(device_entry(entries[i], i));
+  std::vector<TableEntry> table_entries;
+  for (size_t i = 0; i < entries.size(); ++i) table_entries.push_back(table_entry(entries[i], i));
   Packer packer;
-  const int64_t at_entries = packer.add(device_entries), at_layouts = packer.add(layouts_);
+  const int64_t at_entries = packer.add(table_entries), at_layouts = packer.add(layouts_);
   int64_t at_first[kLaunches], at_segments[kLaunches], at_segment_of[kLaunches];
   for (int k = 0; k < kLaunches; ++k) {
     at_first[k] = packer.add(ready_[k].list.first_item);
@@ -186,15 +184,16 @@ void GpuExecutor::make_tables(const StepTable& table, void* stream) {
   }
   table_memory_ = allocate(packer.size(), stream);
   device_->upload(table_memory_, 0, packer.data(), packer.size(), stream);
-  tables_.entries = reinterpret_cast<DeviceEntry*>(table_memory_.at(at_entries));
+  tables_.entries = reinterpret_cast<TableEntry*>(table_memory_.at(at_entries));
   tables_.layouts = reinterpret_cast<int64_t*>(table_memory_.at(at_layouts));
   tables_.sums = table.sums;
+  tables_.sums_stride = table.sums_stride;
   for (int k = 0; k < kLaunches; ++k) {
     ready_[k].first_item = reinterpret_cast<uint32_t*>(table_memory_.at(at_first[k]));
     ready_[k].segments = reinterpret_cast<Segment*>(table_memory_.at(at_segments[k]));
     ready_[k].segment_of = reinterpret_cast<uint32_t*>(table_memory_.at(at_segment_of[k]));
   }
-  const int64_t words = static_cast<int64_t>(entries.size() + table.rows.size() * rule_.hypers);
+  const int64_t words = static_cast<int64_t>(entries.size() + table.rows.size() * rule_.hypers());
   if (!device_->by_value())
     words_memory_ = allocate(words * 8 + kLaunches * sizeof(StepHeader), stream);
   else if (words > kInlineWords)

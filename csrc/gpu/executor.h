@@ -18,12 +18,15 @@ class GpuExecutor : public Executor {
   GpuExecutor(const RuleHandle& rule, std::unique_ptr<Device> device, StepSettings settings)
       : rule_(rule), device_(std::move(device)), settings_(settings) {}
 
-  void prepare(Entry&, Variant) override { tables_valid_ = false; }
+  bool prepare(Entry&) override {
+    tables_valid_ = false;
+    return true;  // what is missing is compiled when tables are made
+  }
   bool reads_lr_on_device() const override { return true; }
   bool captured() const override { return captured_any_; }
   bool begin_step(const StepTable&) override { return false; }
   void run(StepTable& table, const LaunchInputs& inputs, const std::function<void()>& on_caller) override;
-  void measure(StepTable& table, const LaunchInputs& inputs, Gradients which, bool reduces) override;
+  void measure(StepTable& table, const LaunchInputs& inputs, int of_rule, bool reduces) override;
   void reduce(StepTable& table, const LaunchInputs& inputs) override;
   void update(StepTable& table, const LaunchInputs& inputs) override;
 
@@ -40,11 +43,11 @@ class GpuExecutor : public Executor {
   // ---- executor.cpp: tables, made when something changed ----
   void make_tables(const StepTable& table, void* stream);
   void make_control(const std::vector<Entry>& entries, void* stream);
-  void find_steppable(const StepTable& table);
+  void find_kinds(const std::vector<Entry>& entries);
   void make_work_lists(const std::vector<Entry>& entries);
-  DeviceEntry device_entry(const Entry& e, size_t i);
+  TableEntry table_entry(const Entry& e, size_t i);
   int64_t add_layout(const Layout& l, Variant variant);
-  Kind kind_of(const Entry& e, Variant variant) const;
+  Kind kind_of(const Entry& e) const;
   Memory allocate(int64_t bytes, void* stream);
 
   // ---- executor_step.cpp: every step ----
@@ -71,12 +74,7 @@ class GpuExecutor : public Executor {
   std::vector<Memory> captured_;        // tables of captured steps, which a graph may read as long as this lives
   std::vector<int64_t> first_partial_;  // of each entry, in elements
   std::vector<int32_t> first_node_;
-  // Of each entry. One that cannot be stepped has had no gradient yet.
-  struct Steppable {
-    bool can = false, wide = false;
-    Variant variant;
-  };
-  std::vector<Steppable> steppable_;
+  std::vector<char> wide_;      // of each entry: whether an operand has 64 bits
   std::vector<Kind> kinds_[2];  // of entries of up to 32 bits and of 64, each once, in order
   std::vector<int64_t> layouts_;
   Ready ready_[kLaunches];

@@ -16,7 +16,7 @@ void GpuExecutor::note_use(Memory& memory, void* stream) {
 }
 
 void GpuExecutor::gather_words(const StepTable& table) {
-  const int64_t n = static_cast<int64_t>(table.entries.size()), width = rule_.hypers;
+  const int64_t n = static_cast<int64_t>(table.entries.size()), width = rule_.hypers();
   words_.resize(n + static_cast<int64_t>(table.rows.size()) * width);
   for (int64_t i = 0; i < n; ++i) {
     const Entry& e = table.entries[i];
@@ -149,8 +149,9 @@ void GpuExecutor::run(StepTable& table, const LaunchInputs& inputs, const std::f
     if (e.active) e.first = false;
 }
 
-void GpuExecutor::measure(StepTable& table, const LaunchInputs& inputs, Gradients which, bool reduces) {
-  const int32_t flags = (which == Gradients::transformed ? kTransformed : 0) | (reduces ? kReduces : 0);
+void GpuExecutor::measure(StepTable& table, const LaunchInputs& inputs, int of_rule, bool reduces) {
+  const int32_t flags = (of_rule != kOfGradients ? kTransformed : 0) | (reduces ? kReduces : 0);
+  args_.sum = of_rule != kOfGradients ? of_rule : 0;
   const StepHeader* headers = begin(table, inputs, true, flags);
   launch({kMeasure, kMeasureWide}, headers, reinterpret_cast<void*>(inputs.stream));
 }

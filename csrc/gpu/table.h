@@ -3,6 +3,7 @@
 // compiler and nvcc; Triton kernels get their offsets from table_layout.h.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -33,12 +34,11 @@ struct Addresses {
   void *data, *extra;
 };
 
-// A tensor. It changes when memory, storages or layouts do, not from step to step. The storages stand side by side in
-// its kind, so that a kernel has all of them in two registers.
+// A tensor, as kernels copy it. It changes when memory, storages or layouts do, not from step to step. The storages
+// stand side by side in its kind, so that a kernel has all of them in two registers.
 struct DeviceEntry {
   Addresses operand[kOperands];  // but for the gradient's
   void* step;                    // 0-dim, fp32 or fp64; null for a rule without a step
-  float* scalar_state;           // for a rule with one
   uint64_t id;                   // of the parameter, for its random bits
   int64_t first_index;           // of its first element, in the whole tensor
   int64_t row;                   // elements in one row of what is stored in blocks; 0 where nothing is
@@ -50,7 +50,15 @@ struct DeviceEntry {
   int32_t kind_index;  // which of those that its kernel was made ready for
   int32_t nodes;       // where its arrival counters start in Tables::nodes
   int32_t group;
+  float* number;  // the first of the rule's states that are one; null for one that its group does without
 };
+// And what only rules read that are compiled later: to copy it would cost the built-in ones registers.
+struct TableEntry {
+  DeviceEntry entry;
+  float* more_numbers[kMaxNumbers - 1];
+  int64_t whole_numel;  // of the whole tensor that this one may be a shard of
+};
+static_assert(offsetof(TableEntry, more_numbers) == offsetof(DeviceEntry, number) + sizeof(float*));
 
 // A layout, in words: the number of dimensions, then for each, the innermost first, its size and the stride of each
 // operand, and of the index, in elements.
@@ -59,8 +67,8 @@ inline constexpr int kLayoutWordsPerDim = 1 + kStrides;
 // What blocks tell each other about a tensor. All zero between steps.
 struct EntryControl {
   uint32_t arrivals;  // blocks that have read the step and the other scalars
-  uint32_t ready;     // the sum of squares is in
-  double sum_of_squares;
+  uint32_t ready;     // the sums of squares are in
+  double sums[kMaxSums];
 };
 struct LaunchControl {
   uint32_t tickets, finished;
@@ -81,7 +89,7 @@ struct Segment {
 
 // All pointers are to device memory.
 struct Tables {
-  const DeviceEntry* entries;
+  const TableEntry* entries;
   const uint32_t* segment_of;  // of each item
   const uint32_t* first_item;  // of each segment, and the total
   const Segment* segments;
@@ -89,8 +97,9 @@ struct Tables {
   EntryControl* control;
   LaunchControl* launch;
   uint32_t* nodes;
-  double* partials;
-  double* sums;  // of squares, of each entry's gradient
+  double* partials;  // of a rule's first sum; of its second `partials_stride` further on
+  double* sums;      // of squares, for each entry, in rows: see StepTable
+  int64_t partials_stride, sums_stride;
 };
 
 // A gradient's address, with flags in bits that no address uses. A word of 0: no gradient, no update. kFirst: its
@@ -120,6 +129,7 @@ struct StepHeader {
   uint32_t items;
   int32_t row_words, inline_grads, inline_rows;  // the last two: where they start in `words`
   int32_t flags, entries, tensors;               // tensors: how many entries have sums
+  int32_t sum;                                   // of a launch that measures: which row of sums it writes
 };
 inline constexpr int64_t kInlineWords = (kArgumentBytes - static_cast<int64_t>(sizeof(StepHeader))) / 8;
 

@@ -14,10 +14,10 @@
 namespace fusedoptim::gpu {
 
 // As a name in Python: "betas[0]" is BETAS_0.
-inline std::string upper(const char* name) {
+inline std::string upper(const std::string& name) {
   std::string out;
-  for (const char* c = name; *c; ++c)
-    if (*c != ']') out += *c == '[' ? '_' : static_cast<char>(std::toupper(*c));
+  for (const char c : name)
+    if (c != ']') out += c == '[' ? '_' : static_cast<char>(std::toupper(c));
   return out;
 }
 
@@ -33,7 +33,9 @@ inline std::map<std::string, int64_t> table_layout() {
       {"HEADER_LAUNCH", tables(offsetof(Tables, launch))},
       {"HEADER_NODES", tables(offsetof(Tables, nodes))},
       {"HEADER_PARTIALS", tables(offsetof(Tables, partials))},
+      {"HEADER_PARTIALS_STRIDE", tables(offsetof(Tables, partials_stride))},
       {"HEADER_SUMS", tables(offsetof(Tables, sums))},
+      {"HEADER_SUMS_STRIDE", tables(offsetof(Tables, sums_stride))},
       {"HEADER_GRADS", offsetof(StepHeader, grads)},
       {"HEADER_ROWS", offsetof(StepHeader, rows)},
       {"HEADER_FOUND_INF", offsetof(StepHeader, found_inf)},
@@ -42,9 +44,10 @@ inline std::map<std::string, int64_t> table_layout() {
       {"HEADER_FLAGS", offsetof(StepHeader, flags)},
       {"HEADER_ENTRY_COUNT", offsetof(StepHeader, entries)},
       {"HEADER_TENSORS", offsetof(StepHeader, tensors)},
+      {"HEADER_SUM", offsetof(StepHeader, sum)},
       {"HEADER_CHUNK", offsetof(StepHeader, chunk)},
       {"HEADER_ROW_WORDS", offsetof(StepHeader, row_words)},
-      {"ENTRY_BYTES", sizeof(DeviceEntry)},
+      {"ENTRY_BYTES", sizeof(TableEntry)},
       {"ENTRY_OPERANDS", offsetof(DeviceEntry, operand)},
       {"OPERAND_BYTES", sizeof(Addresses)},
       {"OPERAND_DATA", offsetof(Addresses, data)},
@@ -52,9 +55,10 @@ inline std::map<std::string, int64_t> table_layout() {
       {"ENTRY_ID", offsetof(DeviceEntry, id)},
       {"ENTRY_FIRST_INDEX", offsetof(DeviceEntry, first_index)},
       {"ENTRY_STEP", offsetof(DeviceEntry, step)},
-      {"ENTRY_SCALAR_STATE", offsetof(DeviceEntry, scalar_state)},
+      {"ENTRY_NUMBERS", offsetof(DeviceEntry, number)},
       {"ENTRY_ROW", offsetof(DeviceEntry, row)},
       {"ENTRY_NUMEL", offsetof(DeviceEntry, numel)},
+      {"ENTRY_WHOLE_NUMEL", offsetof(TableEntry, whole_numel)},
       {"ENTRY_LAYOUT", offsetof(DeviceEntry, layout)},
       {"ENTRY_SUM_LAYOUT", offsetof(DeviceEntry, sum_layout)},
       {"ENTRY_PARTIALS", offsetof(DeviceEntry, partials)},
@@ -64,7 +68,7 @@ inline std::map<std::string, int64_t> table_layout() {
       {"CONTROL_BYTES", sizeof(EntryControl)},
       {"CONTROL_ARRIVALS", offsetof(EntryControl, arrivals)},
       {"CONTROL_READY", offsetof(EntryControl, ready)},
-      {"CONTROL_SUM_OF_SQUARES", offsetof(EntryControl, sum_of_squares)},
+      {"CONTROL_SUMS", offsetof(EntryControl, sums)},
       {"LAUNCH_TICKETS", offsetof(LaunchControl, tickets)},
       {"LAUNCH_FINISHED", offsetof(LaunchControl, finished)},
       {"LAUNCH_SUMMED", offsetof(LaunchControl, summed)},
@@ -89,6 +93,8 @@ inline std::map<std::string, int64_t> table_layout() {
       {"FIRST_STATE", kFirstState},
       {"MAX_SLOTS", kMaxSlots},
       {"AVERAGE", kAverage},
+      {"MAX_NUMBERS", kMaxNumbers},
+      {"MAX_SUMS", kMaxSums},
       {"BLOCK", kBlock},
       {"TILE", kTile},
       {"PART", kPart},
@@ -106,11 +112,12 @@ inline std::map<std::string, int64_t> table_layout() {
   return out;
 }
 
-// The columns of a rule's hyper-parameters, and the numbers of its states, by name.
+// The columns of a rule's hyper-parameters, and which of its states, and of those that are numbers, each is, by name.
 inline std::map<std::string, int64_t> rule_layout(const RuleHandle& rule) {
   std::map<std::string, int64_t> out;
-  for (int k = kFirstRuleHyper; k < rule.hypers; ++k) out[upper(rule.hyper_names[k - kFirstRuleHyper])] = k;
-  for (int k = 0; k < rule.slots; ++k) out[upper(rule.state_names[k])] = k;
+  for (int k = kFirstRuleHyper; k < rule.hypers(); ++k) out[upper(rule.hyper_names[k - kFirstRuleHyper])] = k;
+  for (int k = 0; k < rule.slots(); ++k) out[upper(rule.state_names[k])] = k;
+  for (int k = 0; k < rule.numbers(); ++k) out[upper(rule.number_names[k])] = k;
   return out;
 }
 

@@ -35,15 +35,15 @@ void Clipper::bind(const TensorHandOver::Tensors& tensors) {
     const auto sizes = to_vector(t.sizes()), strides = to_vector(t.strides());
     Entry& e = table_.entries.at(places_.at(i));
     e.param() = e.grad() = {t.mutable_data_ptr(), nullptr, storage_of(dtype_of(t))};
-    e.numel = t.numel();
-    e.active = true;
+    e.numel = e.whole_numel = t.numel();
+    e.active = e.ready = true;
     if (e.numel > 1 && !row_major(sizes, strides)) {
       layouts_.push_back(std::make_unique<Layout>(Layout{sizes, {strides, strides}}));
       layouts_.back()->simplify();
       e.sum_layout = layouts_.back().get();
       if (!dense(sizes, strides)) e.layout = layouts_.back().get();
     }
-    executor_->prepare(e, {});
+    executor_->prepare(e);
   }
   executor_->activity_changed();
 }
@@ -64,12 +64,12 @@ void Clipper::run(int64_t stream, bool measures, double max_norm, double limit) 
   const bool scales = max_norm >= 0 || limit >= 0;
   call(measures && max_norm < 0 ? INFINITY : max_norm, limit, [&] {
     if (scales) return executor_->run(table_, {stream, 0, 0}, [] {});
-    executor_->measure(table_, {stream, 0, 0}, Gradients::unscaled, true);
+    executor_->measure(table_, {stream, 0, 0}, kOfGradients, true);
   });
 }
 
 void Clipper::measure(int64_t stream) {
-  call(INFINITY, -1, [&] { executor_->measure(table_, {stream, 0, 0}, Gradients::unscaled, false); });
+  call(INFINITY, -1, [&] { executor_->measure(table_, {stream, 0, 0}, kOfGradients, false); });
 }
 
 void Clipper::reduce(int64_t stream) {

@@ -65,7 +65,7 @@ bool Look::states(PyObject* values) {
     const bool placed = v.device == param_.device || v.device.type == dlpack::kCpu;
     return placed && numel(v) == 1 && (v.dtype == DType::f32 || v.dtype == DType::f64);
   };
-  const auto scalar = [&](const TensorView& v) {
+  const auto number = [&](const TensorView& v) {
     return v.device == param_.device && numel(v) == 1 && v.dtype == DType::f32;
   };
   int there = 0, missing = 0, any = 0;
@@ -75,8 +75,10 @@ bool Look::states(PyObject* values) {
     if (!state(values, name, any, any, shaped)) return false;
   if (!state(values, names_.ema, any, any, average)) return false;
   if (!names_.step.is_none() && !state(values, names_.step, there, missing, step)) return false;
-  for (const py::object& name : names_.scalars)
-    if (!state(values, name, there, missing, scalar)) return false;
+  for (const py::object& name : names_.numbers)
+    if (!state(values, name, there, missing, number)) return false;
+  for (const py::object& name : names_.optional_numbers)
+    if (!state(values, name, any, any, number)) return false;
   return there == 0 || missing == 0;
 }
 

@@ -15,8 +15,8 @@ class Look {
  public:
   struct Names {
     std::vector<pybind11::object> slots, optional;  // states with the parameter's shape: of all groups, of some
-    pybind11::object step;                          // None if nothing counts
-    std::vector<pybind11::object> scalars;          // states that are one number
+    std::vector<pybind11::object> numbers, optional_numbers;  // states that are one number, likewise
+    pybind11::object step;                                    // may be None
     pybind11::object ema;
   };
   // state: optimizer.state.

@@ -11,8 +11,8 @@ namespace fusedoptim {
 using StableTensor = torch::stable::Tensor;
 
 Plan::Plan(const RuleHandle& rule, const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states,
-           py::object increment_version, std::pair<int, int> device, py::object launcher,
-           std::tuple<int64_t, bool, bool> settings)
+           const std::vector<std::string>& numbers, py::object increment_version, std::pair<int, int> device,
+           py::object launcher, std::tuple<int64_t, bool, bool> settings)
     : rule_(rule),
       device_{device.first, device.second},
       zero_grad_(std::get<2>(settings)),
@@ -22,36 +22,39 @@ Plan::Plan(const RuleHandle& rule, const std::vector<HyperArgs>& hyper, const st
           {reinterpret_cast<NormStats*>(std::get<0>(settings)), std::get<1>(settings), std::get<2>(settings)})),
       increment_version_(std::move(increment_version)),
       params_key_(py::str("params")) {
-  check_names(hyper, states);
-  for (const auto& [key, index, low, high, whole, off] : hyper) {
+  check_names(hyper, states, numbers);
+  for (const auto& [key, index, count, low, high, whole, off] : hyper) {
     auto interned = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str()));
     const int at = static_cast<int>(hyper_.size());
-    hyper_.push_back({std::move(interned), index, at < kLrDType ? at : at + 1, low, high, whole, off});
+    hyper_.push_back({std::move(interned), index, count, at < kLrDType ? at : at + 1, low, high, whole, off});
   }
 }
 
 // A rule that was compiled from another declaration would take one number for another.
-void Plan::check_names(const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states) const {
+void Plan::check_names(const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states,
+                       const std::vector<std::string>& numbers) const {
   std::vector<std::string> declared, compiled{"lr"};
-  for (const auto& [key, index, low, high, whole, off] : hyper)
+  for (const auto& [key, index, count, low, high, whole, off] : hyper)
     declared.push_back(index < 0 ? key : key + "[" + std::to_string(index) + "]");
   compiled.insert(compiled.end(), std::begin(kOptionKeys), std::end(kOptionKeys));
-  compiled.insert(compiled.end(), rule_.hyper_names, rule_.hyper_names + rule_.hypers - kFirstRuleHyper);
-  declared.insert(declared.end(), states.begin(), states.end());
-  compiled.insert(compiled.end(), rule_.state_names, rule_.state_names + rule_.slots);
+  for (const auto* names : {&states, &numbers}) declared.insert(declared.end(), names->begin(), names->end());
+  for (const auto* names : {&rule_.hyper_names, &rule_.state_names, &rule_.number_names})
+    compiled.insert(compiled.end(), names->begin(), names->end());
   if (declared == compiled) return;
   const auto list = [](const std::vector<std::string>& names) {
     std::string text;
     for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
     return text;
   };
-  throw py::value_error(std::string("rule '") + rule_.name + "' declares " + list(declared) +
-                        ", but was compiled with " + list(compiled));
+  throw py::value_error("rule '" + rule_.name + "' declares " + list(declared) + ", but was compiled with " +
+                        list(compiled));
 }
 
 void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
                  std::optional<py::list> counted, py::object sums, bool wide, std::optional<ShardArgs> shards,
-                 const std::vector<StoredArgs>& stored, py::list watched) {
+                 const std::vector<StoredArgs>& stored, py::list watched, const std::vector<double>& constants) {
+  if (!constants.empty() && constants.size() != groups.size())
+    throw py::value_error("a plan takes the numbers of constants for each of its groups");
   for (py::handle key : watched) watched_keys_.push_back(py::reinterpret_borrow<py::object>(key));
   PythonMemory::keep_sums(table_, std::move(sums));
   table_.wide = wide;
@@ -64,6 +67,7 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
     Group group;
     group.dict = py::reinterpret_borrow<py::object>(g);
     group.params = g[params_key_];
+    if (!constants.empty()) group.constants = constants[group_.size()];
     for (const py::object& key : watched_keys_) {
       PyObject* value = PyDict_GetItem(g.ptr(), key.ptr());
       group.watched.push_back(value && PyDict_Check(value) ? py::reinterpret_steal<py::object>(PyDict_Copy(value))
@@ -93,9 +97,12 @@ void Plan::build(py::list groups, py::dict state, const std::vector<int>& bindin
   stored_at_.assign(params_.size(), -1);
   for (size_t k = 0; k < stored_.size(); ++k) stored_at_.at(std::get<0>(stored_[k])) = static_cast<int>(k);
   bindings_.resize(params_.size());
-  const size_t width = 6 + rule_.slots;
+  const size_t width = 5 + rule_.slots() + rule_.numbers();
   if (bindings.size() % width != 0) throw std::runtime_error("a plan's bindings have another width");
   for (auto b = bindings.begin(); b != bindings.end(); b += width) bindings_.at(*b).assign(b + 1, b + width);
+  for (size_t i = 0; i < params_.size() && !shards_.empty(); ++i)  // later the interpreter is released
+    if (!bindings_[i].empty() && shards_.at(bindings_[i][0]).object)
+      table_.entries[i].whole_numel = params_[i].attr("numel")().cast<int64_t>();
   for (size_t i = 0; i < group_.size(); ++i) {
     Group& g = group_[i];
     for (int64_t k = g.begin; k < g.end; ++k) g.on_device = g.on_device || !bindings_[k].empty();
@@ -166,15 +173,16 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     m.memory = shards_[binding[0]].object;
     m.spec = shards_[binding[0]].spec.ptr();
   }
-  const Variant variant = group_[e.group].variant;
+  if (!m.sharded) e.whole_numel = e.numel;
+  e.variant = group_[e.group].variant;
   m.linear = e.numel <= 1 || dense(sizes, strides);
   m.logical = e.numel <= 1 || row_major(sizes, strides);
-  m.on_device = m.ready = true;
+  m.on_device = e.ready = true;
   for (int k = 0; k < kStates; ++k) {
-    if (!rule_.uses_state(variant, k)) continue;
-    const int at = binding[k == kAverage ? 1 + rule_.slots : 1 + k];
+    if (!rule_.uses_state(e.variant, k)) continue;
+    const int at = binding[k == kAverage ? 1 + rule_.slots() : 1 + k];
     if (at < 0) {
-      m.ready = false;
+      e.ready = false;
       continue;
     }
     const StableTensor& s = tensors.at(at);
@@ -186,9 +194,9 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     if (zero_grad_) kept_.add(o.data, element_size(s), m.ndim, m.shape, own.data());
     if (e.numel > 1) m.linear = m.linear && same_strides(m.ndim, m.shape, strides.data(), own.data());
   }
-  const int step = binding[2 + rule_.slots], scalar = binding[3 + rule_.slots];
-  if (rule_.has_step && step < 0) m.ready = false;
-  if (rule_.next_scalar_state && scalar < 0) m.ready = false;
+  const int* const behind = binding.data() + 2 + rule_.slots();
+  const int step = *behind;
+  if (rule_.has_step && step < 0) e.ready = false;
   if (step >= 0) {
     e.step_dtype = dtype_of(tensors.at(step));
     // Each by itself also where all are views of one buffer, as on a GPU: giving one of them other memory (.data =)
@@ -196,13 +204,16 @@ void Plan::bind_member(int64_t i, const std::vector<StableTensor>& tensors, cons
     e.step = watch_.add(tensors.at(step));
     writes(step);
   }
-  if (rule_.next_scalar_state && scalar >= 0) {
-    e.scalar_state = static_cast<float*>(watch_.add(tensors.at(scalar)));
-    writes(scalar);
+  for (int k = 0; k < rule_.numbers(); ++k) {
+    const int at = behind[1 + k];
+    if (at == -1) e.ready = false;
+    if (at < 0) continue;
+    e.numbers[k] = static_cast<float*>(watch_.add(tensors.at(at)));
+    writes(at);
   }
   if (stored_at_[i] >= 0) bind_stored(stored_[stored_at_[i]], tensors);
   m.written_end = static_cast<int64_t>(written_.size());
-  e.first = binding[4 + rule_.slots] != 0;
+  e.first = behind[1 + rule_.numbers()] != 0;
 }
 
 void Plan::bind_stored(const StoredArgs& stored, const std::vector<StableTensor>& tensors) {
@@ -212,7 +223,7 @@ void Plan::bind_stored(const StoredArgs& stored, const std::vector<StableTensor>
   for (const auto& [k, storage, extra] : operands) {
     Operand& o = e.operand[k];
     o.storage = static_cast<Storage>(storage);
-    if (extra < -1) m.ready = false;
+    if (extra < -1) e.ready = false;
     if (extra < 0) continue;
     const StableTensor& t = tensors.at(extra);
     o.extra = watch_.add(t);
@@ -224,7 +235,7 @@ void Plan::bind_stored(const StoredArgs& stored, const std::vector<StableTensor>
   if (row) m.linear = m.linear && m.logical;
   for (const Operand& o : e.operand) e.is_stochastic = e.is_stochastic || is_stochastic(o.storage);
   if (!e.is_stochastic) return;
-  if (!e.step) m.ready = false;
+  if (!e.step) e.ready = false;
   e.id = id;
   e.first_index = first_index;
   // Random bits go by places in the whole tensor: these follow each other in memory, or are looked up.

@@ -35,9 +35,9 @@ namespace py = pybind11;
 
 class Plan {
  public:
-  // A group's key, the index into its value or -1, the least and the largest number that is accepted, whether it must
-  // be whole, and the number of a group without the key, if there may be such.
-  using HyperArgs = std::tuple<std::string, int, double, double, bool, std::optional<double>>;
+  // A group's key, the index into its value or -1, of how many, the least and the largest number that is accepted,
+  // whether it must be whole, and the number of a group without the key, if there may be such.
+  using HyperArgs = std::tuple<std::string, int, int, double, double, bool, std::optional<double>>;
   using ShardArgs = std::tuple<py::object, py::object, py::list>;
   // How a parameter and its states are stored, where that is more than their dtypes: its position among all; operands,
   // each with its storage and the tensor that it keeps beside, -1 without such, -2 if that is to come; elements in a
@@ -46,28 +46,32 @@ class Plan {
   using OperandArgs = std::tuple<int, int, int>;
   using StoredArgs =
       std::tuple<int, std::vector<OperandArgs>, int64_t, uint64_t, int64_t, std::optional<std::vector<int64_t>>>;
+  // What no program of the rule has a loop for: which program, whether it computes in fp64, the storages of parameter,
+  // gradient and states, -1 for one that it does not use, and whether that takes the loop over tiles.
+  using Lacking = std::tuple<int, bool, std::vector<int>, bool>;
   // hyper: all that a step reads of a group, in the order of a rule's rows, which have lr's dtype after lr; states: the
-  // rule's, with the parameter's shape. Their names have to be the compiled rule's.
+  // rule's, with the parameter's shape; numbers: those that are one number. Their names have to be the compiled rule's.
   // device: whose tensors it steps, as DLPack names it. launcher: see make_executor.h.
   // settings: the address of the optimizer's NormStats on the device, skip_nonfinite, zero_grad.
   Plan(const RuleHandle& rule, const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states,
-       py::object increment_version, std::pair<int, int> device, py::object launcher,
-       std::tuple<int64_t, bool, bool> settings);
+       const std::vector<std::string>& numbers, py::object increment_version, std::pair<int, int> device,
+       py::object launcher, std::tuple<int64_t, bool, bool> settings);
 
   // groups is optimizer.param_groups, state is optimizer.state. bindings has, one after another, for each parameter
   // that this plan steps: its position among all, then indices into the list of tensors that is handed over then, or -1
-  // where there is none (param, slots..., ema, step, scalar_state), then 1 if its states count as absent in the coming
-  // step. dormant: parameters that no plan steps, for as long as they have no gradient.
-  // counted: that list, to have torch's own function raise their version counters; None if they can be raised here.
-  // sums, wide: see StepTable. The former is a tensor with an fp64 number per parameter, on the device.
-  // shards: for parameters that are DTensors: see ShardReader, and for each tensor in that list its DTensor or None.
-  // watched: keys of groups whose values must stay as they are.
+  // where there is none (param, slots..., ema, step, numbers...), -2 for a number that its group does without, then 1
+  // if its states count as absent in the coming step. dormant: parameters that no plan steps, for as long as they have
+  // no gradient. counted: that list, to have torch's own function raise their version counters; None if they can be
+  // raised here. sums, wide: see StepTable. The former is a tensor of rows with an fp64 number per parameter, and one
+  // more, on the device. shards: for parameters that are DTensors: see ShardReader, and for each tensor in that list
+  // its DTensor or None. watched: keys of groups whose values must stay as they are. constants: for each group a number
+  // that stands for those values in guards (core/guard.h); 0 for all if there are none.
   void build(py::list groups, py::dict state, const std::vector<int>& bindings, py::list dormant,
              std::optional<py::list> counted, py::object sums, bool wide, std::optional<ShardArgs> shards,
-             const std::vector<StoredArgs>& stored, py::list watched);
+             const std::vector<StoredArgs>& stored, py::list watched, const std::vector<double>& constants);
 
   // Picks up this step's gradients and hyper-parameters. False, for the given reason, if the plan no longer fits:
-  // then make a new one.
+  // then make a new one. Where that is for want of a loop, lacking() has all that is wanted, each once.
   bool refresh(py::handle groups, py::handle state);
   // Lets go of what refresh() picked up, for a step that does not come.
   void release();
@@ -76,7 +80,7 @@ class Plan {
   // 0.
   void run(int64_t stream, int64_t grad_scale, int64_t found_inf);
   // The parts of a step (Executor's), in this order: measure() and reduce() as often as needed, update() once.
-  void measure(bool transformed, int64_t stream, int64_t grad_scale);
+  void measure(std::optional<int> of_rule, int64_t stream, int64_t grad_scale);
   void reduce(int64_t stream);
   void update(int64_t stream, int64_t grad_scale, int64_t found_inf);
 
@@ -87,6 +91,7 @@ class Plan {
   void retire();
 
   const std::string& reason() const { return reason_; }
+  const std::vector<Lacking>& lacking() const { return lacking_; }
   // Whether a CUDA graph has captured a step, and with it the addresses of this plan's tables.
   bool captured() const { return executor_->captured(); }
   // Under which the tensors are handed over: tensor_hand_over.h.
@@ -107,7 +112,6 @@ class Plan {
     bool sharded = false;                        // a DTensor
     bool on_device = false;                      // in this plan's table
     bool dormant = false;                        // in no plan's
-    bool ready = false;                          // its states exist
     bool linear = false;                         // parameter and states share one dense memory order
     bool logical = false;                        // which is the logical one
     bool prepared = false;                       // by the executor, for the gradient's dtype and layout
@@ -118,7 +122,8 @@ class Plan {
   };
   struct Hyper {
     py::object key;
-    int index;   // which of the two that are the key's value; -1 if that is one number
+    int index;  // which of the `count` that are the key's value; -1 if that is one number
+    int count;
     int column;  // of a row
     double low, high;
     bool whole;
@@ -137,7 +142,8 @@ class Plan {
   };
   struct Group {
     py::object dict, params;
-    int64_t begin, end;  // its members
+    int64_t begin, end;    // its members
+    double constants = 0;  // see build()
     Variant variant;
     bool on_device = false;         // has members on this plan's device
     std::vector<py::object> items;  // key, value, ... of dict, if no value that matters can change in place
@@ -167,7 +173,9 @@ class Plan {
   void prefetch_gradients(int64_t i) const;
   void raise_versions() const;
   py::list counted_by_torch() const;
-  void check_names(const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states) const;
+  void check_names(const std::vector<HyperArgs>& hyper, const std::vector<std::string>& states,
+                   const std::vector<std::string>& numbers) const;
+  void note_lacking(const Entry& e);
   bool begin_part();
   template <class Run>
   void run_counted(const Run& run);
@@ -212,6 +220,7 @@ class Plan {
   bool grads_checked_ = true, grads_moved_ = false;
   MemoryRanges kept_, written_ranges_;  // parameters and states; gradients
   std::string reason_;
+  std::vector<Lacking> lacking_;
   TensorHandOver hand_over_{[this](const TensorHandOver::Tensors& tensors) { bind(tensors); }};
 };
 

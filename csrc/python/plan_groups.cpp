@@ -15,6 +15,9 @@ bool is_immutable(PyObject* x) {
   return PyFloat_CheckExact(x) || PyLong_CheckExact(x) || PyBool_Check(x) || x == Py_None;
 }
 
+// Such values are the same if they are equal; all others but dicts, if they are one object.
+bool is_plain(PyObject* x) { return PyUnicode_CheckExact(x) || PyLong_CheckExact(x) || PyBool_Check(x); }
+
 }  // namespace
 
 // As fusedoptim/_values.py does it for the reference.
@@ -35,10 +38,11 @@ bool Plan::read_hyper(PyObject* dict, const Hyper& hyper, double* row, bool& imm
   }
   const auto index = py::reinterpret_steal<py::object>(PyLong_FromLong(hyper.index));
   const Py_ssize_t size = PyObject_Size(value);
-  const auto item = py::reinterpret_steal<py::object>(size == 2 ? PyObject_GetItem(value, index.ptr()) : nullptr);
+  const auto item =
+      py::reinterpret_steal<py::object>(size == hyper.count ? PyObject_GetItem(value, index.ptr()) : nullptr);
   if (!item) {
     if (PyErr_Occurred()) forget_python_error();
-    return stale("a hyper-parameter is not one of two");
+    return stale("a hyper-parameter is not one of as many as its rule has");
   }
   return read_number(item.ptr(), hyper, row);
 }
@@ -85,12 +89,13 @@ bool Plan::read_tensor(PyObject* value, const Hyper& hyper, double* row) {
 bool Plan::watched_unchanged(const Group& g, bool& immutable) const {
   for (size_t k = 0; k < watched_keys_.size(); ++k) {
     PyObject *value = PyDict_GetItem(g.dict.ptr(), watched_keys_[k].ptr()), *before = g.watched[k].ptr();
-    if (!value || !PyDict_Check(value)) {
-      if (value != before) return false;
+    if (value && PyDict_Check(value))
+      immutable = false;
+    else if (value == before)
       continue;
-    }
-    immutable = false;
-    const int same = before ? PyObject_RichCompareBool(value, before, Py_EQ) : 0;
+    else if (!value || !is_plain(value))
+      return false;
+    const int same = before && Py_TYPE(value) == Py_TYPE(before) ? PyObject_RichCompareBool(value, before, Py_EQ) : 0;
     if (same < 0) forget_python_error();
     if (same != 1) return false;
   }
@@ -104,7 +109,8 @@ bool Plan::refresh_group(Group& g, HyperRow& row) {
   if (!watched_unchanged(g, immutable)) return stale("how a group's parameters and states are stored has changed");
   for (const Hyper& hyper : hyper_)
     if (!read_hyper(dict, hyper, h, immutable)) return false;
-  const Variant variant = rule_.variant_of(h);
+  Variant variant;
+  if (!rule_.find_variant(h, g.constants, variant)) return stale("no program is there for a group's values");
   if (variant != g.variant) {
     g.variant = variant;
     if (bound_) return stale("a group's options changed which states it needs");

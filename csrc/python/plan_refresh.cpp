@@ -5,6 +5,7 @@
 #include <exception>
 #include <thread>
 
+#include "../cpu/mixes.h"
 #include "plan.h"
 
 namespace fusedoptim {
@@ -32,7 +33,7 @@ bool Plan::Group::unchanged() {
 bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
   Member& m = member_[i];
   Entry& e = table_.entries[i];
-  if (!m.ready) return stale("a parameter has a gradient for the first time");
+  if (!e.ready) return stale("a parameter has a gradient for the first time");
   if (!(g.device == device_)) return stale("a gradient is on another device");
   if (!g.data && e.numel > 0) return stale("a gradient has no memory");
   if (g.ndim != m.ndim) return stale("a gradient's shape differs from its parameter's");
@@ -58,10 +59,20 @@ bool Plan::refresh_gradient(int64_t i, const TensorView& g) {
     e.grad().storage = storage_of(g.dtype);
     e.layout = linear ? nullptr : layout.get();
     e.sum_layout = plain ? nullptr : layout.get();
-    executor_->prepare(e, group_[e.group].variant);
-    m.prepared = true;
+    m.prepared = executor_->prepare(e);
+    if (!m.prepared) note_lacking(e);
   }
   return true;
+}
+
+void Plan::note_lacking(const Entry& e) {
+  const uint32_t states = rule_.programs[e.variant.program].states;
+  std::vector<int> storages{static_cast<int>(e.param().storage), static_cast<int>(e.grad().storage)};
+  for (int k = 0; k < rule_.slots(); ++k)
+    storages.push_back(states >> k & 1 ? static_cast<int>(e.state(k).storage) : -1);
+  Lacking lacking{e.variant.program, e.compute_dtype() == DType::f64, std::move(storages),
+                  needs_tiles(e, states, rule_.second_moment)};
+  if (std::find(lacking_.begin(), lacking_.end(), lacking) == lacking_.end()) lacking_.push_back(std::move(lacking));
 }
 
 // Of a DTensor's gradient as its parameter is placed; what comes in another way is replaced by such. Held by grads_.
@@ -207,6 +218,7 @@ bool Plan::refresh(py::handle groups, py::handle state) {
 bool Plan::refresh_all(py::handle groups, py::handle state) {
   refreshed_ = false;
   grad_shards_.clear();
+  lacking_.clear();
   // Checking addresses needs no interpreter. With many tensors a second thread does it meanwhile, one that the update
   // will need anyway. In a loop that works on a GPU it would be asleep, and waking it may take as long as a time slice.
   constexpr size_t kManyMembers = 256;
@@ -230,7 +242,11 @@ bool Plan::refresh_all(py::handle groups, py::handle state) {
     if (error) std::rethrow_exception(error);
   }
   if (!python_checked) fits = refresh_python(groups, state);
-  if (!fits) return false;
+  if (!fits) {
+    lacking_.clear();
+    return false;
+  }
+  if (!lacking_.empty()) return stale("no loop is compiled for what some tensors are stored as");
   if (!addresses_checked) unchanged = watch_.unchanged();
   if (!unchanged) return stale("a parameter or a state has new memory, strides or dtype");
   if (zero_grad_ && grads_moved_ && !grads_checked_ && !written_apart())

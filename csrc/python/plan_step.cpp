@@ -101,7 +101,8 @@ void Plan::update(int64_t stream, int64_t grad_scale, int64_t found_inf) {
   });
 }
 
-void Plan::measure(bool transformed, int64_t stream, int64_t grad_scale) {
+void Plan::measure(std::optional<int> of_rule, int64_t stream, int64_t grad_scale) {
+  if (of_rule && (*of_rule < 0 || *of_rule >= rule_.sums)) throw py::value_error("the rule asks for no such sum");
   if (!refreshed_) throw std::runtime_error("measure() must follow a refresh() that returned True");
   const bool is_long = begin_part();
   running_ = true;
@@ -111,8 +112,7 @@ void Plan::measure(bool transformed, int64_t stream, int64_t grad_scale) {
   } done{*this};
   std::optional<py::gil_scoped_release> release;
   if (is_long) release.emplace();
-  executor_->measure(table_, {stream, grad_scale, 0}, transformed ? Gradients::transformed : Gradients::unscaled,
-                     false);
+  executor_->measure(table_, {stream, grad_scale, 0}, of_rule.value_or(kOfGradients), false);
 }
 
 void Plan::reduce(int64_t stream) {

@@ -26,9 +26,10 @@ class PythonMemory {
   void used_on(const gpu::Memory& memory, void* stream) const {
     functions_.attr("used_on")(tensor(memory), reinterpret_cast<uintptr_t>(stream));
   }
-  // A tensor of an fp64 number per entry.
+  // A tensor with rows of an fp64 number per entry, and perhaps more.
   static void keep_sums(StepTable& table, py::object tensor) {
     table.sums = reinterpret_cast<double*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    table.sums_stride = tensor.attr("shape")[py::int_(-1)].cast<int64_t>();
     table.sums_owner = std::make_shared<py::object>(std::move(tensor));
   }
   static const py::object& tensor(const gpu::Memory& memory) { return *static_cast<py::object*>(memory.owner.get()); }

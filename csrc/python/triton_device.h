@@ -37,7 +37,7 @@ class TritonDevice : public gpu::Device {
     const char* name = purpose == gpu::Purpose::measure  ? "measure"
                        : purpose == gpu::Purpose::reduce ? "reduce"
                                                          : "update";
-    py::object made = functions_.attr("prepare")(name, rule.name, as_tuple(kinds));
+    py::object made = functions_.attr("prepare")(name, py::cast(rule), as_tuple(kinds));
     return {made.release().ptr(), [](const void* program) { Py_DECREF(object(program)); }};
   }
 

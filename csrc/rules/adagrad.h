@@ -5,16 +5,15 @@
 
 namespace fusedoptim {
 
-struct Adagrad {
+struct Adagrad : ElementwiseRule {
   static constexpr const char* name = "adagrad";
-  static constexpr bool has_step = true, needs_norm = false, divides = true;
+  static constexpr bool has_step = true, divides = true;
   enum Hyper { kLrDecay = kFirstRuleHyper, kWeightDecay, kEps, kMaximize, kHypers };
   static constexpr const char* hyper_names[] = {"lr_decay", "weight_decay", "eps", "maximize"};
   enum Slot { kSum, kSlots };
   static constexpr int second_moment = kSum;
   static constexpr const char* state_names[] = {"sum"};
 
-  static constexpr int powers = 0;
   static constexpr int variants = 1;
   static int variant(const double*) { return 0; }
   static constexpr bool uses(int, int) { return true; }

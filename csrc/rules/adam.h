@@ -6,9 +6,9 @@
 
 namespace fusedoptim {
 
-struct Adam {
+struct Adam : ElementwiseRule {
   static constexpr const char* name = "adam";
-  static constexpr bool has_step = true, needs_norm = false, divides = true;
+  static constexpr bool has_step = true, divides = true;
   enum Hyper {
     kBeta1 = kFirstRuleHyper,
     kBeta2,

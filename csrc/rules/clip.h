@@ -6,16 +6,15 @@
 
 namespace fusedoptim {
 
-struct Clip {
+struct Clip : ElementwiseRule {
   static constexpr const char* name = "clip";
-  static constexpr bool has_step = false, needs_norm = false, divides = false;
+  static constexpr bool has_step = false, divides = false;
   enum Hyper { kHypers = kFirstRuleHyper };
   static constexpr const char* hyper_names[] = {nullptr};
   enum Slot { kSlots };
   static constexpr const char* state_names[] = {nullptr};
   static constexpr int second_moment = -1;
 
-  static constexpr int powers = 0;
   static constexpr int variants = 1;
   static int variant(const double*) { return 0; }
   static constexpr bool uses(int, int) { return false; }

@@ -13,13 +13,19 @@
 // fma below is spelled, because it is part of the result.
 //
 // A rule says of itself:
-//   name, hyper_names, state_names  as Python declares them (fusedoptim/*.py), which is compared when a plan is made
-//   has_step, needs_norm     whether it counts steps; whether it needs the norm of the gradient first
+//   name, hyper_names, state_names, number_names  as Python declares them (fusedoptim/*.py), which is compared when a
+//                            plan is made. Numbers are states that are one fp32 number per tensor
+//   has_step, sums           whether it counts steps; how many sums of squares over whole tensors it asks for
 //   divides                  whether it takes roots or quotients of elements, all of which end in the parameter
 //   (so does every state, in the same step: where one is a NaN or infinite, the parameter or a divisor shows it)
 //   second_moment            the state that is an average, or a sum, of squares; -1 without such
 //   powers, power_base       how many powers x^step its scalars need, the first uses of StepInputs::pow; their bases
 //   variants, variant, uses  its variants, which one a row of hyper-parameters asks for, and that one's states
+// and has these functions:
+//   prepare<T>(StepInputs)          makes a tensor's Scalars<T> of numbers
+//   update<variant, M>(p, g, s, c)  steps one element: parameter, gradient, states, scalars
+//   next_numbers(StepInputs, out)   makes the new numbers, where it has any
+// A built-in rule's only sum is that of the gradient, transformed. Others: see cpu/own_program.h.
 #pragma once
 
 #include <cmath>
@@ -34,8 +40,8 @@ namespace fusedoptim {
 // pow, remembering the last result of each of its few uses: tensors of one model differ in lr far more often than in
 // beta or step, and two calls of pow cost as much as a hundred elements.
 struct PowMemo {
-  static constexpr int kUses = 3;
-  double base[kUses] = {}, exponent[kUses] = {}, result[kUses] = {1, 1, 1};  // pow(0, 0) is 1
+  static constexpr int kUses = 8;
+  double base[kUses] = {}, exponent[kUses] = {}, result[kUses] = {1, 1, 1, 1, 1, 1, 1, 1};  // pow(0, 0) is 1
 
   FUSEDOPTIM_HD double operator()(int use, double x, double y) {
     if (base[use] != x || exponent[use] != y) {
@@ -49,12 +55,20 @@ struct PowMemo {
 
 // Where a rule's scalars come from, per tensor and step. All of it is double: scalars are rounded once, at the end.
 struct StepInputs {
-  const double* hyper;    // the group's row, indexed by the rule's Hyper enum
-  double step;            // the number of this step, counted from 1; 0 for a rule without a step
-  bool first;             // the states are to be taken as absent: this is the tensor's first step
-  double sum_of_squares;  // of the gradient, for rules that ask for it
-  float scalar_state;     // the rule's per-tensor scalar, for rules that have one
+  const double* hyper;   // the group's row, indexed by the rule's Hyper enum
+  double step;           // the number of this step, counted from 1; 0 for a rule without a step
+  bool first;            // the states are to be taken as absent: this is the tensor's first step
+  const double* sums;    // of squares, as many as the rule asks for; NaN as long as they are not known
+  const float* numbers;  // as many as the rule has, before this step; 0 for one that its group does without
+  double numel;          // elements of the whole tensor
   PowMemo* pow;
+};
+
+// What most rules do without.
+struct ElementwiseRule {
+  static constexpr int sums = 0, powers = 0;
+  enum Number { kNumbers };
+  static constexpr const char* number_names[] = {nullptr};
 };
 
 // The learning rate with torch's arithmetic: a Python float computes in double, a tensor lr rounds every operation to

@@ -8,16 +8,18 @@
 
 namespace fusedoptim {
 
-struct NormAdaptive {
+struct NormAdaptive : ElementwiseRule {
   static constexpr const char* name = "norm_adaptive";
-  static constexpr bool has_step = true, needs_norm = true, divides = false;
+  static constexpr bool has_step = true, divides = false;
+  static constexpr int sums = 1;
   enum Hyper { kBeta = kFirstRuleHyper, kEps, kWeightDecay, kMaximize, kHypers };
   static constexpr const char* hyper_names[] = {"beta", "eps", "weight_decay", "maximize"};
   enum Slot { kSlots };
   static constexpr int second_moment = -1;
   static constexpr const char* state_names[] = {nullptr};
+  enum Number { kAvgGradNorm, kNumbers };
+  static constexpr const char* number_names[] = {"avg_grad_norm"};
 
-  static constexpr int powers = 0;
   static constexpr int variants = 1;
   static int variant(const double*) { return 0; }
   static constexpr bool uses(int, int) { return false; }
@@ -27,17 +29,18 @@ struct NormAdaptive {
     T decay, neg_step_size;
   };
 
-  // The new moving average.
-  FUSEDOPTIM_HD static float next_scalar_state(const StepInputs& in) {
-    const double beta = in.hyper[kBeta];
-    const float norm = static_cast<float>(std::sqrt(in.sum_of_squares));
-    return static_cast<float>(beta * static_cast<double>(in.scalar_state) + (1.0 - beta) * static_cast<double>(norm));
+  FUSEDOPTIM_HD static void next_numbers(const StepInputs& in, float* out) {
+    const double beta = in.hyper[kBeta], before = in.numbers[kAvgGradNorm];
+    const float norm = static_cast<float>(std::sqrt(in.sums[0]));
+    out[kAvgGradNorm] = static_cast<float>(beta * before + (1.0 - beta) * static_cast<double>(norm));
   }
 
   template <class T>
   FUSEDOPTIM_HD static Scalars<T> prepare(const StepInputs& in) {
     const double* h = in.hyper;
-    const double divisor = static_cast<double>(next_scalar_state(in)) + h[kEps];
+    float average[kNumbers];
+    next_numbers(in, average);
+    const double divisor = static_cast<double>(average[kAvgGradNorm]) + h[kEps];
     const float step_size = divisor != 0 ? static_cast<float>(h[kLr] / divisor) : 0.0f;
     Scalars<T> c;
     c.decay = h[kWeightDecay] != 0 ? static_cast<float>(1.0 - h[kLr] * h[kWeightDecay]) : 1.0f;

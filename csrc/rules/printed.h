@@ -28,13 +28,31 @@ inline double lr_div(const Lr& lr, double a, double b) {
   return lr.in_double() ? a / b : lr.round(static_cast<float>(a) / static_cast<float>(b));
 }
 
-// The bits of a register of numbers, or of one.
+// Unsigned integers, as many and as wide as the numbers of a register.
+template <int size, int width>
+struct Words;
+template <int width>
+struct Words<4, width> {
+  typedef uint32_t U __attribute__((vector_size(4 * width)));
+};
+template <int width>
+struct Words<8, width> {
+  typedef uint64_t U __attribute__((vector_size(8 * width)));
+};
+template <>
+struct Words<4, 1> {
+  using U = uint32_t;
+};
+template <>
+struct Words<8, 1> {
+  using U = uint64_t;
+};
+
 template <class M>
 struct Bits {
-  using Integer = std::conditional_t<sizeof(typename M::T) == 4, uint32_t, uint64_t>;
-  typedef Integer Vector __attribute__((vector_size(sizeof(Integer) * (M::width > 1 ? M::width : 2))));
-  using U = std::conditional_t<(M::width > 1), Vector, Integer>;
-  static constexpr Integer kSign = Integer{1} << (8 * sizeof(Integer) - 1);
+  using U = typename Words<sizeof(typename M::T), M::width>::U;
+  using Word = typename Words<sizeof(typename M::T), 1>::U;
+  static constexpr Word kSign = Word{1} << (8 * sizeof(Word) - 1);
 
   FUSEDOPTIM_INLINE static U of(typename M::V v) {
     U u;

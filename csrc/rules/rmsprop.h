@@ -6,9 +6,9 @@
 
 namespace fusedoptim {
 
-struct RMSprop {
+struct RMSprop : ElementwiseRule {
   static constexpr const char* name = "rmsprop";
-  static constexpr bool has_step = true, needs_norm = false, divides = true;
+  static constexpr bool has_step = true, divides = true;
   enum Hyper { kAlpha = kFirstRuleHyper, kEps, kWeightDecay, kMomentum, kCentered, kMaximize, kHypers };
   static constexpr const char* hyper_names[] = {"alpha", "eps", "weight_decay", "momentum", "centered", "maximize"};
   enum Slot { kSquareAvg, kMomentumBuffer, kGradAvg, kSlots };
@@ -16,7 +16,6 @@ struct RMSprop {
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
 
   // bit 0 of the variant: momentum; bit 1: centered
-  static constexpr int powers = 0;
   static constexpr int variants = 4;
   static int variant(const double* h) { return (h[kMomentum] > 0 ? 1 : 0) | (h[kCentered] != 0 ? 2 : 0); }
   static constexpr bool uses(int variant, int slot) {

@@ -6,9 +6,9 @@
 
 namespace fusedoptim {
 
-struct SGD {
+struct SGD : ElementwiseRule {
   static constexpr const char* name = "sgd";
-  static constexpr bool has_step = false, needs_norm = false, divides = false;
+  static constexpr bool has_step = false, divides = false;
   enum Hyper { kMomentum = kFirstRuleHyper, kDampening, kWeightDecay, kNesterov, kMaximize, kHypers };
   static constexpr const char* hyper_names[] = {"momentum", "dampening", "weight_decay", "nesterov", "maximize"};
   enum Slot { kMomentumBuffer, kSlots };
@@ -16,7 +16,6 @@ struct SGD {
   static constexpr const char* state_names[] = {"momentum_buffer"};
 
   // variant 1 has momentum
-  static constexpr int powers = 0;
   static constexpr int variants = 2;
   static int variant(const double* h) { return h[kMomentum] != 0; }
   static constexpr bool uses(int variant, int) { return variant == 1; }

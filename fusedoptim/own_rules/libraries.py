@@ -18,10 +18,10 @@ class Need(NamedTuple):
     """A loop that a plan found none for, as it says so (csrc/python/plan.h)."""
 
     program: int
+    #: Whether it computes in fp64.
     wide: bool
-    param: int
-    grad: int
-    states: list[int]
+    #: Of the parameter, the gradient and each state, by number; -1 for what is not there.
+    storages: list[int]
     #: Whether only the loop over tiles can take it.
     tiles: bool
 
@@ -29,6 +29,15 @@ class Need(NamedTuple):
 #: Addresses of what was loaded, by instruction set.
 _loaded: dict[tuple[Program, str], list[int]] = {}
 _lock = threading.Lock()
+
+
+def excess(rule: Rule) -> str | None:
+    """What a rule has more of than there is room for in tables; None if it has not."""
+    try:
+        handle(rule, [], None)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def handle(rule: Rule, programs: Sequence[Program], capability: str | None) -> Any:
@@ -79,9 +88,8 @@ def _loops(program: Program, wide: bool, needs: Sequence[Need]) -> Loops:
     for need in needs:
         if need.tiles:
             continue
-        param, grad = names[need.param], names[need.grad]
-        others = [names[s] for k, s in enumerate(need.states) if s >= 0 and k != second]
-        state = others[0] if others else grad
-        of_second = names[need.states[second]] if second >= 0 and need.states[second] >= 0 else state
+        param, grad, *states = (names.get(s, "") for s in need.storages)
+        state = next((s for k, s in enumerate(states) if s and k != second), grad)
+        of_second = states[second] if second >= 0 and states[second] else state
         mixes.add((param, grad, state, of_second))
     return Loops(wide, tuple(sorted(mixes)), any(need.tiles for need in needs))

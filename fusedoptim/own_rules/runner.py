@@ -4,29 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import _native
+from .._backends import triton_interprets
 from .._dtypes import compute_dtype
 from .._members import BoundParam
-from .._native_runner import NativeRunner
+from .._native_runner import GpuRunner, NativeRunner
 from .._rule import Rule
 from .._runners import Groups, States, StepSettings
 from .._values import numbers
-from . import libraries
-from .programs import programs_of
+from . import compiler, libraries
+from .programs import constants_number, programs_of
+from .trace import Program
 from .verify import gives_the_functions_bits
 
 
-class WrongBits(RuntimeError):
-    """A compiled program has other results than the rule's function."""
+class CannotCompile(RuntimeError):
+    """The rule's function can step the parameters, and nothing that is compiled of it can."""
 
 
-class OwnRunner(NativeRunner):
-    """On the CPU. What a plan lacks is compiled when it says so."""
+def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> list[Program]:
+    return programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})])
+
+
+def _constants(rule: Rule, groups: Groups) -> list[float]:
+    return [constants_number(rule, group) for group in groups] if rule.constants else []
+
+
+def _verify(rule: Rule, groups: Groups, members: Sequence[BoundParam], backend: str, device: torch.device) -> None:
+    for k, dtype in {(m.group, compute_dtype(m.param)): None for m in members}:
+        if not gives_the_functions_bits(rule, numbers(groups[k], rule), dtype, backend, device):
+            raise CannotCompile("what was compiled has other bits than the function; please report this")
+
+
+class OwnCpuRunner(NativeRunner):
+    """What its plan lacks is compiled when it says so."""
 
     def __init__(self, rule: Rule, settings: StepSettings) -> None:
         self.rule, self.settings = rule, settings
+
+    def constants(self, groups: Groups) -> list[float]:
+        return _constants(self.rule, groups)
 
     def build(
         self,
@@ -37,22 +57,40 @@ class OwnRunner(NativeRunner):
         wide: bool = False,
     ) -> None:
         assert _native._C is not None
-        used = sorted({m.group for m in members})
-        values = [numbers(groups[k], self.rule) for k in used]
-        programs = programs_of(self.rule, values)
+        programs = _programs(self.rule, groups, members)
         while True:
             capability = _native._C.cpu_capability()
-            self.make_plan(libraries.handle(self.rule, programs, capability))
+            super().__init__(self.rule, self.settings, handle=libraries.handle(self.rule, programs, capability))
             super().build(groups, state, members, dormant, wide)
             if self.plan.refresh(groups, state) or not self.plan.lacking:
                 break
-            libraries.provide(programs, [libraries.Need(*need) for need in self.plan.lacking], capability)
-        self._verify(groups, members)
+            try:
+                libraries.provide(programs, [libraries.Need(*need) for need in self.plan.lacking], capability)
+            except compiler.CompilerError as error:
+                raise CannotCompile(str(error)) from None
+        _verify(self.rule, groups, members, "cpu", self.device)
 
-    def _verify(self, groups: Groups, members: Sequence[BoundParam]) -> None:
-        seen = {(m.group, compute_dtype(m.param)) for m in members}
-        for k, dtype in sorted(seen, key=str):
-            values = numbers(groups[k], self.rule)
-            (program,) = programs_of(self.rule, [values])
-            if not gives_the_functions_bits(program, groups[k], dtype, "cpu"):
-                raise WrongBits(f"what was compiled of the rule {self.rule.name!r} has other bits than its function")
+
+class OwnTritonRunner(GpuRunner):
+    def __init__(self, rule: Rule, settings: StepSettings, device: torch.device) -> None:
+        self.rule, self.settings, self.device = rule, settings, device
+
+    def constants(self, groups: Groups) -> list[float]:
+        return _constants(self.rule, groups)
+
+    def build(
+        self,
+        groups: Groups,
+        state: States,
+        members: Sequence[BoundParam],
+        dormant: Sequence[Tensor],
+        wide: bool = False,
+    ) -> None:
+        from .triton_module import functions_of
+
+        programs = _programs(self.rule, groups, members)
+        handle = libraries.handle(self.rule, programs, None)
+        super().__init__(self.rule, self.settings, self.device, "triton", handle, functions_of(programs))
+        super().build(groups, state, members, dormant, wide)
+        if not triton_interprets():  # takes a second, and rounds an fma twice before Triton 3.9
+            _verify(self.rule, groups, members, "triton", self.device)

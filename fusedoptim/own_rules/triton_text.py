@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .._rule import AROUND
 from .nodes import Node
 from .printer import OPERATORS, Printer, Scalar, name_of
 from .trace import Program
@@ -15,8 +16,9 @@ import triton
 import triton.language as tl
 
 from fusedoptim.triton_kernels import arithmetic as a
-from fusedoptim.triton_kernels import layout as L
 '''
+#: Where a rule's own numbers begin in a group's row: behind lr, its dtype, and what all rules have (csrc/core/row.h).
+FIRST_COLUMN = 2 + len(AROUND)
 _FUNCTIONS = {"sqrt": "a.sqrt", "max": "a.maximum", "min": "a.minimum", "abs": "tl.abs", "fma": "tl.fma"}
 _FUNCTIONS |= {"sign": "a.sign", "copysign": "a.copysign", "where": "tl.where", "div": "a.divide"}
 _LOGIC = {"and": "&", "or": "|"}
@@ -43,9 +45,9 @@ class TritonPrinter(Printer):
             case "const":
                 return _constant(node.data)
             case "column":
-                return f"a.hyper(row, L.FIRST_RULE_HYPER + {self.columns[node.data]})"
+                return f"a.hyper(row, {FIRST_COLUMN + self.columns[node.data]})"
             case "number":
-                return f"number{self.numbers[node.data]}.to(tl.float64)"
+                return f"number{self.numbers[node.data]}"
             case "sum":
                 return f"sum{node.data}"
             case "t":
@@ -136,7 +138,7 @@ class TritonPrinter(Printer):
         ]
         if rule.numbers:
             numbers = {self.numbers[n]: name_of(x) for n, x in program.new_numbers.items()}
-            kept = ", ".join(f"{numbers[i]}.to(tl.float32)" if i in numbers else f"number{i}" for i in range(3))
+            kept = ", ".join(numbers.get(i, f"number{i}") for i in range(3))
             lines = [inputs, *self.numbers_of(program.new_numbers.values())]
             found.append(_function(f"next_numbers_{k}", "row, inputs", lines, kept))
         if rule.sums:

@@ -30,16 +30,16 @@ def block(threads_per_warp: int) -> int:
 
 
 class RuleFunctions(NamedTuple):
-    """The functions of a rule; the last is None but for a rule of norms."""
+    """The functions of a rule; the last is None but for one that has numbers."""
 
     prepare: Any
     update: Any
-    next_scalar_state: Any
+    next_numbers: Any
 
 
 def functions_of(rule: str) -> RuleFunctions:
     module = importlib.import_module(f".rules.{rule}", __package__)
-    return RuleFunctions(module.prepare, module.update, getattr(module, "next_scalar_state", None))
+    return RuleFunctions(module.prepare, module.update, getattr(module, "next_numbers", None))
 
 
 class TritonDevice(DeviceMemory):
@@ -47,6 +47,8 @@ class TritonDevice(DeviceMemory):
     stream."""
 
     compiled = False
+    #: Those of a rule that is not one of the package's own.
+    functions: RuleFunctions | None = None
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -88,18 +90,19 @@ class TritonDevice(DeviceMemory):
             return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
         return 64
 
-    def prepare(self, purpose: str, rule: str, kinds: tuple[Any, ...]) -> Callable[[int, int], None]:
+    def prepare(self, purpose: str, rule: Any, kinds: tuple[Any, ...]) -> Callable[[int, int], None]:
         """Compiles what a step will launch, so that no launch of it fails after another one has run.
 
         Args:
             purpose: "measure", "reduce" or "update".
+            rule: a RuleHandle.
             kinds: of each kind of entries the storages of all operands, the dtype of the step, the variant, and a bit
                 for each state that is used.
 
         Returns:
             What launches it, with the address of its header and the number of blocks.
         """
-        kernel, constants = kernel_for(purpose, rule, kinds, self._block)
+        kernel, constants = kernel_for(purpose, rule, kinds, self._block, self.functions)
         if self.device.type != "cpu":
             kernel.warmup(ANY_ADDRESS, *constants, grid=(1,), **OPTIONS)
 
@@ -114,13 +117,15 @@ def _constant(kind: int) -> Any:
     return tl.constexpr(kind) if INTERPRETED.value else kind
 
 
-def kernel_for(purpose: str, rule: str, kinds: tuple[Any, ...], block: int) -> tuple[Any, tuple[Any, ...]]:
-    """A kernel, and its constants behind the header."""
+def kernel_for(
+    purpose: str, rule: Any, kinds: tuple[Any, ...], block: int, functions: RuleFunctions | None = None
+) -> tuple[Any, tuple[Any, ...]]:
+    """A kernel, and its constants behind the header. functions: those of the rule, unless it is the package's own."""
     if purpose == "reduce":
         return reduce_kernel, (DIGEST,)
     if purpose == "measure":  # looks at parameters and gradients alone: one kernel serves every rule
         return measure_kernel, (tuple(_constant(storages[0] | storages[1] << BITS) for storages, *_ in kinds), DIGEST)
-    of_kernel = tuple(_constant(packed(kind, rule)) for kind in kinds)
-    functions = functions_of(rule)
-    kernel = step_kernel if functions.next_scalar_state is None else norm_step_kernel
-    return kernel, (*functions, of_kernel, block, DIGEST)
+    of_kernel = tuple(_constant(packed(kind, rule.halves)) for kind in kinds)
+    functions = functions or functions_of(rule.name)
+    kernel = norm_step_kernel if rule.sums else step_kernel
+    return kernel, (*functions, rule.numbers, rule.sums, of_kernel, block, DIGEST)

@@ -29,7 +29,9 @@ def step_kernel(
     header,
     PREPARE: tl.constexpr,
     UPDATE: tl.constexpr,
-    NEXT_STATE: tl.constexpr,
+    NEXT_NUMBERS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SUMS: tl.constexpr,
     KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -60,8 +62,8 @@ def step_kernel(
                         )
                     else:
                         update_range(
-                            header, entry, control, grad, begin, end, items, transforms_of(header, entry), none,
-                            KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
+                            header, entry, control, grad, begin, end, items, transforms_of(header, entry), (none, none),
+                            KINDS[k], PREPARE, UPDATE, NEXT_NUMBERS, NUMBERS, SUMS, BLOCK,
                         )  # fmt: skip
 
 
@@ -70,7 +72,9 @@ def norm_step_kernel(
     header,
     PREPARE: tl.constexpr,
     UPDATE: tl.constexpr,
-    NEXT_STATE: tl.constexpr,
+    NEXT_NUMBERS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SUMS: tl.constexpr,
     KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -97,6 +101,7 @@ def norm_step_kernel(
             transforms = transforms_of(header, entry)
             kind = load_i32(entry + L.ENTRY_KIND)
             given = has_flag(header, L.SUMS_GIVEN)
+            none = tl.full((), 0.0, tl.float64)
             for k in tl.static_range(len(KINDS)):
                 if kind == k:
                     if skip:
@@ -118,8 +123,12 @@ def norm_step_kernel(
                             if at_root:
                                 publish_sum(control, total)
                     else:
+                        second = none
                         if given:
-                            sum_of_squares = load_f64(load_i64(header + L.HEADER_SUMS) + 8 * index)
+                            sums = load_i64(header + L.HEADER_SUMS) + 8 * index
+                            sum_of_squares = load_f64(sums)
+                            if SUMS > 1:
+                                second = load_f64(sums + 8 * load_i64(header + L.HEADER_SUMS_STRIDE))
                         elif work == L.WORK_APPLY:
                             sum_of_squares = wait_for_sum(control)
                         else:
@@ -127,8 +136,8 @@ def norm_step_kernel(
                             tl.debug_barrier()
                             sum_of_squares = sum_of(partials, (numel + L.TILE - 1) // L.TILE)
                         update_range(
-                            header, entry, control, grad, begin, end, items, transforms, sum_of_squares,
-                            KINDS[k], PREPARE, UPDATE, NEXT_STATE, BLOCK,
+                            header, entry, control, grad, begin, end, items, transforms, (sum_of_squares, second),
+                            KINDS[k], PREPARE, UPDATE, NEXT_NUMBERS, NUMBERS, SUMS, BLOCK,
                         )  # fmt: skip
         # The last program leaves the counters as it found them.
         if skip == 0:  # noqa: SIM102 - Triton's `and` works out both sides

@@ -27,7 +27,8 @@ def of_rule(name: str) -> ModuleType:
 #: An entry's kind, as kernels take it (update.py): the width of its first fields, and where the others begin.
 BITS, _OPERANDS = 4, _LAYOUT["OPERANDS"]
 WIDTH, MASK = tl.constexpr(BITS), tl.constexpr((1 << BITS) - 1)
-STEP, VARIANT, USED, HALVES = (tl.constexpr(BITS * (_OPERANDS + k)) for k in (0, 1, 2, 4))
+STEP, VARIANT, USED, HALVES = (tl.constexpr(BITS * (_OPERANDS + k)) for k in (0, 1, 3, 5))
+VARIANT_MASK = tl.constexpr(0xFF)
 WORDS, IN_BLOCKS = (tl.constexpr(HALVES.value + BITS * (_LAYOUT["MAX_SLOTS"] + k)) for k in (0, 1))
 #: Random words that an element may need: one has bits for two operands.
 MAX_WORDS = tl.constexpr((_LAYOUT["MAX_SLOTS"] + 3) // 2)
@@ -38,15 +39,15 @@ DIGEST = zlib.crc32(
 )
 
 
-def packed(kind: tuple[tuple[int, ...], int, int, int], rule: str) -> int:
+def packed(kind: tuple[tuple[int, ...], int, int, int], halves: list[int]) -> int:
     """What code a tensor needs, as kernels take it: see update.py.
 
     Args:
         kind: the storages of all operands, the dtype of the step, the variant, and a bit for each state that is used.
+        halves: which half of its random words each state is rounded with.
     """
     storages, step, variant, states = kind
     first = _LAYOUT["FIRST_STATE"]
-    halves = _C.find_rule(rule).halves
     rounded = [(storages[0], 0), *zip(storages[first:], halves, strict=False)]  # but for the moving average
     words = {half // 2 for storage, half in rounded if storage in _STOCHASTIC}
     fields = [

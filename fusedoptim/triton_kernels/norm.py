@@ -107,7 +107,7 @@ def reduce_up(header, entry, item, items):
 
 @triton.jit
 def publish_sum(control, total):
-    tl.store((control + L.CONTROL_SUM_OF_SQUARES).to(tl.pointer_type(tl.float64)), total)
+    tl.store((control + L.CONTROL_SUMS).to(tl.pointer_type(tl.float64)), total)
     tl.debug_barrier()
     tl.atomic_xchg((control + L.CONTROL_READY).to(tl.pointer_type(tl.int32)), 1)
 
@@ -119,7 +119,7 @@ def wait_for_sum(control):
     while tl.atomic_add(ready, 0, sem="acquire") == 0:
         pass
     tl.debug_barrier()
-    address = (control + L.CONTROL_SUM_OF_SQUARES).to(tl.pointer_type(tl.float64))
+    address = (control + L.CONTROL_SUMS).to(tl.pointer_type(tl.float64))
     return tl.load(address, cache_modifier=".cg")
 
 
@@ -144,7 +144,8 @@ def reduce_sums(header):
 @triton.jit
 def leave_sum(header, index, total):
     """With a tensor's sum of squares. The last program to come reduces, if this launch is to."""
-    sums = load_i64(header + L.HEADER_SUMS).to(tl.pointer_type(tl.float64))
+    row = load_i32(header + L.HEADER_SUM) * load_i64(header + L.HEADER_SUMS_STRIDE)
+    sums = load_i64(header + L.HEADER_SUMS).to(tl.pointer_type(tl.float64)) + row
     tl.store(sums + index, total)
     if has_flag(header, L.REDUCES):
         summed = (load_i64(header + L.HEADER_LAUNCH) + L.LAUNCH_SUMMED).to(tl.pointer_type(tl.int32))

@@ -2,8 +2,8 @@
 :func:`step_element` do the work, and store.
 
 An entry's kind is one number, because kernels may have no tuples in tuples before Triton 3.8: four bits each for the
-storages of all operands, the dtype of the step and the variant; then a bit for each operand that is used; which half of
-its random words each state is rounded with; which words are used; and whether anything is in blocks."""
+storages of all operands and the dtype of the step; eight for the variant; a bit for each operand that is used; which
+half of its random words each state is rounded with; which words are used; and whether anything is in blocks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def step_element(
     slots = (x[L.FIRST_STATE],)
     for k in tl.static_range(1, L.MAX_SLOTS):
         slots = slots + (x[L.FIRST_STATE + k],)
-    p, slots = UPDATE(x[L.PARAM], transform_grad(x[L.GRAD], transform), slots, c, (KIND >> L.VARIANT) & L.MASK)
+    p, slots = UPDATE(x[L.PARAM], transform_grad(x[L.GRAD], transform), slots, c, (KIND >> L.VARIANT) & L.VARIANT_MASK)
     average = x[A]
     if (KIND >> L.USED + A) & 1:
         read = as_stored(p, random_half(words, KIND, L.PARAM), (KIND >> L.WIDTH * L.PARAM) & L.MASK, T)
@@ -66,8 +66,22 @@ def next_step(entry, STEP_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def commit(entry, control, number, scalar_state, NEEDS_NORM: tl.constexpr, STEP_DTYPE: tl.constexpr):
-    """Stores a tensor's new step and average, for the last of its blocks."""
+def numbers_of(entry, NUMBERS: tl.constexpr):
+    """The rule's numbers of a tensor, fp64; 0 for what it has not."""
+    found = ()
+    for k in tl.static_range(L.MAX_NUMBERS):
+        number = tl.full((), 0.0, tl.float64)
+        if k < NUMBERS:
+            address = load_i64(entry + L.ENTRY_NUMBERS + 8 * k)
+            if address != 0:
+                number = load_f32(address).to(tl.float64)
+        found = found + (number,)
+    return found
+
+
+@triton.jit
+def commit(entry, control, number, numbers, NUMBERS: tl.constexpr, STEP_DTYPE: tl.constexpr):
+    """Stores a tensor's new step and numbers, for the last of its blocks."""
     tl.store((control + L.CONTROL_READY).to(tl.pointer_type(tl.int32)), 0)
     address = load_i64(entry + L.ENTRY_STEP)
     if address != 0:
@@ -75,8 +89,10 @@ def commit(entry, control, number, scalar_state, NEEDS_NORM: tl.constexpr, STEP_
             tl.store(address.to(tl.pointer_type(tl.float64)), number)
         else:
             tl.store(address.to(tl.pointer_type(tl.float32)), number.to(tl.float32))
-    if NEEDS_NORM:
-        tl.store(load_i64(entry + L.ENTRY_SCALAR_STATE).to(tl.pointer_type(tl.float32)), scalar_state)
+    for k in tl.static_range(NUMBERS):
+        address = load_i64(entry + L.ENTRY_NUMBERS + 8 * k)
+        if address != 0:
+            tl.store(address.to(tl.pointer_type(tl.float32)), numbers[k].to(tl.float32))
 
 
 @triton.jit
@@ -86,28 +102,32 @@ def scalars(
     control,
     items,
     first,
-    sum_of_squares,
+    sums,
+    KIND: tl.constexpr,
     PREPARE: tl.constexpr,
-    NEXT_STATE: tl.constexpr,
-    STEP_DTYPE: tl.constexpr,
+    NEXT_NUMBERS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SUMS: tl.constexpr,
     T: tl.constexpr,
 ):
     """The rule's scalars for the block's tensor, and the number of this step. The last block of the tensor to get here
-    stores the new step and average: by then all have read the old ones."""
+    stores the new step and numbers: by then all have read the old ones."""
+    STEP_DTYPE: tl.constexpr = (KIND >> L.STEP) & L.MASK
+    VARIANT: tl.constexpr = (KIND >> L.VARIANT) & L.VARIANT_MASK
     row = row_of(header, entry)
     number = next_step(entry, STEP_DTYPE)
-    average = tl.full((), 0.0, tl.float32)
-    new_average = average
-    if NEXT_STATE is not None:
-        average = load_f32(load_i64(entry + L.ENTRY_SCALAR_STATE))
-        new_average = NEXT_STATE(row, sum_of_squares, average)
-    c = PREPARE(row, number, first, sum_of_squares, average, T)
-    if (NEXT_STATE is not None) | (load_i64(entry + L.ENTRY_STEP) != 0):
+    numel = load_i64(entry + L.ENTRY_WHOLE_NUMEL).to(tl.float64)
+    inputs = (number, first) + sums + numbers_of(entry, NUMBERS) + (numel,)
+    new_numbers = ()
+    if NUMBERS > 0:
+        new_numbers = NEXT_NUMBERS(row, inputs, VARIANT)
+    c = PREPARE(row, inputs, T, VARIANT)
+    if (NUMBERS + SUMS > 0) | (load_i64(entry + L.ENTRY_STEP) != 0):
         tl.debug_barrier()  # every thread of the block has read
         arrivals = (control + L.CONTROL_ARRIVALS).to(tl.pointer_type(tl.int32))
         if tl.atomic_add(arrivals, 1) + 1 == items:
             tl.store(arrivals, 0)
-            commit(entry, control, number, new_average, NEXT_STATE is not None, STEP_DTYPE)
+            commit(entry, control, number, new_numbers, NUMBERS, STEP_DTYPE)
     return c, number
 
 
@@ -116,15 +136,14 @@ def scalars(
 
 @triton.jit
 def update_range(
-    header, entry, control, grad, begin, end, items, transforms, sum_of_squares,
-    KIND: tl.constexpr, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_STATE: tl.constexpr, BLOCK: tl.constexpr,
+    header, entry, control, grad, begin, end, items, transforms, sums,
+    KIND: tl.constexpr, PREPARE: tl.constexpr, UPDATE: tl.constexpr, NEXT_NUMBERS: tl.constexpr, NUMBERS: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Elements begin to end; of an entry in blocks the blocks that begin there."""
+    """Elements begin to end; of an entry in blocks the blocks that begin there. sums: a tuple of two."""
     T: tl.constexpr = tl.float64 if ((KIND >> L.WIDTH * 0) & L.MASK) == L.F64 else tl.float32
     first = (grad & L.FIRST) != 0
-    c, number = scalars(
-        header, entry, control, items, first, sum_of_squares, PREPARE, NEXT_STATE, (KIND >> L.STEP) & L.MASK, T
-    )
+    c, number = scalars(header, entry, control, items, first, sums, KIND, PREPARE, NEXT_NUMBERS, NUMBERS, SUMS, T)
     _, _, _, ema_decay, zero_grad = transforms
     transform = grad_transform(transforms, T)
     toward_param, from_average = lerp_weight(1.0 - ema_decay, T)

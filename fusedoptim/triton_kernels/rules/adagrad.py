@@ -12,7 +12,8 @@ H = layout.of_rule("adagrad")
 
 
 @triton.jit
-def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
+def prepare(row, inputs, T: tl.constexpr, VARIANT: tl.constexpr):
+    step = inputs[0]
     weight_decay = hyper(row, H.WEIGHT_DECAY)
     neg_clr = lr_over(row, 1.0 + (step - 1.0) * hyper(row, H.LR_DECAY)) * -1.0
     return weight_decay.to(T), weight_decay != 0.0, flag(row, H.MAXIMIZE), hyper(row, H.EPS).to(T), neg_clr.to(T)

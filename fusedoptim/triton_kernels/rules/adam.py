@@ -27,7 +27,8 @@ H = layout.of_rule("adam")
 
 
 @triton.jit
-def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
+def prepare(row, inputs, T: tl.constexpr, VARIANT: tl.constexpr):
+    step = inputs[0]
     beta1, beta2, eps, weight_decay = (
         hyper(row, H.BETAS_0),
         hyper(row, H.BETAS_1),

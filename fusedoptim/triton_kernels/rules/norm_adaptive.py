@@ -12,16 +12,17 @@ H = layout.of_rule("norm_adaptive")
 
 
 @triton.jit
-def next_scalar_state(row, sum_of_squares, scalar_state):
+def next_numbers(row, inputs, VARIANT: tl.constexpr):
+    _, _, sum_of_squares, _, average, _, _, _ = inputs
     beta = hyper(row, H.BETA)
     norm = tl.sqrt(sum_of_squares).to(tl.float32)
-    return (beta * scalar_state.to(tl.float64) + (1.0 - beta) * norm.to(tl.float64)).to(tl.float32)
+    return ((beta * average + (1.0 - beta) * norm.to(tl.float64)).to(tl.float32),)
 
 
 @triton.jit
-def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
+def prepare(row, inputs, T: tl.constexpr, VARIANT: tl.constexpr):
     lr, weight_decay = lr_value(row), hyper(row, H.WEIGHT_DECAY)
-    divisor = next_scalar_state(row, sum_of_squares, scalar_state).to(tl.float64) + hyper(row, H.EPS)
+    divisor = next_numbers(row, inputs, VARIANT)[0].to(tl.float64) + hyper(row, H.EPS)
     step_size = tl.where(divisor != 0.0, lr / tl.where(divisor != 0.0, divisor, 1.0), 0.0).to(tl.float32)
     decay = tl.where(weight_decay != 0.0, (1.0 - lr * weight_decay).to(tl.float32), 1.0)
     return decay.to(T), tl.where(flag(row, H.MAXIMIZE), step_size, step_size * -1.0).to(T)

@@ -23,7 +23,7 @@ H = layout.of_rule("rmsprop")
 
 
 @triton.jit
-def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
+def prepare(row, inputs, T: tl.constexpr, VARIANT: tl.constexpr):
     alpha, weight_decay = hyper(row, H.ALPHA), hyper(row, H.WEIGHT_DECAY)
     toward_grad, from_start = lerp_weight(1.0 - alpha, T)
     return (

@@ -12,7 +12,8 @@ H = layout.of_rule("sgd")
 
 
 @triton.jit
-def prepare(row, step, first, sum_of_squares, scalar_state, T: tl.constexpr):
+def prepare(row, inputs, T: tl.constexpr, VARIANT: tl.constexpr):
+    first = inputs[1]
     weight_decay = hyper(row, H.WEIGHT_DECAY)
     return (
         weight_decay.to(T),

@@ -1,0 +1,41 @@
+"""The printed Triton functions of programs as a module: Triton reads its functions' sources from files."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import importlib.util
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from . import cache
+from .trace import Program
+from .triton_text import module as text_of
+
+_modules: dict[str, ModuleType] = {}
+_lock = threading.Lock()
+_kept = contextlib.ExitStack()
+atexit.register(_kept.close)
+
+
+def functions_of(programs: Sequence[Program]) -> ModuleType:
+    """A module with the functions that triton_kernels/rules describes, whose variants are these programs."""
+    text = text_of(programs)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    with _lock:
+        if key not in _modules:
+            name = f"{key}.py"
+            path = cache.find(name) or _kept.enter_context(cache.added(name, lambda to: _write(to, text)))
+            spec = importlib.util.spec_from_file_location(f"fusedoptim_rule_{key}", path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            _modules[key] = module
+        return _modules[key]
+
+
+def _write(to: Path, text: str) -> None:
+    to.write_text(text)
