@@ -380,7 +380,10 @@ class FusedOptimizer(Optimizer):
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        had = {*state.get("defaults", self.__dict__.get("defaults", ()))}
         super().__setstate__(state)
+        if "differentiable" not in had:  # torch adds it, to whatever optimizer
+            self.defaults.pop("differentiable", None)
         self._options = {**DEFAULTS, **self.__dict__.get("_options", {})}
         self.defaults = {**GROUP_OPTIONS, **self.defaults}
         _group_keys.move_state_dtype(self._options, self.defaults, self.param_groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import textwrap
@@ -20,14 +21,15 @@ def complete(cls: type) -> None:
     """Lists the options in an optimizer's docstring and in the signature of its constructor, where it has these."""
     own = vars(cls)
     if own.get("__doc__") is not None and StepOptions.__doc__ is not None:  # python -OO has neither
-        texts = _texts(StepOptions.__doc__)
-        cls.__doc__ = _REFERENCE.sub(lambda line: textwrap.indent(texts, line[1]), own["__doc__"])
+        cls.__doc__ = _REFERENCE.sub(lambda line: _texts(line[1]), own["__doc__"])
     if "__init__" in own:
         _spell_out(own["__init__"])
 
 
-def _texts(of_options: str) -> str:
-    return inspect.cleandoc(inspect.cleandoc(of_options).partition("\nArgs:\n")[2])
+@functools.cache
+def _texts(indent: str) -> str:
+    of_options = inspect.cleandoc(StepOptions.__doc__ or "").partition("\nArgs:\n")[2]
+    return textwrap.indent(inspect.cleandoc(of_options), indent)
 
 
 def _spell_out(constructor: Any) -> None:
@@ -40,12 +42,17 @@ def _spell_out(constructor: Any) -> None:
     parameters = list(signature.parameters.values())
     last = parameters.pop() if parameters else None
     if last is not None and last.kind is last.VAR_KEYWORD and "StepOptions" in str(last.annotation):
-        defaults = {**GROUP_OPTIONS, **DEFAULTS}
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
-            for name, annotation in typing.get_type_hints(StepOptions).items()
-        ]
-        constructor.__signature__ = signature.replace(parameters=[*parameters, *options])
+        constructor.__signature__ = signature.replace(parameters=[*parameters, *_parameters()])
+
+
+@functools.cache
+def _parameters() -> list[inspect.Parameter]:
+    """Of the options."""
+    defaults = {**GROUP_OPTIONS, **DEFAULTS}
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+        for name, annotation in typing.get_type_hints(StepOptions).items()
+    ]
 
 
 def representation(of_torch: str, options: Mapping[str, Any]) -> str:

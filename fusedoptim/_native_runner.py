@@ -129,8 +129,14 @@ class NativeRunner:
         self._rows = sums.unbind()
         self.numbers = self._rows[0]
         watched = [*STORAGE, *self.rule.constants]
-        self.plan.build(groups, state, bindings, list(dormant), counted, sums, wide, shards, stored, watched, [])
+        self.plan.build(
+            groups, state, bindings, list(dormant), counted, sums, wide, shards, stored, watched, self.constants(groups)
+        )
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
+
+    def constants(self, groups: Groups) -> list[float]:
+        """For each group a number that stands for those of its values that are none."""
+        return []
 
     def _names(self, stored: tuple[Stored, ...]) -> list[str | None]:
         """The states of a parameter that a plan takes, in its order; None for what it has not."""
@@ -163,10 +169,20 @@ def _address(t: Tensor | None) -> int:
 class GpuRunner(NativeRunner):
     """The same with the tables in a GPU's memory (csrc/gpu/executor.h), on torch's current stream."""
 
-    def __init__(self, rule: Rule, settings: StepSettings, device: torch.device, backend: str) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        settings: StepSettings,
+        device: torch.device,
+        backend: str,
+        handle: Any = None,
+        functions: Any = None,
+    ) -> None:
         self.device = device
         launcher = make_launcher(backend, device)
-        super().__init__(rule, settings, torch.empty(0, device=device).__dlpack_device__(), launcher)
+        if functions is not None:
+            launcher.functions = functions
+        super().__init__(rule, settings, torch.empty(0, device=device).__dlpack_device__(), launcher, handle)
         if device.type == "cpu":
             return
         current_device, run, stream = current_index_of(device), self.plan.run, self.stream

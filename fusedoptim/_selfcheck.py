@@ -11,6 +11,7 @@ import torch
 import fusedoptim
 
 from . import AdamW, FusedOptimizer, StepOptions
+from ._backends import is_own
 
 #: All that a step can do around its rule.
 OPTIONS: StepOptions = {
@@ -21,10 +22,10 @@ OPTIONS: StepOptions = {
     "zero_grad_in_step": True,
 }
 _exported = [getattr(fusedoptim, name) for name in fusedoptim.__all__]
+_classes = [c for c in _exported if isinstance(c, type) and issubclass(c, FusedOptimizer) and c is not FusedOptimizer]
+#: Those with kernels.
 OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
-    cls.__name__: partial(cls, **cls._self_check)
-    for cls in _exported
-    if isinstance(cls, type) and issubclass(cls, FusedOptimizer) and cls is not FusedOptimizer
+    cls.__name__: partial(cls, **cls._self_check) for cls in _classes if not is_own(cls.rule)
 }
 OPTIMIZERS["AdamW with all options"] = partial(AdamW, **OPTIONS)
 SIZES = (0, 1, 17, 1025, 40_000)

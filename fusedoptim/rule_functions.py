@@ -30,7 +30,7 @@ def norm(x: Tensor) -> float:
 
 
 def mean_square(x: Tensor) -> float:
-    """The mean of the squares of a whole tensor, likewise: of a mask's ones and zeros, the share of its ones. Of no
+    """The mean of the squares of a whole tensor, likewise: of a mask, the share of elements where it holds. Of no
     elements it is 0."""
     if has_torch_function_unary(x):
         return handle_torch_function(mean_square, (x,), x)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from cases import FULL, Case, parameters, set_gradients
 
-WITH_SLOTS = [case for case in FULL if case.optimizer != "NormAdaptive"]
+WITH_SLOTS = [case for case in FULL if case.cls.rule.states]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 

@@ -50,14 +50,9 @@ def as_floats(options: dict[str, Any]) -> dict[str, Any]:
     return {key: as_float(key, value) for key, value in options.items()}
 
 
-def type_of(case: Case) -> type[fusedoptim.FusedOptimizer]:
-    found: type[fusedoptim.FusedOptimizer] = getattr(fusedoptim, case.optimizer)
-    return found
-
-
 def hypers() -> list[Any]:
     """Every number of every rule, with a case for it."""
-    return [pytest.param(c, h, id=f"{c}-{h.key}{h.index}") for c in FULL for h in type_of(c).rule.row]
+    return [pytest.param(c, h, id=f"{c}-{h.key}{h.index}") for c in FULL for h in c.cls.rule.row]
 
 
 def put(optimizer: torch.optim.Optimizer, hyper: Hyper, value: Any) -> Any:
@@ -76,18 +71,18 @@ def test_numbers_of_any_kind(kernels: Kernels, case: Case, kind: str) -> None:
     """Given to the constructor, then set in the group: they have the bits of the floats that they are equal to."""
     if kernels.slow and kind != "Decimal":
         pytest.skip("takes too long where programs take milliseconds")
-    cls = type_of(case)
     own = case.make(parameters([(1,)])).defaults
-    first = {h.key: own[h.key] for h in cls.rule.row if h.key in inspect.signature(cls).parameters}
+    first = {h.key: own[h.key] for h in case.cls.rule.row if h.key in inspect.signature(case.cls).parameters}
     first |= {"max_grad_norm": 0.7, "clip_grad_value": 0.011, "ema_decay": 0.9}
-    later = {"lr": 0.003, "weight_decay": 0.07, "betas": (0.8, 0.9), "beta": 0.7, "momentum": 0.3, "ema_decay": 0.8}
+    betas = (0.8, 0.9, 0.99)[: len(own.get("betas", ()))]
+    later = {"lr": 0.003, "weight_decay": 0.07, "betas": betas, "beta": 0.7, "momentum": 0.3, "ema_decay": 0.8}
     given = [{key: of_kind(kind, value) for key, value in options.items()} for options in (first, later)]
     dtypes = [torch.float32, torch.bfloat16] + [torch.float64] * (kernels.backend == "reference")
     optimizers = []
     for backend, as_given in ((kernels.backend, True), ("cpu", True), ("cpu", False)):
         at_first, then = given if as_given else map(as_floats, given)
         params = [p for dtype in dtypes for p in parameters([(33,), (5,)], dtype)]
-        optimizers.append(cls(params, backend=backend, **at_first))
+        optimizers.append(case.make(params, backend=backend, **at_first))
         for step in range(3):
             set_gradients(params, step)
             optimizers[-1].step()
@@ -163,9 +158,11 @@ def test_scalars_of_the_largest_numbers_are_finite(kernels: Kernels, case: Case)
         group = optimizer.param_groups[0]
         group["lr"] = LARGEST
         group["weight_decay"] = LARGEST if group.get("decoupled_weight_decay") or "beta" in group else 0.0
-        for key, value in {"betas": (BELOW_1.high, 0.999), "beta": BELOW_1.high, "eps": 1.0, "momentum": 0.0}.items():
+        for key, value in {"beta": BELOW_1.high, "eps": 1.0, "momentum": 0.0}.items():
             if key in group:
                 group[key] = value
+        if "betas" in group:
+            group["betas"] = (BELOW_1.high, 0.999, *group["betas"][2:])
         params[0].grad = torch.full((5,), 1e-12)
         optimizer.step()
         assert params[0].detach().isfinite().all()

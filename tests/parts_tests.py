@@ -54,8 +54,8 @@ def test_the_parts_make_a_step(kernels: Any, case: Case, dtype: torch.dtype, opt
         if options:
             runner.measure(None, scale)
             runner.reduce()
-        if a.rule.sums:
-            runner.measure(0, scale)
+        for k in range(a.rule.sums):
+            runner.measure(k, scale)
         runner.update(scale, None)
     assert_same_optimizers(a, b)
     for p, q in zip(mine, theirs, strict=True):

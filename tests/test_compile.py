@@ -49,7 +49,7 @@ def change(optimizer: Any, step: int) -> None:
         group["lr"] = 0.1 / (step + 1 + i)
         group["weight_decay"] = 0.001 * step
         if "betas" in group:
-            group["betas"] = (0.9 - 0.01 * step, 0.99)
+            group["betas"] = (0.9 - 0.01 * step, 0.99, *group["betas"][2:])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

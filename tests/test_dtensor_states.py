@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BY_NAME, FULL, Case
+from cases import BY_NAME, FULL, KINDS, Case
 from ranks import run
 from sharded_models import MODELS, Sharded, built, is_dtensor, shard
 from test_dtensors import assert_placed, assert_same_shards, shards_of
@@ -125,7 +125,7 @@ def check_changes(model: str, case: Case, changes: list[Change]) -> None:
         assert_same_shards(*found, change.__name__)
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", [case for case in FULL if case.runs_on("cpu")], ids=str)
 def test_a_change_takes_effect_at_the_next_step(case: Case) -> None:
     """The reference looks at everything anew, so it is what a step without a cache does."""
     run(2, check_changes, "fsdp2", case, CHANGES)
@@ -206,7 +206,8 @@ def check_versions(model: str, case: Case) -> None:
     assert found[1] and found[0] >= found[1], found[1] - found[0]
 
 
-@pytest.mark.parametrize("case", [case for case in FULL if case.in_torch], ids=str)
+# torch's Rprop assigns to a part of its gradient, which DTensors refuse.
+@pytest.mark.parametrize("case", [case for case in KINDS if case.in_torch], ids=str)
 def test_version_counters_rise_wherever_torchs_do(case: Case) -> None:
     run(2, check_versions, "fsdp2", case)
     run(4, check_versions, "tensor_parallel_and_fsdp2", case)

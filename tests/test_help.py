@@ -133,7 +133,7 @@ def lines(optimizer: torch.optim.Optimizer) -> list[str]:
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_repr_is_torchs_where_no_option_is_set(case: Case) -> None:
-    o = case.make(parameters([(2,)]), backend=None)
+    o = case.cls(parameters([(2,)]), **case.options)
     assert repr(o) == torch.optim.Optimizer.__repr__(o)
     assert not any(name in repr(o) for name in OPTIONS)
 

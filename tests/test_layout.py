@@ -116,7 +116,7 @@ def test_ten_thousand_tensors(case: Case) -> None:
     shapes = [(1 + i % 7,) for i in range(10_000)]
     params = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
     single = [torch.nn.Parameter(torch.ones(1 + i)) for i in range(7)]
-    a, b = case.make(params), case.make(single)
+    a, b = case.make(params, backend="cpu"), case.make(single, backend="cpu")
     for _ in range(2):
         for p in params + single:
             p.grad = torch.full(p.shape, 0.5)

@@ -134,7 +134,7 @@ def test_without_an_option_nothing_is_new(case: Case, dtype: torch.dtype) -> Non
         o.step()
         assert not new & set(o.param_groups[0]) and not new & set(o.state_dict()["param_groups"][0])
         names = [slot.name for slot in o.rule.states if slot.needed_in(o.param_groups[0])]
-        known = {*names, "step", "ema", "avg_grad_norm"}
+        known = {*names, "step", "ema", *o.rule.number_names}
         for p in params:
             assert set(o.state[p]) <= known
             assert ("step" in o.state[p]) == o.rule.has_step

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import FULL, Case, assert_same_bits, parameters, set_gradients
 from number_tests import *  # noqa: F403
-from number_tests import KINDS, beyond, hypers, type_of
+from number_tests import KINDS, beyond, hypers
 
 import fusedoptim
 from fusedoptim import _selfcheck
@@ -51,18 +51,20 @@ def test_what_is_a_number() -> None:
 
 @pytest.mark.parametrize(("case", "hyper"), hypers())
 def test_constructors_and_groups_refuse_what_steps_do(case: Case, hyper: Hyper) -> None:
-    cls = type_of(case)
+    cls = case.cls
     if hyper.key == "decoupled_weight_decay" and cls is fusedoptim.AdamW:
         pytest.skip("AdamW has no such argument")
     label = hyper.label or hyper.key
     for value in (*beyond(hyper), "0.5", torch.ones(2), torch.tensor(1), 1j, [0.5]):
-        pair = {0: (value, 0.5), 1: (0.5, value)}.get(hyper.index, value)
+        of_key = [0.5] * hyper.count
+        of_key[hyper.index] = value
+        given = value if hyper.index < 0 else tuple(of_key)
         match = "Tensor lr must be" if hyper.key == "lr" and torch.is_tensor(value) and value.sum() in (1, 2) else label
         with pytest.raises(ValueError, match=f"{match}"):
-            cls(parameters([(3,)]), **{hyper.key: pair})
+            cls(parameters([(3,)]), **{hyper.key: given})
         optimizer = cls(parameters([(3,)]))
         with pytest.raises(ValueError, match=f"{match}"):
-            optimizer.add_param_group({"params": parameters([(2,)]), hyper.key: pair})
+            optimizer.add_param_group({"params": parameters([(2,)]), hyper.key: given})
         assert len(optimizer.param_groups) == 1
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import OPTIMIZERS
+from cases import CASES
 from cuda_host import CHECKS_AS_CALLS, sanitizers
 
 from fusedoptim import __main__ as main_module
@@ -130,7 +130,7 @@ def test_wide_instructions_stay_in_the_functions_that_are_chosen_for_them() -> N
 
 @needs_library
 def test_rules_of_the_library_are_those_of_the_package() -> None:
-    assert sorted(_native._C.rules()) == sorted({"clip", *(optimizer.rule.name for optimizer in OPTIMIZERS)})
+    assert sorted(_native._C.rules()) == sorted({"clip", *(case.cls.rule.name for case in CASES if not case.own)})
 
 
 @pytest.mark.slow

@@ -167,7 +167,8 @@ def test_apex_drops_the_last_launch_if_the_last_tensor_is_empty(case: Case) -> N
     before = p[0].detach().clone()
     for q in p:
         q.grad = torch.ones_like(q)
-    o.step()
+    for _ in range(2):  # ADOPT's first step moves nothing
+        o.step()
     assert not torch.equal(p[0].detach(), before)
 
 

@@ -32,7 +32,8 @@ def asgd(p: Tensor, g: Tensor, s: dict[str, Any], t: float, h: Group) -> None:
     else:
         s["ax"].add_(p.sub(s["ax"]).mul_(mu))
     fall = max(1 + lambd * lr * t, 1e-18)  # a power of what is below 0, as a negative lr may have it, is no number
-    s["eta"] = to_fp32(double(lr / fall ** h["alpha"]))
+    power = lr - lr + double(fall) ** h["alpha"]  # rounded to the dtype of an lr that is a tensor
+    s["eta"] = to_fp32(double(lr / power))
     s["mu"] = to_fp32(1 / max(1, t - h["t0"]))
 
 

@@ -13,16 +13,12 @@ from .._dtypes import compute_dtype
 from .._members import BoundParam
 from .._native_runner import GpuRunner, NativeRunner
 from .._rule import Rule
-from .._runners import Groups, States, StepSettings
+from .._runners import CannotCompile, Groups, States, StepSettings
 from .._values import numbers
 from . import compiler, libraries
 from .programs import constants_number, programs_of
 from .trace import Program
 from .verify import gives_the_functions_bits
-
-
-class CannotCompile(RuntimeError):
-    """The rule's function can step the parameters, and nothing that is compiled of it can."""
 
 
 def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> list[Program]:
