@@ -36,12 +36,8 @@ def lion(p: torch.Tensor, g: torch.Tensor, s: dict[str, Any], t: float, h: Any) 
 class Lion(FusedOptimizer):
     rule = Rule("lion by hand", lion, states=(State("exp_avg"),), has_step=False)
 
-    def __init__(self, params: Any, **values: Any) -> None:
-        super().__init__(
-            params,
-            {**DEFAULTS, **{k: values.pop(k) for k in DEFAULTS if k in values}},
-            values,  # type: ignore[arg-type]
-        )
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, dict(DEFAULTS), options)  # type: ignore[arg-type]
 
 
 RULE = completed(Lion.rule, DEFAULTS)
