@@ -41,9 +41,6 @@ class OwnCpuRunner(NativeRunner):
     def __init__(self, rule: Rule, settings: StepSettings) -> None:
         self.rule, self.settings = rule, settings
 
-    def constants(self, groups: Groups) -> list[float]:
-        return _constants(self.rule, groups)
-
     def build(
         self,
         groups: Groups,
@@ -57,6 +54,7 @@ class OwnCpuRunner(NativeRunner):
         while True:
             capability = _native._C.cpu_capability()
             super().__init__(self.rule, self.settings, handle=libraries.handle(self.rule, programs, capability))
+            self.constants = _constants(self.rule, groups)
             super().build(groups, state, members, dormant, wide)
             if self.plan.refresh(groups, state) or not self.plan.lacking:
                 break
@@ -71,9 +69,6 @@ class OwnTritonRunner(GpuRunner):
     def __init__(self, rule: Rule, settings: StepSettings, device: torch.device) -> None:
         self.rule, self.settings, self.device = rule, settings, device
 
-    def constants(self, groups: Groups) -> list[float]:
-        return _constants(self.rule, groups)
-
     def build(
         self,
         groups: Groups,
@@ -87,6 +82,7 @@ class OwnTritonRunner(GpuRunner):
         programs = _programs(self.rule, groups, members)
         handle = libraries.handle(self.rule, programs, None)
         super().__init__(self.rule, self.settings, self.device, "triton", handle, functions_of(programs))
+        self.constants = _constants(self.rule, groups)
         super().build(groups, state, members, dormant, wide)
         if not triton_interprets():  # takes a second, and rounds an fma twice before Triton 3.9
             _verify(self.rule, groups, members, "triton", self.device)
