@@ -17,7 +17,7 @@ from torch._C import _get_dispatch_mode, _len_torch_dispatch_stack, _TorchDispat
 from torch._functorch import pyfunctorch
 
 from . import _stateless, _torch_compile
-from ._backends import BACKENDS, is_own
+from ._backends import BACKENDS
 from ._dtensor import is_dtensor, local
 from ._dtypes import compute_dtype
 from ._fakes import alike, is_fake
@@ -137,7 +137,7 @@ def make_fake_states(optimizer: HasStates) -> None:
             for name, value in states.items():
                 if isinstance(value, Tensor) and not is_fake(value):  # made with the optimizer, say
                     states[name] = mode.from_tensor(value)
-            if "step" in states and not is_own(rule) and _steps_on(backend, p.device):
+            if "step" in states and _steps_on(backend, p.device):
                 states["step"] = states["step"].to(p.device)
         if states:
             optimizer.state[p].update(states)
