@@ -128,7 +128,7 @@ def takes_fakes(optimizer: HasStates) -> bool:
 @torch.no_grad()
 def make_fake_states(optimizer: HasStates) -> None:
     """The states that a step would leave, of the fake parameters that have gradients."""
-    maker, rule, backend = StateMaker.of(optimizer), optimizer.rule, optimizer._options["backend"]
+    maker, backend = StateMaker.of(optimizer), optimizer._options["backend"]
     stepped = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None and is_fake(p)]
     for group, p in stepped:
         states = dict(optimizer.state.get(p, {}))

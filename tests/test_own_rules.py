@@ -175,6 +175,27 @@ def test_a_function_that_cannot_be_traced_is_refused_and_nothing_changes() -> No
     assert not torch.equal(params[0].detach(), before)
 
 
+@pytest.mark.parametrize("value", [lambda g: g.sum(), lambda g: None, lambda g: g[:1]], ids=["sum", "none", "part"])
+def test_a_function_that_changes_a_states_shape_is_refused_and_nothing_changes(value: Any) -> None:
+    def function(p: torch.Tensor, g: torch.Tensor, s: dict[str, Any], t: float, h: Any) -> None:
+        p.sub_(g)
+        s["m"] = value(g)
+
+    class Mine(FusedOptimizer):
+        rule = Rule("mine", function, states=(State("m"),))
+
+        def __init__(self, params: Any, **o: Any) -> None:
+            super().__init__(params, {"lr": 0.1}, o)
+
+    for backend, error in ((None, TypeError), ("reference", ValueError)):
+        params = parameters([(5,)])
+        set_gradients(params, 0)
+        before = params[0].detach().clone()
+        with pytest.raises(error, match=r"cannot be traced|leaves the state 'm'"):
+            Mine(params, backend=backend).step()
+        assert_same_bits(params[0].detach(), before)
+
+
 def test_other_bits_than_the_functions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedoptim.own_rules import cpp
 
