@@ -19,7 +19,11 @@ from ._storage import PARAM, Stored
 
 
 class NativeRunner:
-    """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h)."""
+    """Keeps a table of addresses in C++ and checks it at every step (csrc/python/plan.h).
+
+    Args:
+        handle: what is compiled of the rule; by default the package's own of that name.
+    """
 
     device = torch.device("cpu")
 
@@ -33,6 +37,8 @@ class NativeRunner:
     ) -> None:
         assert _native._C is not None
         self.rule, self.settings = rule, settings  # which the plan has the address of
+        #: Of each group, what stands for the values of ``rule.constants`` in guards (csrc/core/guard.h); empty without.
+        self.constants: list[float] = []
         hyper = [
             (h.key, h.index, h.count, h.accepts.low, h.accepts.high, h.accepts.whole, h.off_number) for h in rule.row
         ]
@@ -72,8 +78,8 @@ class NativeRunner:
 
     def measure(self, of_rule: int | None = None, grad_scale: Tensor | None = None) -> None:
         scale = self._on_device(grad_scale)
-        self.numbers = self._rows[of_rule or 0]
         self.plan.measure(of_rule, self.stream(), _address(scale))
+        self.numbers = self._rows[of_rule or 0]
 
     def reduce(self) -> None:
         self.plan.reduce(self.stream())
@@ -129,7 +135,8 @@ class NativeRunner:
         self._rows = sums.unbind()
         self.numbers = self._rows[0]
         watched = [*STORAGE, *self.rule.constants]
-        self.plan.build(groups, state, bindings, list(dormant), counted, sums, wide, shards, stored, watched, [])
+        plan, dormant = self.plan, list(dormant)
+        plan.build(groups, state, bindings, dormant, counted, sums, wide, shards, stored, watched, self.constants)
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
     def _names(self, stored: tuple[Stored, ...]) -> list[str | None]:
@@ -161,12 +168,26 @@ def _address(t: Tensor | None) -> int:
 
 
 class GpuRunner(NativeRunner):
-    """The same with the tables in a GPU's memory (csrc/gpu/executor.h), on torch's current stream."""
+    """The same with the tables in a GPU's memory (csrc/gpu/executor.h), on torch's current stream.
 
-    def __init__(self, rule: Rule, settings: StepSettings, device: torch.device, backend: str) -> None:
+    Args:
+        functions: of a rule that is not the package's own, in Triton (triton_kernels/device.py).
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        settings: StepSettings,
+        device: torch.device,
+        backend: str,
+        handle: Any = None,
+        functions: Any = None,
+    ) -> None:
         self.device = device
         launcher = make_launcher(backend, device)
-        super().__init__(rule, settings, torch.empty(0, device=device).__dlpack_device__(), launcher)
+        if functions is not None:
+            launcher.functions = functions
+        super().__init__(rule, settings, torch.empty(0, device=device).__dlpack_device__(), launcher, handle)
         if device.type == "cpu":
             return
         current_device, run, stream = current_index_of(device), self.plan.run, self.stream

@@ -22,7 +22,7 @@ from ._native_runner import GpuRunner, NativeRunner
 from ._norms import HasNorms, check_whole_tensors, norm_is_measured
 from ._reference_runner import ReferenceRunner
 from ._rule import Rule
-from ._runners import Runner, Steps, StepSettings
+from ._runners import CannotCompile, Runner, Steps, StepSettings
 from ._states import Changes, HasStates, StateMaker, move_steps
 from ._storage import rounds_stochastically
 
@@ -151,8 +151,16 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
             move_steps(counted, device, changes)
         stats = optimizer._norms.by_device[device]
         settings = StepSettings(stats, options["skip_nonfinite"], options["zero_grad_in_step"])
+        made_from = (groups, optimizer.state, of_device, found.dormant, wide)
         runner = make_runner(backend, rule, device, settings)
-        runner.build(groups, optimizer.state, of_device, found.dormant, wide)
+        try:
+            runner.build(*made_from)
+        except CannotCompile as error:
+            if options["backend"] is not None:
+                raise
+            _backends.warn_own(rule, str(error))
+            runner = ReferenceRunner(rule, settings)
+            runner.build(*made_from)
         runners.append(runner)
     steps: list[Steps] = [*runners]
     if len(runners) > 1 or exchange.adds:
@@ -164,6 +172,10 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
 
 
 def make_runner(backend: str, rule: Rule, device: torch.device, settings: StepSettings) -> Runner:
+    if backend != "reference" and _backends.is_own(rule):
+        from .own_rules.runner import OwnCpuRunner, OwnTritonRunner
+
+        return OwnCpuRunner(rule, settings) if backend == "cpu" else OwnTritonRunner(rule, settings, device)
     if backend == "cpu":
         return NativeRunner(rule, settings)
     if backend in ("cuda", "triton"):

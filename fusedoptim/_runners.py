@@ -25,6 +25,10 @@ class StepSettings:
     zero_grad: bool
 
 
+class CannotCompile(RuntimeError):
+    """A rule's function can step the parameters, and nothing that is compiled of it can."""
+
+
 class Steps(Protocol):
     """What an optimizer keeps for its next steps."""
 

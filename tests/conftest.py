@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from fusedoptim import _backends, _native
+
+#: What is compiled of rules stays here from one process and one run to the next.
+os.environ.setdefault("FUSEDOPTIM_CACHE", str(Path(__file__).parent.parent / "build" / "rules"))
 
 
 @pytest.fixture(autouse=True)

@@ -90,6 +90,8 @@ class Programs:
     ) -> None:
         self.header, self.rule, self.guards, self.states = header, rule, guards, states
         self.second_moment = second_moment
+        #: Of groups, what stands for their constants in guards.
+        self.number_constants: Callable[[Any], list[float]] = lambda groups: []
         self.needs: list[Need] = []
 
     def handle(self) -> Any:
@@ -139,6 +141,7 @@ class Compiling(NativeRunner):
 
     def build(self, *args: Any) -> None:
         self.built_from = args
+        self.constants = self.programs.number_constants(args[0])
         super().build(*args)
 
     def refresh_or_compile(self, groups: Any, state: Any) -> bool:

@@ -36,12 +36,8 @@ def lion(p: torch.Tensor, g: torch.Tensor, s: dict[str, Any], t: float, h: Any) 
 class Lion(FusedOptimizer):
     rule = Rule("lion by hand", lion, states=(State("exp_avg"),), has_step=False)
 
-    def __init__(self, params: Any, **values: Any) -> None:
-        super().__init__(
-            params,
-            {**DEFAULTS, **{k: values.pop(k) for k in DEFAULTS if k in values}},
-            values,  # type: ignore[arg-type]
-        )
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, dict(DEFAULTS), options)  # type: ignore[arg-type]
 
 
 RULE = completed(Lion.rule, DEFAULTS)
@@ -175,6 +171,52 @@ def test_values_without_a_program_are_refused_and_nothing_changes(monkeypatch: p
         assert runner.reason == "no program is there for a group's values" and not runner.plan.lacking
         with pytest.raises(ValueError, match="no program is there for a group's values"):
             optimizer.step()
+        assert all(torch.equal(p.detach(), q) for p, q in zip(params, before, strict=True))
+
+
+def in_a_mode(p: torch.Tensor, g: torch.Tensor, s: dict[str, Any], t: float, h: Any) -> None:
+    beta1, beta2, weight_decay = h["three"]
+    values = {"lr": h["lr"], "betas": (beta1, beta2), "weight_decay": weight_decay if h["mode"] == "decays" else 0.0}
+    lion(p, g, s, t, values)
+
+
+MODE = {"lr": 0.01, "three": (0.9, 0.99, 0.1), "mode": "plain"}
+
+
+class InAMode(FusedOptimizer):
+    rule = Rule("lion in a mode", in_a_mode, states=(State("exp_avg"),), has_step=False)
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, dict(MODE), options)  # type: ignore[arg-type]
+
+
+def test_values_that_are_no_numbers_choose_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what they were if they are equal, and each group's are its own. Beside them: three numbers in one."""
+    decays = [("constants", 0.0)]
+    own = Programs("lion", completed(InAMode.rule, MODE), [[*decays, ("not", 0.0)], decays], states=1)
+    own.number_constants = lambda groups: [float(g["mode"] == "decays") for g in groups]
+    with own.in_use(monkeypatch):
+        found = []
+        for backend in (None, "reference"):
+            params = parameters([(5,), (6,)])
+            groups = [{"params": params[:1], "mode": "decays"}, {"params": params[1:], "three": [0.5, 0.6, 0.7]}]
+            found.append((params, InAMode(groups, backend=backend)))
+        for step in range(3):
+            for params, optimizer in found:
+                set_gradients(params, step)
+                if step == 2:
+                    optimizer.param_groups[0]["mode"], optimizer.param_groups[1]["mode"] = "plain", "decays"
+                runners = optimizer._runners
+                optimizer.param_groups[0]["mode"] = "".join(list(optimizer.param_groups[0]["mode"]))
+                optimizer.step()
+                if step == 1 and optimizer is found[0][1]:
+                    assert optimizer._runners is runners
+        assert_same_optimizers(found[0][1], found[1][1])
+        before = [p.detach().clone() for p in params]
+        for _, optimizer in found:
+            optimizer.param_groups[1]["three"] = (0.5, 0.6)
+            with pytest.raises(ValueError, match="must be 3 numbers"):
+                optimizer.step()
         assert all(torch.equal(p.detach(), q) for p, q in zip(params, before, strict=True))
 
 

@@ -100,6 +100,25 @@ __attribute__((noinline)) void decode_blocks(float* out, const uint8_t* codes, c
   }
 }
 
+// n elements from element i of a tensor on, wherever that is in its row and block. codes: from there on; scales: of
+// all.
+template <class M>
+__attribute__((noinline)) void decode_pieces_of_blocks(float* out, const uint8_t* codes, const float* scales, Storage s,
+                                                       int64_t row, int64_t i, int64_t n) {
+  const bool squares = block_format(s).squares;
+  int64_t in_row = i % row, block = i / row * blocks_of_row(row) + in_row / kBlock;
+  for (int64_t k = 0, length; k < n; k += length, ++block) {
+    const int64_t block_end = kBlock - in_row % kBlock, row_end = row - in_row;
+    length = block_end < row_end ? block_end : row_end;
+    length = length < n - k ? length : n - k;
+    if (squares)
+      decode_block<M, true>(out + k, codes + k, scales[block], length);
+    else
+      decode_block<M, false>(out + k, codes + k, scales[block], length);
+    in_row = length == row_end ? 0 : in_row + length;
+  }
+}
+
 // Scales come first, of all blocks: each takes a division, for which the next block's need not wait.
 template <class M, bool squares, bool stochastic>
 FUSEDOPTIM_INLINE void encode_blocks_as(uint8_t* codes, float* scales, const float* in, int64_t n,

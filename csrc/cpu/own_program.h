@@ -7,8 +7,8 @@
 //   Linear, Unencoded   the MixLists of mixes.h that there are loops for; with Lanes of fp64 Mix<f64, f64> alone
 //   kTiles              whether there is the loop over tiles, too, which takes whatever is no Mix
 //   measures(operand)   whether what is summed depends on one (OperandIndex), where there are sums
-//   measured<M>(p, g, s, c, x)  gives x[0..sums-1], whose squares are summed, of the values before the step. c: of
-//                       sums that are not known yet
+//   measured<M>(p, g, s, c, x)  gives x[0..sums-1], whose squares are summed, of the values before the step, where the
+//                       gradient is the one that update() gets. c: of sums that are NaN: no sum may depend on another
 #pragma once
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -31,6 +31,7 @@ namespace lanes = portable;
 #define FUSEDOPTIM_CAPABILITY kPortable
 #endif
 
+#include "measured_tile.h"
 #include "prepare.h"
 #include "tiles.h"
 
@@ -75,7 +76,7 @@ constexpr ProgramCode program_code() {
                    next_numbers_of<Rule>(),
                    find_own_linear<Rule, M>,
                    nullptr,
-                   nullptr};
+                   measure_of<Rule, M>()};
   if constexpr (Rule::kTiles) code.find_tiles = find_own_tiles<Rule, M>;
   return code;
 }

@@ -48,6 +48,8 @@ inline void add_code(Program& program, const RuleHandle& rule, const ProgramCode
   if (static_cast<uint32_t>(code->states) != program.states || code->numbers != rule.numbers() ||
       code->sums != rule.sums)
     throw std::runtime_error("a program of rule '" + rule.name + "' was compiled for other states, numbers or sums");
+  if ((rule.sums > 0) != (code->measure != nullptr) || (rule.numbers() > 0) != (code->next_numbers != nullptr))
+    throw std::runtime_error("a program of rule '" + rule.name + "' lacks what makes its numbers or sums");
   (code->wide ? program.prepare_f64 : program.prepare_f32) = code->prepare;
   program.next_numbers = code->next_numbers;
   auto& loops = program.loops[code->capability];

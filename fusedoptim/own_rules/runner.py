@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .. import _native
 from .._backends import triton_interprets
-from .._dtypes import compute_dtype
 from .._members import BoundParam
 from .._native_runner import GpuRunner, NativeRunner
 from .._rule import Rule
-from .._runners import Groups, States, StepSettings
+from .._runners import CannotCompile, Groups, States, StepSettings
 from .._values import numbers
 from . import compiler, libraries
 from .programs import constants_number, programs_of
@@ -21,20 +20,14 @@ from .trace import Program
 from .verify import gives_the_functions_bits
 
 
-class CannotCompile(RuntimeError):
-    """The rule's function can step the parameters, and nothing that is compiled of it can."""
-
-
-def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> list[Program]:
-    return programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})])
-
-
-def _constants(rule: Rule, groups: Groups) -> list[float]:
-    return [constants_number(rule, group) for group in groups] if rule.constants else []
+def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> tuple[list[Program], list[float]]:
+    """The programs of the groups that have members, and for each group the number of its constants."""
+    constants = [constants_number(rule, group) for group in groups] if rule.constants else []
+    return programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})]), constants
 
 
 def _verify(rule: Rule, groups: Groups, members: Sequence[BoundParam], backend: str, device: torch.device) -> None:
-    for k, dtype in {(m.group, compute_dtype(m.param)): None for m in members}:
+    for k, dtype in {(m.group, m.param.dtype): None for m in members}:
         if not gives_the_functions_bits(rule, numbers(groups[k], rule), dtype, backend, device):
             raise CannotCompile("what was compiled has other bits than the function; please report this")
 
@@ -45,9 +38,6 @@ class OwnCpuRunner(NativeRunner):
     def __init__(self, rule: Rule, settings: StepSettings) -> None:
         self.rule, self.settings = rule, settings
 
-    def constants(self, groups: Groups) -> list[float]:
-        return _constants(self.rule, groups)
-
     def build(
         self,
         groups: Groups,
@@ -57,15 +47,19 @@ class OwnCpuRunner(NativeRunner):
         wide: bool = False,
     ) -> None:
         assert _native._C is not None
-        programs = _programs(self.rule, groups, members)
+        programs, constants = _programs(self.rule, groups, members)
+        lacked = None
         while True:
             capability = _native._C.cpu_capability()
             super().__init__(self.rule, self.settings, handle=libraries.handle(self.rule, programs, capability))
+            self.constants = constants
             super().build(groups, state, members, dormant, wide)
             if self.plan.refresh(groups, state) or not self.plan.lacking:
                 break
+            if lacked == (lacked := self.plan.lacking):
+                raise CannotCompile(f"its libraries lack what they were compiled for, {lacked}; please report this")
             try:
-                libraries.provide(programs, [libraries.Need(*need) for need in self.plan.lacking], capability)
+                libraries.provide(programs, [libraries.Need(*need) for need in lacked], capability)
             except compiler.CompilerError as error:
                 raise CannotCompile(str(error)) from None
         _verify(self.rule, groups, members, "cpu", self.device)
@@ -74,9 +68,6 @@ class OwnCpuRunner(NativeRunner):
 class OwnTritonRunner(GpuRunner):
     def __init__(self, rule: Rule, settings: StepSettings, device: torch.device) -> None:
         self.rule, self.settings, self.device = rule, settings, device
-
-    def constants(self, groups: Groups) -> list[float]:
-        return _constants(self.rule, groups)
 
     def build(
         self,
@@ -88,9 +79,10 @@ class OwnTritonRunner(GpuRunner):
     ) -> None:
         from .triton_module import functions_of
 
-        programs = _programs(self.rule, groups, members)
+        programs, constants = _programs(self.rule, groups, members)
         handle = libraries.handle(self.rule, programs, None)
         super().__init__(self.rule, self.settings, self.device, "triton", handle, functions_of(programs))
+        self.constants = constants
         super().build(groups, state, members, dormant, wide)
         if not triton_interprets():  # takes a second, and rounds an fma twice before Triton 3.9
             _verify(self.rule, groups, members, "triton", self.device)

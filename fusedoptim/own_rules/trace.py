@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._rule import LR, Group, Rule
 from .._values import number
+from . import operations  # noqa: F401 - which gives symbols their operators
 from .nodes import Graph, Kind, Node, value_of
 from .numbers import Number, node_of
 from .paths import Path, explore

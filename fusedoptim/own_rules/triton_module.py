@@ -9,32 +9,32 @@ import importlib.util
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
+from ..triton_kernels.device import RuleFunctions, functions_in
 from . import cache
 from .trace import Program
 from .triton_text import module as text_of
 
-_modules: dict[str, ModuleType] = {}
+_made: dict[str, RuleFunctions] = {}
 _lock = threading.Lock()
 _kept = contextlib.ExitStack()
 atexit.register(_kept.close)
 
 
-def functions_of(programs: Sequence[Program]) -> ModuleType:
-    """A module with the functions that triton_kernels/rules describes, whose variants are these programs."""
+def functions_of(programs: Sequence[Program]) -> RuleFunctions:
+    """The functions that triton_kernels/rules describes, whose variants are these programs."""
     text = text_of(programs)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     with _lock:
-        if key not in _modules:
+        if key not in _made:
             name = f"{key}.py"
             path = cache.find(name) or _kept.enter_context(cache.added(name, lambda to: _write(to, text)))
             spec = importlib.util.spec_from_file_location(f"fusedoptim_rule_{key}", path)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            _modules[key] = module
-        return _modules[key]
+            _made[key] = functions_in(module)
+        return _made[key]
 
 
 def _write(to: Path, text: str) -> None:

@@ -38,7 +38,10 @@ class RuleFunctions(NamedTuple):
 
 
 def functions_of(rule: str) -> RuleFunctions:
-    module = importlib.import_module(f".rules.{rule}", __package__)
+    return functions_in(importlib.import_module(f".rules.{rule}", __package__))
+
+
+def functions_in(module: Any) -> RuleFunctions:
     return RuleFunctions(module.prepare, module.update, getattr(module, "next_numbers", None))
 
 
