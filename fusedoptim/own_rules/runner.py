@@ -17,7 +17,7 @@ from .._values import numbers
 from . import compiler, libraries
 from .programs import constants_number, programs_of
 from .trace import Program
-from .verify import gives_the_functions_bits
+from .verify import Make, gives_the_functions_bits
 
 
 def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> tuple[list[Program], list[float]]:
@@ -26,9 +26,9 @@ def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> tupl
     return programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})]), constants
 
 
-def _verify(rule: Rule, groups: Groups, members: Sequence[BoundParam], backend: str, device: torch.device) -> None:
+def _verify(rule: Rule, groups: Groups, members: Sequence[BoundParam], device: torch.device, make: Make) -> None:
     for k, dtype in {(m.group, m.param.dtype): None for m in members}:
-        if not gives_the_functions_bits(rule, numbers(groups[k], rule), dtype, backend, device):
+        if not gives_the_functions_bits(rule, numbers(groups[k], rule), dtype, device, make):
             raise CannotCompile("what was compiled has other bits than the function; please report this")
 
 
@@ -62,7 +62,7 @@ class OwnCpuRunner(NativeRunner):
                 libraries.provide(programs, [libraries.Need(*need) for need in lacked], capability)
             except compiler.CompilerError as error:
                 raise CannotCompile(str(error)) from None
-        _verify(self.rule, groups, members, "cpu", self.device)
+        _verify(self.rule, groups, members, self.device, lambda settings: OwnCpuRunner(self.rule, settings))
 
 
 class OwnTritonRunner(GpuRunner):
@@ -85,4 +85,5 @@ class OwnTritonRunner(GpuRunner):
         self.constants = constants
         super().build(groups, state, members, dormant, wide)
         if not triton_interprets():  # takes a second, and rounds an fma twice before Triton 3.9
-            _verify(self.rule, groups, members, "triton", self.device)
+            make: Make = lambda settings: OwnTritonRunner(self.rule, settings, self.device)  # noqa: E731
+            _verify(self.rule, groups, members, self.device, make)
