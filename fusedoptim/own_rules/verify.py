@@ -87,6 +87,8 @@ def _run(rule: Rule, group: Group, dtype: torch.dtype, device: torch.device, mak
             runner = make(StepSettings(torch.zeros(2, dtype=torch.float64, device=device), False, False))
             runner.build(made_of.param_groups, made_of.state, found.ready, [])
         if not runner.refresh(made_of.param_groups, made_of.state):
+            for m in found.ready:
+                m.first = False  # it has been stepped
             runner.build(made_of.param_groups, made_of.state, found.ready, [])
             runner.refresh(made_of.param_groups, made_of.state)
         runner.run()
