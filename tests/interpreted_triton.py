@@ -20,6 +20,8 @@ from low_precision_tests import *  # noqa: F403
 from number_tests import *  # noqa: F403
 from parts_tests import *  # noqa: F403
 from storage_tests import *  # noqa: F403
+from triton_power_tests import *  # noqa: F403
+from triton_sum_tests import *  # noqa: F403
 
 from fusedoptim import _members
 from fusedoptim._random_places import Place
