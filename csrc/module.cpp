@@ -127,6 +127,13 @@ PYBIND11_MODULE(_C, m) {
                                  halves.push_back(half_of_slot(k, rule.second_moment));
                                return halves;
                              })
+      // Of each program a bit for each operand that its sums depend on.
+      .def_property_readonly("summed",
+                             [](const RuleHandle& rule) {
+                               std::vector<uint32_t> summed;
+                               for (const Program& p : rule.programs) summed.push_back(p.summed);
+                               return summed;
+                             })
       .def_property_readonly("states_of_variants",
                              [](const RuleHandle& rule) {
                                std::vector<int> states;

@@ -108,7 +108,7 @@ class Programs:
             sums=rule.sums,
             divides=True,
             second_moment=self.second_moment,
-            programs=[(guard, self.states, of) for guard, of in zip(self.guards, codes, strict=True)],
+            programs=[(guard, self.states, 0, of) for guard, of in zip(self.guards, codes, strict=True)],
         )
 
     @contextmanager

@@ -230,7 +230,7 @@ def handle(**changed: Any) -> Any:
         "sums": 0,
         "divides": False,
         "second_moment": -1,
-        "programs": [([], 1, [])],
+        "programs": [([], 1, 2, [])],
     }
     return _native._C.RuleHandle(**{**values, **changed})
 
@@ -256,9 +256,9 @@ def handle(**changed: Any) -> Any:
 )  # fmt: skip
 def test_guards(guard: Any, holds: bool) -> None:
     row = [0.1, 0.0, -1.0, -1.0, -1.0, 0.0, 3.0, 0.0]
-    rule = handle(programs=[(guard, 0, []), ([("column", 7), ("constant", 0), ("eq", 0)], 1, [])])
+    rule = handle(programs=[(guard, 0, 2, []), ([("column", 7), ("constant", 0), ("eq", 0)], 1, 2, [])])
     assert rule.program_of(row, 5.0) == (0 if holds else 1)
-    assert handle(programs=[(guard, 0, [])]).program_of(row, 5.0) == (0 if holds else None)
+    assert handle(programs=[(guard, 0, 2, [])]).program_of(row, 5.0) == (0 if holds else None)
 
 
 @pytest.mark.parametrize(
@@ -268,13 +268,14 @@ def test_guards(guard: Any, holds: bool) -> None:
         ({"state_names": ["a", "b", "c", "d"]}, "has 4 states of the parameter's shape, and a rule may have 3"),
         ({"number_names": ["a", "b", "c", "d"]}, "has 4 states that are a number, and a rule may have 3"),
         ({"sums": 3}, "has 3 sums over whole tensors, and a rule may have 2"),
-        ({"programs": [([], 1, [])] * 17}, "has 17 programs, and a rule may have 16"),
-        ({"programs": [([], 2, [])]}, "uses states that it does not have"),
-        ({"programs": [([("column", 8)], 1, [])]}, "looks at columns that its rows do not have"),
-        ({"programs": [([("column", -1)], 1, [])]}, "looks at columns that its rows do not have"),
-        ({"programs": [([("exp", 1)], 1, [])]}, "a guard has no operation exp"),
-        ({"programs": [([("constant", 1), ("add", 0)], 1, [])]}, "operation add has too few operands"),
-        ({"programs": [([("constant", 1)] * 65, 1, [])]}, "leaves too much on its stack"),
+        ({"programs": [([], 1, 2, [])] * 17}, "has 17 programs, and a rule may have 16"),
+        ({"programs": [([], 2, 2, [])]}, "uses states that it does not have"),
+        ({"programs": [([], 1, 8, [])]}, "uses states that it does not have"),
+        ({"programs": [([("column", 8)], 1, 2, [])]}, "looks at columns that its rows do not have"),
+        ({"programs": [([("column", -1)], 1, 2, [])]}, "looks at columns that its rows do not have"),
+        ({"programs": [([("exp", 1)], 1, 2, [])]}, "a guard has no operation exp"),
+        ({"programs": [([("constant", 1), ("add", 0)], 1, 2, [])]}, "operation add has too few operands"),
+        ({"programs": [([("constant", 1)] * 65, 1, 2, [])]}, "leaves too much on its stack"),
     ],
 )
 def test_what_no_rule_can_be(changed: Any, message: str) -> None:
@@ -288,20 +289,20 @@ def test_code_of_another_version_is_refused() -> None:
     address = compiled("lion", _native._C.cpu_capability(), (0, False, (number,) * 3, False), -1)
     code = (ctypes.c_int32 * 32).from_buffer_copy(ctypes.string_at(address, 128))
     at = ctypes.addressof(code)
-    handle(programs=[([], 1, [at])])
+    handle(programs=[([], 1, 2, [at])])
     for field in range(4):  # version, sizes of an entry, of what scalars are made from, of what loops are told
         code[field] += 1
         with pytest.raises(
             RuntimeError, match="'mine' was compiled with another version of fusedoptim: compile it again"
         ):
-            handle(programs=[([], 1, [at])])
+            handle(programs=[([], 1, 2, [at])])
         code[field] -= 1
     with pytest.raises(RuntimeError, match="compile it again"):
-        handle(programs=[([], 1, [0])])
+        handle(programs=[([], 1, 2, [0])])
     with pytest.raises(RuntimeError, match="was compiled for other states, numbers or sums"):
-        handle(programs=[([], 0, [at])])
+        handle(programs=[([], 0, 2, [at])])
     with pytest.raises(RuntimeError, match="was compiled for other states, numbers or sums"):
-        handle(sums=1, programs=[([], 1, [at])])
+        handle(sums=1, programs=[([], 1, 2, [at])])
 
 
 def test_a_rule_of_another_name_for_its_values_is_refused() -> None:

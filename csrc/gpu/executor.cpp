@@ -37,6 +37,14 @@ void GpuExecutor::find_kinds(const std::vector<Entry>& entries) {
   }
 }
 
+int64_t GpuExecutor::summed_bytes(const Entry& e) const {
+  int64_t bytes = 0;
+  for (int k = 0; k < kOperands; ++k)
+    if (rule_.programs[e.variant.program].summed >> k & 1)
+      bytes += size_of(e.operand[k].storage) + extra_size_of(e.operand[k].storage);
+  return bytes * e.numel;
+}
+
 void GpuExecutor::make_work_lists(const std::vector<Entry>& entries) {
   std::vector<Sized> sized[2], others;
   int64_t elements = 0;
@@ -45,7 +53,7 @@ void GpuExecutor::make_work_lists(const std::vector<Entry>& entries) {
     elements += e.numel;
     const auto index = static_cast<int32_t>(i);
     if (e.ready)
-      sized[wide_[i] ? 1 : 0].push_back({index, e.numel, e.numel * size_of(e.grad().storage)});
+      sized[wide_[i] ? 1 : 0].push_back({index, e.numel, summed_bytes(e)});
     else
       others.push_back({index, 0, 0});
   }

@@ -48,6 +48,7 @@ class GpuExecutor : public Executor {
   TableEntry table_entry(const Entry& e, size_t i);
   int64_t add_layout(const Layout& l, Variant variant);
   Kind kind_of(const Entry& e) const;
+  int64_t summed_bytes(const Entry& e) const;
   Memory allocate(int64_t bytes, void* stream);
 
   // ---- executor_step.cpp: every step ----

@@ -44,7 +44,7 @@ struct DeviceEntry {
   int64_t row;                   // elements in one row of what is stored in blocks; 0 where nothing is
   int64_t numel;
   int64_t layout;      // where its layout starts in Tables::layouts; -1: all operands share one dense memory order
-  int64_t sum_layout;  // the same for sums over the gradient; -1: it lies in logical order
+  int64_t sum_layout;  // the same for sums; -1: all lie in logical order
   int64_t partials;    // where its tile sums start in Tables::partials
   alignas(8) Kind kind;
   int32_t kind_index;  // which of those that its kernel was made ready for

@@ -29,7 +29,7 @@ inline int64_t parts_of(int64_t numel) { return std::max<int64_t>((numel + kPart
 // An entry as a work list needs it.
 struct Sized {
   int32_t entry;
-  int64_t numel, grad_bytes;
+  int64_t numel, summed_bytes;  // of what a rule's sums look at
 };
 
 // Elementwise updates, in chunks.
@@ -43,8 +43,8 @@ inline void add_sums(WorkList& list, const std::vector<Sized>& entries) {
 }
 
 // Sums and updates, window by window: the sums of a window's tensors come one window before their updates, so that
-// few blocks wait; two windows of gradients stay within half of the L2, more or less: a window ends with the tensor
-// that exceeds it. Updates go through a window backwards.
+// few blocks wait; what is summed of two windows stays within half of the L2, more or less: a window ends with the
+// tensor that exceeds it. Updates go through a window backwards.
 inline void add_sums_and_updates(WorkList& list, const std::vector<Sized>& entries, int64_t window_bytes) {
   std::vector<Sized> before, window;
   int64_t bytes = 0;
@@ -64,7 +64,7 @@ inline void add_sums_and_updates(WorkList& list, const std::vector<Sized>& entri
   };
   for (const Sized& e : entries) {
     window.push_back(e);
-    bytes += e.grad_bytes;
+    bytes += e.summed_bytes;
     if (bytes > window_bytes) close();
   }
   close();

@@ -13,9 +13,9 @@
 
 namespace fusedoptim {
 
-// A program: its guard (core/guard.h); a bit for each state that it uses; the addresses of what its libraries'
-// fusedoptim_program() return, which have to stay loaded.
-using ProgramArgs = std::tuple<std::vector<std::pair<std::string, double>>, uint32_t, std::vector<int64_t>>;
+// A program: its guard (core/guard.h); a bit for each state that it uses, and for each operand that it sums; the
+// addresses of what its libraries' fusedoptim_program() return, which have to stay loaded.
+using ProgramArgs = std::tuple<std::vector<std::pair<std::string, double>>, uint32_t, uint32_t, std::vector<int64_t>>;
 
 // Raises ValueError for what no rule can have.
 inline void check_own(const RuleHandle& rule) {
@@ -31,7 +31,7 @@ inline void check_own(const RuleHandle& rule) {
   most(static_cast<int64_t>(rule.programs.size()), kMaxPrograms, "programs");
   most(rule.second_moment + 1, rule.slots(), "states up to the second moment");
   for (const Program& program : rule.programs) {
-    if (program.states >> rule.slots())
+    if (program.states >> rule.slots() || program.summed >> (kFirstState + rule.slots()))
       throw pybind11::value_error("a program of rule '" + rule.name + "' uses states that it does not have");
     if (!program.guard.fits(rule.hypers()))
       throw pybind11::value_error("a guard of rule '" + rule.name + "' looks at columns that its rows do not have");
@@ -70,10 +70,11 @@ inline RuleHandle own_rule(std::string name, std::vector<std::string> hyper_name
   rule.divides = divides;
   rule.sums = sums;
   rule.second_moment = second_moment;
-  for (const auto& [guard, states, codes] : programs) {
+  for (const auto& [guard, states, summed, codes] : programs) {
     Program program;
     program.guard = Guard(guard);
     program.states = states;
+    program.summed = summed;
     for (const int64_t address : codes) add_code(program, rule, reinterpret_cast<const ProgramCode*>(address));
     rule.programs.push_back(std::move(program));
   }

@@ -14,8 +14,9 @@ namespace fusedoptim {
 
 // What is compiled of a rule for one combination of a group's values.
 struct Program {
-  Guard guard;          // of rows that it is for, unless RuleHandle::variant says so
-  uint32_t states = 0;  // a bit for each that it uses
+  Guard guard;                    // of rows that it is for, unless RuleHandle::variant says so
+  uint32_t states = 0;            // a bit for each that it uses
+  uint32_t summed = 1u << kGrad;  // a bit for each operand that its sums depend on
   PrepareFn prepare_f32 = nullptr, prepare_f64 = nullptr;
   NextNumbersFn next_numbers = nullptr;  // null for a rule without numbers
   // In the order in which they are asked.

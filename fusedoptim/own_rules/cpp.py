@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .nodes import Kind, Node, in_order
+from .nodes import Kind, Node
 from .printer import OPERATORS, Printer, Scalar, name_of
-from .programs import second_moment, states_mask
+from .programs import second_moment, states_mask, summed_mask
 from .trace import Program
 
 #: Of elements, as functions of the lanes, and of csrc/rules/printed.h.
@@ -91,12 +91,6 @@ class CppPrinter(Printer):
         value = {"number": f"static_cast<T>({number})", "weight": f"LerpWeight<T>::of({number})"}
         return f"c.{scalar.name} = {value.get(scalar.kind, number)};"
 
-    def _measured_operands(self) -> int:
-        """A bit for each operand that a sum depends on, by OperandIndex (csrc/core/operand.h)."""
-        first_state = {"param": 0, "grad": 1, "state": 2}
-        leaves = [n for n in in_order(self.program.sums) if n.op in first_state]
-        return sum({1 << first_state[n.op] + (self.slots[n.data] if n.op == "state" else 0) for n in leaves})
-
     def rule(self) -> str:
         """The members of the struct."""
         program, rule = self.program, self.program.rule
@@ -133,7 +127,7 @@ class CppPrinter(Printer):
                 *_indented(*self.elements_of(self.results), *stored, f"p = {name_of(program.param)};"),
                 "}",
                 "static constexpr bool measures(int operand) {",
-                f"  return ({self._measured_operands()}u >> operand & 1u) != 0;",
+                f"  return ({summed_mask(program)}u >> operand & 1u) != 0;",
                 "}",
                 "template <class M>",
                 "FUSEDOPTIM_INLINE static void measured(typename M::V p, typename M::V g, const typename M::V* s,",

@@ -10,7 +10,7 @@ from .. import _native
 from .._rule import Rule
 from . import compiler
 from .cpp import Loops, library
-from .programs import divides, guard, second_moment, states_mask
+from .programs import divides, guard, second_moment, states_mask, summed_mask
 from .trace import Program
 
 
@@ -58,7 +58,7 @@ def handle(rule: Rule, programs: Sequence[Program], capability: str | None) -> A
         rule.sums,
         divides(programs),
         second_moment(rule),
-        [(guard(p), states_mask(p), found) for p, found in zip(programs, addresses, strict=True)],
+        [(guard(p), states_mask(p), summed_mask(p), found) for p, found in zip(programs, addresses, strict=True)],
     )
 
 

@@ -81,6 +81,14 @@ def states_mask(program: Program) -> int:
     return sum(1 << k for k, s in enumerate(program.rule.states) if s.name in program.states)
 
 
+def summed_mask(program: Program) -> int:
+    """A bit for each operand that a sum depends on, by OperandIndex (csrc/core/operand.h)."""
+    slots = {s.name: k for k, s in enumerate(program.rule.states)}
+    first = {"param": 0, "grad": 1, "state": 2}
+    leaves = [n for n in in_order(program.sums) if n.op in first]
+    return sum({1 << first[n.op] + (slots[n.data] if n.op == "state" else 0) for n in leaves})
+
+
 def second_moment(rule: Rule) -> int:
     """The state that is one, or -1."""
     return next((k for k, s in enumerate(rule.states) if s.kind == SQUARES), -1)

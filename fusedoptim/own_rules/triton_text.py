@@ -142,7 +142,7 @@ class TritonPrinter(Printer):
             lines = [inputs, *self.numbers_of(program.new_numbers.values())]
             found.append(_function(f"next_numbers_{k}", "row, inputs", lines, kept))
         if rule.sums:
-            summed = [name_of(x) for x in program.sums] + ["g"] * (2 - len(program.sums))
+            summed = [name_of(x) for x in program.sums] + ["tl.zeros_like(g)"] * (2 - len(program.sums))
             lines = [*unpack, *self.elements_of(program.sums)]
             found.append(_function(f"measured_{k}", "p, g, s, c", lines, ", ".join(summed)))
         return found

@@ -82,19 +82,41 @@ def power(x, n):
 
 
 @triton.jit
+def _scaled_by_power_of_two(x, k):
+    return x * ((k + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _small_power(x, y):
+    """x**y for |y| <= 1/2. x is m * 2**e, sqrt(1/2) <= m < sqrt(2), and y*e exact as the sum of two: the logarithm of a
+    large x by itself would lose as many bits as it has before the point."""
+    tiny = x < 2.2250738585072014e-308
+    bits = tl.where(tiny, x * 18014398509481984.0, x).to(tl.int64, bitcast=True)  # 2^54
+    e = (bits - 0x3FE6A09E667F3BCD) >> 52
+    m = (bits - (e << 52)).to(tl.float64, bitcast=True)
+    e = tl.where(tiny, e - 54, e).to(tl.float64)
+    hi = y * e
+    lo = tl.fma(y, e, hi * -1.0)
+    whole = tl.floor(hi + 0.5)
+    result = tl.exp2((hi - whole) + (lo + y * tl.log2(m)))
+    result = _scaled_by_power_of_two(result, whole.to(tl.int64))
+    return tl.where((x > 0.0) & (x < float("inf")), result, tl.exp2(y * tl.log2(x)))
+
+
+@triton.jit
 def general_power(x, y):
-    """x**y, both fp64: the whole part of y as above, what is left of it by logarithms, whose error is a few units in
-    the last place of fp64 unless x is huge or tiny: of 10^8 results that are rounded to fp32 one may be another."""
+    """x**y, both fp64: the whole part of y as above, what is left of it by logarithms. Within four units in the last
+    place of fp64: of 10^8 results that are rounded to fp32 one may be another. What overflows is infinite."""
     whole = tl.floor(y + 0.5)
-    result = power(x, tl.abs(whole))
+    count = tl.abs(whole)
+    result = power(tl.abs(x), count)
+    result = tl.where((result != result) & (x == x), float("inf"), result)  # the lower part of an infinity is NaN
+    result = tl.where((x < 0.0) & (count.to(tl.int64) % 2 == 1), result * -1.0, result)
     if whole < 0.0:
         result = 1.0 / result
     rest = y - whole
     if rest != 0.0:
-        if x == 0.0:
-            result = tl.where(y > 0.0, double(0.0), double(float("inf")))
-        else:
-            result *= tl.exp2(rest * tl.log2(x))
+        result *= _small_power(x, rest)
     return result
 
 

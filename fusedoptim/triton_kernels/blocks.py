@@ -17,16 +17,16 @@ def scale_pointer(address):
 
 @triton.jit
 def decode_blocks(codes, scales, D: tl.constexpr):
-    """codes: int8, also where they stand for uint8."""
+    """codes: int8, also where they stand for uint8. scales: of each, or of their rows, with a second dimension of 1."""
     code = codes.to(tl.int32)
     if D >= L.Q8_SQUARES:
         unit = scales * (1.0 / 63487.0)
         size = (0x3F800000 + ((code & 0xFF) << 19)).to(tl.float32, bitcast=True) - 1.0
-        return size * unit[:, None]
+        return size * unit
     else:
         unit = scales * (1.0 / 14.75)
         size = (0x3F800000 + (tl.abs(code) << 18)).to(tl.float32, bitcast=True) - 1.0
-        x = (size * unit[:, None]).to(tl.int32, bitcast=True)
+        x = (size * unit).to(tl.int32, bitcast=True)
         return (x ^ (code & -0x80000000)).to(tl.float32, bitcast=True)
 
 
@@ -77,6 +77,12 @@ def blocks_of_row(row):
 def blocks_before(i, row):
     """How many blocks begin before element i of a tensor."""
     return i // row * blocks_of_row(row) + (i % row + L.BLOCK - 1) // L.BLOCK
+
+
+@triton.jit
+def block_of(i, row):
+    """The block of element i of a tensor."""
+    return i // row * blocks_of_row(row) + i % row // L.BLOCK
 
 
 @triton.jit

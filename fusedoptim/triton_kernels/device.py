@@ -30,11 +30,15 @@ def block(threads_per_warp: int) -> int:
 
 
 class RuleFunctions(NamedTuple):
-    """The functions of a rule; the last is None but for one that has numbers."""
+    """The functions of a rule: see rules/__init__.py.
+
+    ``next_numbers`` is None but for one that has numbers, ``measured`` but for one that says what is summed.
+    """
 
     prepare: Any
     update: Any
     next_numbers: Any
+    measured: Any
 
 
 def functions_of(rule: str) -> RuleFunctions:
@@ -42,7 +46,8 @@ def functions_of(rule: str) -> RuleFunctions:
 
 
 def functions_in(module: Any) -> RuleFunctions:
-    return RuleFunctions(module.prepare, module.update, getattr(module, "next_numbers", None))
+    some = (getattr(module, name, None) for name in RuleFunctions._fields[2:])
+    return RuleFunctions(module.prepare, module.update, *some)
 
 
 class TritonDevice(DeviceMemory):
@@ -126,9 +131,17 @@ def kernel_for(
     """A kernel, and its constants behind the header. functions: those of the rule, unless it is the package's own."""
     if purpose == "reduce":
         return reduce_kernel, (DIGEST,)
-    if purpose == "measure":  # looks at parameters and gradients alone: one kernel serves every rule
-        return measure_kernel, (tuple(_constant(storages[0] | storages[1] << BITS) for storages, *_ in kinds), DIGEST)
-    of_kernel = tuple(_constant(packed(kind, rule.halves)) for kind in kinds)
+    if purpose == "measure" and (functions is None or functions.measured is None):
+        # looks at parameters and gradients alone: one kernel serves every rule
+        plain = tuple(_constant(storages[0] | storages[1] << BITS) for storages, *_ in kinds)
+        return measure_kernel, (None, 0, 1, None, plain, DIGEST)
     functions = functions or functions_of(rule.name)
-    kernel = norm_step_kernel if rule.sums else step_kernel
-    return kernel, (*functions, rule.numbers, rule.sums, of_kernel, block, DIGEST)
+    prepare, update, next_numbers, measured = functions
+    of_kernel = tuple(_constant(packed(kind, rule.halves)) for kind in kinds)
+    if not rule.sums:
+        return step_kernel, (prepare, update, next_numbers, rule.numbers, 0, of_kernel, block, DIGEST)
+    summed = tuple(_constant(packed(kind, rule.halves, rule.summed[kind[2]])) for kind in kinds)
+    if purpose == "measure":
+        return measure_kernel, (prepare, rule.numbers, rule.sums, measured, summed, DIGEST)
+    of_rule = (prepare, update, next_numbers, rule.numbers, rule.sums, measured)
+    return norm_step_kernel, (*of_rule, summed, of_kernel, block, DIGEST)

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from . import layout as L
-from .codec import load_f64, load_i32, load_i64
-from .norm import leave_sum, part_sums, publish_sum, reduce_sums, reduce_up, sum_of, wait_for_sum
+from .codec import load_i32, load_i64
+from .norm import given_sums, leave_sum, publish_sums, reduce_sums, reduce_up, sums_of_one_part, wait_for_sums
+from .tile_sums import gradient_sums, part_sums, rule_sums
 from .transforms import has_flag, is_skipped, measured, transforms_of
 from .update import update_range, zero_gradient
 
@@ -75,11 +76,14 @@ def norm_step_kernel(
     NEXT_NUMBERS: tl.constexpr,
     NUMBERS: tl.constexpr,
     SUMS: tl.constexpr,
+    MEASURED: tl.constexpr,
+    SUMMED_KINDS: tl.constexpr,
     KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """A rule that needs the gradient's norm first. Programs take tickets, so that what one waits for has begun."""
+    """A rule that needs sums over whole tensors first. Programs take tickets, so that what one waits for has begun.
+    SUMMED_KINDS: KINDS, but of what is summed."""
     skip = is_skipped(header)
     if (skip == 0) | has_flag(header, L.ZERO_GRAD):
         launch = load_i64(header + L.HEADER_LAUNCH)
@@ -101,7 +105,6 @@ def norm_step_kernel(
             transforms = transforms_of(header, entry)
             kind = load_i32(entry + L.ENTRY_KIND)
             given = has_flag(header, L.SUMS_GIVEN)
-            none = tl.full((), 0.0, tl.float64)
             for k in tl.static_range(len(KINDS)):
                 if kind == k:
                     if skip:
@@ -117,27 +120,27 @@ def norm_step_kernel(
                             )
                     elif work == L.WORK_SUM:
                         if given == 0:
-                            sums = partials + begin // L.TILE * 8
-                            part_sums(header, entry, grad, begin, end, transforms, sums, KINDS[k])
-                            at_root, total = reduce_up(header, entry, item, items)
+                            part_sums(
+                                header, entry, grad, begin, end, transforms, partials + begin // L.TILE * 8,
+                                SUMMED_KINDS[k], PREPARE, MEASURED, NUMBERS, 0, SUMS,
+                            )  # fmt: skip
+                            at_root, total, second = reduce_up(header, entry, item, items, SUMS)
                             if at_root:
-                                publish_sum(control, total)
+                                publish_sums(control, total, second, SUMS)
                     else:
-                        second = none
                         if given:
-                            sums = load_i64(header + L.HEADER_SUMS) + 8 * index
-                            sum_of_squares = load_f64(sums)
-                            if SUMS > 1:
-                                second = load_f64(sums + 8 * load_i64(header + L.HEADER_SUMS_STRIDE))
+                            total, second = given_sums(header, index, SUMS)
                         elif work == L.WORK_APPLY:
-                            sum_of_squares = wait_for_sum(control)
+                            total, second = wait_for_sums(control, SUMS)
                         else:
-                            part_sums(header, entry, grad, begin, end, transforms, partials, KINDS[k])
-                            tl.debug_barrier()
-                            sum_of_squares = sum_of(partials, (numel + L.TILE - 1) // L.TILE)
+                            part_sums(
+                                header, entry, grad, begin, end, transforms, partials,
+                                SUMMED_KINDS[k], PREPARE, MEASURED, NUMBERS, 0, SUMS,
+                            )  # fmt: skip
+                            total, second = sums_of_one_part(header, partials, numel, SUMS)
                         update_range(
-                            header, entry, control, grad, begin, end, items, transforms, (sum_of_squares, second),
-                            KINDS[k], PREPARE, UPDATE, NEXT_NUMBERS, NUMBERS, SUMS, BLOCK,
+                            header, entry, control, grad, begin, end, items, transforms,
+                            (total, second), KINDS[k], PREPARE, UPDATE, NEXT_NUMBERS, NUMBERS, SUMS, BLOCK,
                         )  # fmt: skip
         # The last program leaves the counters as it found them.
         if skip == 0:  # noqa: SIM102 - Triton's `and` works out both sides
@@ -147,8 +150,17 @@ def norm_step_kernel(
 
 
 @triton.jit(do_not_specialize=["header"])
-def measure_kernel(header, KINDS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The sum of squares of every gradient."""
+def measure_kernel(
+    header,
+    PREPARE: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SUMS: tl.constexpr,
+    MEASURED: tl.constexpr,
+    SUMMED_KINDS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """A sum of squares of every tensor: of the gradient, or if L.TRANSFORMED is set, the one of the rule's that
+    HEADER_SUM says. MEASURED: None for a rule whose sum is the gradient's, too."""
     index, _, items, item, grad = item_of(header, tl.program_id(0))
     if grad != 0:
         entry = load_i64(header + L.HEADER_ENTRIES) + index * L.ENTRY_BYTES
@@ -157,15 +169,27 @@ def measure_kernel(header, KINDS: tl.constexpr, LAYOUT: tl.constexpr):
         begin = item.to(tl.int64) * L.PART
         end = tl.minimum(begin + L.PART, numel)
         transforms = measured(header, entry)
+        sums = partials + begin // L.TILE * 8
         kind = load_i32(entry + L.ENTRY_KIND)
-        for k in tl.static_range(len(KINDS)):
+        which = tl.where(has_flag(header, L.TRANSFORMED), load_i32(header + L.HEADER_SUM), -1)
+        for k in tl.static_range(len(SUMMED_KINDS)):
             if kind == k:
-                part_sums(header, entry, grad, begin, end, transforms, partials + begin // L.TILE * 8, KINDS[k])
+                if MEASURED is None:
+                    gradient_sums(header, entry, grad, begin, end, transforms, sums, SUMMED_KINDS[k])
+                else:
+                    if which < 0:
+                        gradient_sums(header, entry, grad, begin, end, transforms, sums, SUMMED_KINDS[k])
+                    for s in tl.static_range(SUMS):
+                        if which == s:
+                            rule_sums(
+                                header, entry, grad, begin, end, transforms, sums,
+                                SUMMED_KINDS[k], PREPARE, MEASURED, NUMBERS, s, 1,
+                            )  # fmt: skip
         if items == 1:
-            tl.debug_barrier()
-            leave_sum(header, index, sum_of(partials, (numel + L.TILE - 1) // L.TILE))
+            total, _ = sums_of_one_part(header, partials, numel, 1)
+            leave_sum(header, index, total)
         else:
-            at_root, total = reduce_up(header, entry, item, items)
+            at_root, total, _ = reduce_up(header, entry, item, items, 1)
             if at_root:
                 leave_sum(header, index, total)
     elif item == 0:  # of a tensor without a gradient one program tells so

@@ -39,25 +39,28 @@ DIGEST = zlib.crc32(
 )
 
 
-def packed(kind: tuple[tuple[int, ...], int, int, int], halves: list[int]) -> int:
+def packed(kind: tuple[tuple[int, ...], int, int, int], halves: list[int], used: int | None = None) -> int:
     """What code a tensor needs, as kernels take it: see update.py.
 
     Args:
         kind: the storages of all operands, the dtype of the step, the variant, and a bit for each state that is used.
         halves: which half of its random words each state is rounded with.
+        used: a bit for each operand that is read; by default for all that there are.
     """
     storages, step, variant, states = kind
     first = _LAYOUT["FIRST_STATE"]
+    if used is None:
+        used = states << first | (1 << first) - 1
     rounded = [(storages[0], 0), *zip(storages[first:], halves, strict=False)]  # but for the moving average
     words = {half // 2 for storage, half in rounded if storage in _STOCHASTIC}
     fields = [
         *((BITS * k, storage) for k, storage in enumerate(storages)),
         (STEP.value, step),
         (VARIANT.value, variant),
-        (USED.value, states << first | (1 << first) - 1),
+        (USED.value, used),
         *((HALVES.value + BITS * k, half) for k, half in enumerate(halves)),
         (WORDS.value, sum(1 << word for word in words)),
-        (IN_BLOCKS.value, any(storage >= _LAYOUT["Q8"] for storage in storages)),
+        (IN_BLOCKS.value, any(storage >= _LAYOUT["Q8"] and used >> k & 1 for k, storage in enumerate(storages))),
     ]
     return sum(int(value) << at for at, value in fields)
 

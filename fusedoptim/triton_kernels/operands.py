@@ -1,4 +1,4 @@
-"""All operands of an entry, between memory and registers. What is not used is like the parameter.
+"""All operands of an entry, between memory and registers. What is not used is zeros.
 
 The elements of a tile lie side by side, at an aligned address; those of a piece may lie anywhere, and some may be
 missing. Where an operand is in blocks, tiles and pieces have two dimensions, and a block is a row."""
@@ -36,6 +36,18 @@ def rests_of(entry, addresses, KIND: tl.constexpr):
     return found
 
 
+@triton.jit
+def are_aligned(addresses, rests, KIND: tl.constexpr):
+    """Whether all begin at multiples of 16 bytes, but for the scales of blocks."""
+    every = addresses[0]
+    for k in tl.static_range(1, L.OPERANDS):
+        every |= addresses[k]  # what is not used has a null address
+    for k in tl.static_range(L.OPERANDS):
+        if (((KIND >> L.WIDTH * k) & L.MASK) >= L.BF16_REMAINDER) & (((KIND >> L.WIDTH * k) & L.MASK) < L.Q8):
+            every |= rests[k]
+    return (every & 15) == 0
+
+
 # ---- tiles ----
 
 
@@ -49,15 +61,23 @@ def tile_index(N: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_tile(address, rest, first, index, D: tl.constexpr, T: tl.constexpr):
+def tile_blocks(N: tl.constexpr, KIND: tl.constexpr):
+    """Of the elements of tile_index() their blocks, from 0 on, where there are any."""
+    if (KIND >> L.IN_BLOCKS) & 1:
+        return tl.arange(0, N // L.BLOCK)[:, None]
+    else:
+        return tl.arange(0, N)
+
+
+@triton.jit
+def load_tile(address, rest, first, index, block, D: tl.constexpr, T: tl.constexpr, POLICY: tl.constexpr):
     """The elements from ``first`` on, whose address is a multiple of 16."""
-    x = tl.load(tl.multiple_of(pointer(address, D) + first, 16) + index, eviction_policy=EVICT)
+    x = tl.load(tl.multiple_of(pointer(address, D) + first, 16) + index, eviction_policy=POLICY)
     if D >= L.Q8:
-        scales = scale_pointer(rest) + first // L.BLOCK + tl.arange(0, index.shape[0])
-        return decode_blocks(x, tl.load(scales), D)
+        return decode_blocks(x, tl.load(scale_pointer(rest) + first // L.BLOCK + block), D)
     elif D >= L.BF16_REMAINDER:
         start = tl.multiple_of(rest_pointer(rest, D) + first, 16)
-        return decode_stored(x, tl.load(start + index, eviction_policy=EVICT), D, T)
+        return decode_stored(x, tl.load(start + index, eviction_policy=POLICY), D, T)
     else:
         return decode_stored(x, x, D, T)
 
@@ -78,13 +98,18 @@ def store_tile(address, rest, first, index, x, random, D: tl.constexpr):
 
 
 @triton.jit
-def load_tiles(addresses, rests, first, index, KIND: tl.constexpr, T: tl.constexpr):
-    found = (load_tile(addresses[0], rests[0], first, index, (KIND >> L.WIDTH * 0) & L.MASK, T),)
-    for k in tl.static_range(1, L.OPERANDS):
+def load_tiles(
+    addresses, rests, first, index, block, KIND: tl.constexpr, T: tl.constexpr, POLICY: tl.constexpr = EVICT
+):
+    """block: of each element the number of its block, that of the first being 0; or what broadcasts to it."""
+    found = ()
+    for k in tl.static_range(L.OPERANDS):
         if (KIND >> L.USED + k) & 1:
-            found = found + (load_tile(addresses[k], rests[k], first, index, (KIND >> L.WIDTH * k) & L.MASK, T),)
+            found = found + (
+                load_tile(addresses[k], rests[k], first, index, block, (KIND >> L.WIDTH * k) & L.MASK, T, POLICY),
+            )
         else:
-            found = found + (found[0],)
+            found = found + (tl.zeros(index.shape, T),)
     return found
 
 
@@ -125,7 +150,8 @@ def offsets_of(header, layout, i, KIND: tl.constexpr):
 
 @triton.jit
 def load_piece(address, rest, offsets, inside, block, exists, D: tl.constexpr, T: tl.constexpr):
-    """The elements at offsets, 0 where none is inside. block: the numbers of the rows that are blocks and exist."""
+    """The elements at offsets, 0 where none is inside. block: of each the number of its block, or what broadcasts to
+    it; exists: which of these there are."""
     x = tl.load(pointer(address, D) + offsets, mask=inside, other=0)
     if D >= L.Q8:
         return decode_blocks(x, tl.load(scale_pointer(rest) + block, mask=exists, other=0.0), D)
@@ -137,6 +163,7 @@ def load_piece(address, rest, offsets, inside, block, exists, D: tl.constexpr, T
 
 @triton.jit
 def store_piece(address, rest, offsets, inside, block, exists, x, random, D: tl.constexpr):
+    """block: the numbers of the rows that are blocks and exist."""
     if D >= L.Q8:
         codes, scale = encode_blocks(tl.where(inside, x, 0.0), random, D)
         tl.debug_barrier()  # every thread has read the scales
@@ -151,8 +178,8 @@ def store_piece(address, rest, offsets, inside, block, exists, x, random, D: tl.
 
 @triton.jit
 def load_pieces(addresses, rests, offsets, inside, block, exists, KIND: tl.constexpr, T: tl.constexpr):
-    found = (load_piece(addresses[0], rests[0], offsets[0], inside, block, exists, (KIND >> L.WIDTH * 0) & L.MASK, T),)
-    for k in tl.static_range(1, L.OPERANDS):
+    found = ()
+    for k in tl.static_range(L.OPERANDS):
         if (KIND >> L.USED + k) & 1:
             found = found + (
                 load_piece(
@@ -160,7 +187,7 @@ def load_pieces(addresses, rests, offsets, inside, block, exists, KIND: tl.const
                 ),
             )
         else:
-            found = found + (found[0],)
+            found = found + (tl.zeros(inside.shape, T),)
     return found
 
 

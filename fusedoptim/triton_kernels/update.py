@@ -16,6 +16,7 @@ from .blocks import blocks_before, elements_of
 from .codec import encode, load_f32, load_f64, load_i64, pointer
 from .operands import (
     addresses_of,
+    are_aligned,
     load_pieces,
     load_tiles,
     offset_of,
@@ -23,6 +24,7 @@ from .operands import (
     rests_of,
     store_pieces,
     store_tiles,
+    tile_blocks,
     tile_index,
 )
 from .random_bits import keys_of, random_half, random_stream, random_words
@@ -96,13 +98,20 @@ def commit(entry, control, number, numbers, NUMBERS: tl.constexpr, STEP_DTYPE: t
 
 
 @triton.jit
+def inputs_of(entry, grad, sums, KIND: tl.constexpr, NUMBERS: tl.constexpr):
+    """What the rule's scalars follow from, beside the group's row: see rules/__init__.py. sums: a tuple of two."""
+    number = next_step(entry, (KIND >> L.STEP) & L.MASK)
+    numel = load_i64(entry + L.ENTRY_WHOLE_NUMEL).to(tl.float64)
+    return (number, (grad & L.FIRST) != 0) + sums + numbers_of(entry, NUMBERS) + (numel,)
+
+
+@triton.jit
 def scalars(
     header,
     entry,
     control,
     items,
-    first,
-    sums,
+    inputs,
     KIND: tl.constexpr,
     PREPARE: tl.constexpr,
     NEXT_NUMBERS: tl.constexpr,
@@ -110,14 +119,11 @@ def scalars(
     SUMS: tl.constexpr,
     T: tl.constexpr,
 ):
-    """The rule's scalars for the block's tensor, and the number of this step. The last block of the tensor to get here
-    stores the new step and numbers: by then all have read the old ones."""
+    """The rule's scalars for the block's tensor. The last block of the tensor to get here stores the new step and
+    numbers: by then all have read the old ones."""
     STEP_DTYPE: tl.constexpr = (KIND >> L.STEP) & L.MASK
     VARIANT: tl.constexpr = (KIND >> L.VARIANT) & L.VARIANT_MASK
     row = row_of(header, entry)
-    number = next_step(entry, STEP_DTYPE)
-    numel = load_i64(entry + L.ENTRY_WHOLE_NUMEL).to(tl.float64)
-    inputs = (number, first) + sums + numbers_of(entry, NUMBERS) + (numel,)
     new_numbers = ()
     if NUMBERS > 0:
         new_numbers = NEXT_NUMBERS(row, inputs, VARIANT)
@@ -127,8 +133,8 @@ def scalars(
         arrivals = (control + L.CONTROL_ARRIVALS).to(tl.pointer_type(tl.int32))
         if tl.atomic_add(arrivals, 1) + 1 == items:
             tl.store(arrivals, 0)
-            commit(entry, control, number, new_numbers, NUMBERS, STEP_DTYPE)
-    return c, number
+            commit(entry, control, inputs[0], new_numbers, NUMBERS, STEP_DTYPE)
+    return c
 
 
 # ---- the loops ----
@@ -142,24 +148,18 @@ def update_range(
 ):  # fmt: skip
     """Elements begin to end; of an entry in blocks the blocks that begin there. sums: a tuple of two."""
     T: tl.constexpr = tl.float64 if ((KIND >> L.WIDTH * 0) & L.MASK) == L.F64 else tl.float32
-    first = (grad & L.FIRST) != 0
-    c, number = scalars(header, entry, control, items, first, sums, KIND, PREPARE, NEXT_NUMBERS, NUMBERS, SUMS, T)
+    inputs = inputs_of(entry, grad, sums, KIND, NUMBERS)
+    c = scalars(header, entry, control, items, inputs, KIND, PREPARE, NEXT_NUMBERS, NUMBERS, SUMS, T)
     _, _, _, ema_decay, zero_grad = transforms
     transform = grad_transform(transforms, T)
     toward_param, from_average = lerp_weight(1.0 - ema_decay, T)
     addresses = addresses_of(entry, grad & L.ADDRESS)
     rests = rests_of(entry, addresses, KIND)
     layout = load_i64(entry + L.ENTRY_LAYOUT)
-    every = addresses[0]
-    for k in tl.static_range(1, L.OPERANDS):
-        every |= addresses[k]  # what is not used has a null address
-    for k in tl.static_range(L.OPERANDS):
-        if (((KIND >> L.WIDTH * k) & L.MASK) >= L.BF16_REMAINDER) & (((KIND >> L.WIDTH * k) & L.MASK) < L.Q8):
-            every |= rests[k]
-    aligned = (layout < 0) & ((every & 15) == 0)
-    stream, first_index = number, begin
+    aligned = (layout < 0) & are_aligned(addresses, rests, KIND)
+    stream, first_index = inputs[0], begin
     if (KIND >> L.WORDS) & L.MASK:
-        stream = random_stream(row_of(header, entry), entry, number)
+        stream = random_stream(row_of(header, entry), entry, inputs[0])
         first_index = load_i64(entry + L.ENTRY_FIRST_INDEX)
         aligned &= (first_index + begin) >> 32 == (first_index + end - 1) >> 32  # one key serves all
     row = begin
@@ -173,7 +173,7 @@ def update_range(
         index, random = tile_index(BLOCK, KIND), keys
         if (KIND >> L.WORDS) & L.MASK:
             random = random_words((first_index + tile).to(tl.uint32) + index.to(tl.uint32), keys, KIND)
-        x = load_tiles(addresses, rests, tile, index, KIND, T)
+        x = load_tiles(addresses, rests, tile, index, tile_blocks(BLOCK, KIND), KIND, T)
         x = step_element(x, random, transform, toward_param, from_average, c, KIND, UPDATE, T)
         store_tiles(addresses, rests, tile, index, x, random, zero_grad, KIND, T)
     # Ends, and what is not aligned or not dense, in small pieces: their addresses would fill the registers.
@@ -188,14 +188,16 @@ def update_range(
         block = start + tl.arange(0, STRIDE)
         exists = block < rest_end
         i, inside, random = block, exists, keys
+        blocks, exist = block, exists
         if (KIND >> L.IN_BLOCKS) & 1:
             i, inside = elements_of(block, row)
-            inside &= exists[:, None]
+            blocks, exist = block[:, None], exists[:, None]
+            inside &= exist
         if (KIND >> L.WORDS) & L.MASK:
             place = first_index + offset_of(header, layout, i, L.INDEX)
             random = random_words(place, keys_of(stream, place, KIND), KIND)
         offsets = offsets_of(header, layout, i, KIND)
-        y = load_pieces(addresses, rests, offsets, inside, block, exists, KIND, T)
+        y = load_pieces(addresses, rests, offsets, inside, blocks, exist, KIND, T)
         y = step_element(y, random, transform, toward_param, from_average, c, KIND, UPDATE, T)
         store_pieces(addresses, rests, offsets, inside, block, exists, y, random, zero_grad, KIND, T)
 

@@ -12,5 +12,7 @@ that the variant or the rule does not have are to be returned as they are.
 A number of the group is ``hyper(row, H.EPS)``, one that is on or off ``flag(row, H.MAXIMIZE)``, where ``H =
 layout.of_rule(name)`` knows the columns by the names in the rule's header.
 
-A rule that has numbers also has ``next_numbers(row, inputs, VARIANT)``, which returns the tuple of the new ones.
+A rule that has numbers also has ``next_numbers(row, inputs, VARIANT)``, which returns the tuple of the new ones. One
+that has sums of anything else than its gradient has ``measured(p, g, s, c, VARIANT)``, which returns the two whose
+squares are summed, of the values before the step; ``c`` was made of sums that are NaN.
 """
