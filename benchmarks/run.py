@@ -89,7 +89,8 @@ def selected_peers(args: argparse.Namespace) -> list[Peer]:
     if args.peer == ["none"]:
         return []
     asked = args.peer or (rough.CHOSEN_PEERS if _rough(args) else None)
-    return [PEERS[name] for name in arguments.known("--peer", asked, PEERS)]
+    found = [PEERS[name] for name in arguments.known("--peer", asked, PEERS)]
+    return [peer for peer in found if asked or not peer.asked_only]
 
 
 def beside(row: Row, peers: list[Peer], args: argparse.Namespace) -> list[Peer]:

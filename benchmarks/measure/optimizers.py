@@ -65,9 +65,11 @@ class Setting:
         optimizer = self.make([torch.nn.Parameter(torch.zeros(1))])
         return sum(slot.needed_in(optimizer.param_groups[0]) for slot in optimizer.rule.states)
 
-    def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
-        """fusedoptim's."""
-        return self.cls(params, **{"max_grad_norm": self.max_grad_norm, **self.options, **more})
+    def make(
+        self, params: Any, cls: type[fusedoptim.FusedOptimizer] | None = None, **more: Any
+    ) -> fusedoptim.FusedOptimizer:
+        """fusedoptim's, or a subclass."""
+        return (cls or self.cls)(params, **{"max_grad_norm": self.max_grad_norm, **self.options, **more})
 
 
 _MOMENTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}

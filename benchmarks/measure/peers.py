@@ -10,12 +10,13 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .cases import Case
+from .foreach_lion import ForeachLion
 from .optimizers import Work
 from .timing import explain
 
@@ -49,6 +50,8 @@ class Peer:
     differs: Mapping[str, str] = field(default_factory=dict)
     #: Whether a CUDA graph can capture its step; others may leave a failed capture behind.
     capturable: bool = False
+    #: Whether it takes part only where its name is given.
+    asked_only: bool = False
     #: Bytes that a step needs beside parameters, gradients and states, as a multiple of the parameters.
     temporary: int = 0
 
@@ -132,9 +135,15 @@ def _for_loop(_: Any, work: Work, groups: Groups) -> Any:
     return _torch(work, groups, foreach=False)
 
 
-@_peer("torch foreach", _in(PURE, *_TORCH, *_TORCH_PLAIN, "AdamW+clip"), temporary=3)
-def _foreach(_: Any, work: Work, groups: Groups) -> Any:
+def _with_foreach(work: Work, groups: Groups) -> Any:
+    if work.setting.optimizer == "Lion":  # which torch does not have
+        return ForeachLion(groups, **work.setting.options)
     return _torch(work, groups, foreach=True)
+
+
+@_peer("torch foreach", _in(PURE, *_TORCH, *_TORCH_PLAIN, "AdamW+clip", "Lion"), temporary=3)
+def _foreach(_: Any, work: Work, groups: Groups) -> Any:
+    return _with_foreach(work, groups)
 
 
 @_peer(
@@ -144,21 +153,33 @@ def _fused(_: Any, work: Work, groups: Groups) -> Any:
     return _torch(work, groups, fused=True)
 
 
-@_peer("torch compiled", _in(PURE, *_TORCH, *_TORCH_PLAIN), most_tensors=COMPILED_TENSORS)
+@_peer("torch compiled", _in(PURE, *_TORCH, *_TORCH_PLAIN, "Lion"), most_tensors=COMPILED_TENSORS)
 class _Compiled:
     """torch's foreach code, compiled as a whole; the first step compiles."""
 
     def __init__(self, _: Any, work: Work, groups: Groups) -> None:
         torch.compiler.reset()
-        self.optimizer = _torch(work, groups, foreach=True)
+        self.optimizer = _with_foreach(work, groups)
         self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
         self.step = torch.compile(self.optimizer.step)
 
 
-def ours(work: Work, groups: Groups, backend: str | None = None) -> Any:
+def ours(work: Work, groups: Groups, backend: str | None = None, cls: Any = None) -> Any:
     """fusedoptim, with the backend that it chooses or another one."""
     options = work.dtypes.options or {"state_dtype": work.dtypes.state if work.dtypes.mixed else None}
-    return work.setting.make(groups, backend=backend, **options)
+    return work.setting.make(groups, cls, backend=backend, **options)
+
+
+@_peer("traced", _in(ALL, *_TORCH, "AdamW+clip", "NormAdaptive"), devices=("cpu",), asked_only=True)
+def _traced(_: Any, work: Work, groups: Groups) -> Any:
+    """What becomes of a built-in rule's function, beside its hand-written kernel."""
+    rule = work.setting.cls.rule
+
+    def function(*args: Any) -> None:  # another than the built-in one, so that that is traced
+        rule.reference(*args)
+
+    cls: Any = type(work.setting.cls.__name__, (work.setting.cls,), {"rule": replace(rule, reference=function)})
+    return ours(work, groups, cls=cls)
 
 
 @_peer("to nearest", _in(("stochastic",), "AdamW"), differs={"AdamW": "rounds to nearest"})
