@@ -27,7 +27,7 @@ from .measure.cases import CASES
 from .measure.devices import DEVICES, device_named
 from .measure.environment import environment
 from .measure.goals import FOREACH, FUSED, GOALS
-from .measure.optimizers import DTYPES, SETTINGS
+from .measure.optimizers import DTYPES, GALLERY, SETTINGS, chosen_settings
 from .measure.peers import PEERS, Peer
 from .measure.plan import CONDITIONS, Row
 from .measure.progress import progress
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--quick", action="store_true", help="a second for a row instead of seven; without a selection, few rows"
     )
-    p.add_argument("--optimizer", action="append", help=f"of {', '.join(SETTINGS)}")
+    p.add_argument("--optimizer", action="append", help=f"of {', '.join([*SETTINGS, *GALLERY])}, or module:Class")
     p.add_argument("--case", action="append", help=f"of {', '.join(CASES)}")
     p.add_argument("--dtype", action="append", help=f"parameters, or parameters+states, of {', '.join(DTYPES)}")
     p.add_argument("--condition", action="append", help=f"between steps, of {', '.join(CONDITIONS)} (default: kept)")
@@ -69,7 +69,7 @@ def _rough(args: argparse.Namespace) -> bool:
 
 
 def selected_rows(args: argparse.Namespace) -> list[Row]:
-    optimizers = arguments.known("--optimizer", args.optimizer, SETTINGS)
+    optimizers = chosen_settings(args.optimizer)
     cases = arguments.known("--case", args.case, CASES)
     dtypes = arguments.known("--dtype", args.dtype, DTYPES)
     conditions = arguments.known("--condition", args.condition or ["kept"], CONDITIONS)

@@ -12,7 +12,8 @@ import torch
 
 from . import __version__, _installation, _native
 from ._backends import BACKENDS, Backend, cuda_on_host, with_kernels
-from ._selfcheck import OPTIMIZERS, differing
+from ._selfcheck import COMPILED, OPTIMIZERS, differing
+from .own_rules import cache, compiler
 
 
 def main() -> int:
@@ -49,12 +50,29 @@ def main() -> int:
         result = f"FAILED for {', '.join(bad)}" if bad else "the reference's bits"
         print(f"self-check: {name}, {len(OPTIMIZERS)} optimizers in 4 dtypes: {result} ({seconds:.1f} s)")
         failed = failed or bool(bad)
+    failed = _check_compiled() or failed
     if failed:
         print("Results are wrong on this machine: use backend='reference', and please report this output.")
     slow = [str(device) for device in _devices() if with_kernels(device)[0] is None]
     if slow:
         print(f"Parameters on {' and '.join(slow)} are stepped by the eager reference, slowly. The causes stand above.")
     return int(failed or bool(slow))
+
+
+def _check_compiled() -> bool:
+    """Says what rules of one's own are compiled with. Whether one was, and is wrong."""
+    problem = (_native.problem and "see the library") or compiler.problem()
+    if problem is not None:
+        print(f"rules of one's own on the CPU: stepped by their functions, slowly: {problem}")
+        return False
+    start = time.perf_counter()
+    bad = differing("cpu", "cpu", COMPILED)
+    result = f"FAILED for {', '.join(bad)}" if bad else "the reference's bits"
+    print(f"rules of one's own: compiled with {compiler.compiler()}, kept in {cache.folder()}")
+    print(
+        f"self-check: {', '.join(COMPILED)}, compiled here, in 4 dtypes: {result} ({time.perf_counter() - start:.1f} s)"
+    )
+    return bool(bad)
 
 
 def _devices() -> list[torch.device]:

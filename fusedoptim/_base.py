@@ -142,7 +142,7 @@ class FusedOptimizer(Optimizer):
         """
         loss = None
         if closure is not None:
-            self._check_not_averaging()
+            self._check_not_evaluating()
             with torch.enable_grad():
                 loss = closure()
         if grad_norm is not None:
@@ -168,7 +168,7 @@ class FusedOptimizer(Optimizer):
 
     def _step(self, in_operator: bool = False, grad_norm: Tensor | None = None) -> None:
         if self._averaging:  # asked here, because a call takes a thirtieth of a small step
-            self._check_not_averaging()
+            self._check_not_evaluating()
         self._opt_called = True
         if (count_modes() or PRE_DISPATCH[0]) and not in_operator:
             _modes.step(self)
@@ -189,7 +189,7 @@ class FusedOptimizer(Optimizer):
             for runner in runners:
                 runner.run()
 
-    def _check_not_averaging(self, call: str = "step") -> None:
+    def _check_not_evaluating(self, call: str = "step") -> None:
         if self._averaging:
             raise RuntimeError(f"{call}() within ema_weights(), whose end would undo it: {call} after it")
 

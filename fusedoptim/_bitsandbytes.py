@@ -13,6 +13,8 @@ from ._rule import Rule
 WRAPPED = "__bnb_optimizer_quant_state__"
 #: Elements of a block: now, and in older versions.
 BLOCKS = (256, 2048)
+#: The states of all of its optimizers that have two.
+TWO = ["exp_avg", "exp_avg_sq"]
 
 
 def of_bitsandbytes(values: dict[str, Any], rule: Rule, who: str) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def of_bitsandbytes(values: dict[str, Any], rule: Rule, who: str) -> dict[str, A
     count = 2 if "state2" in own else 1
     needed = [slot.name for slot in rule.states if slot.needed is None]
     names = (needed or [slot.name for slot in rule.states])[:count]
-    if len(names) < count or len(needed) > count:
+    if len(names) < count or len(needed) > count or (count == 2 and names != TWO):
         raise ValueError(
             f"the state of {who} is of an optimizer of bitsandbytes that has {count} states per parameter, not of one "
             f"with {sorted(rule.signature())}. Nothing was loaded"

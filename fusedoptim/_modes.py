@@ -17,7 +17,7 @@ from torch._C import _get_dispatch_mode, _len_torch_dispatch_stack, _TorchDispat
 from torch._functorch import pyfunctorch
 
 from . import _stateless, _torch_compile
-from ._backends import BACKENDS, is_own
+from ._backends import BACKENDS
 from ._dtensor import is_dtensor, local
 from ._dtypes import compute_dtype
 from ._fakes import alike, is_fake
@@ -128,7 +128,7 @@ def takes_fakes(optimizer: HasStates) -> bool:
 @torch.no_grad()
 def make_fake_states(optimizer: HasStates) -> None:
     """The states that a step would leave, of the fake parameters that have gradients."""
-    maker, rule, backend = StateMaker.of(optimizer), optimizer.rule, optimizer._options["backend"]
+    maker, backend = StateMaker.of(optimizer), optimizer._options["backend"]
     stepped = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None and is_fake(p)]
     for group, p in stepped:
         states = dict(optimizer.state.get(p, {}))
@@ -137,7 +137,7 @@ def make_fake_states(optimizer: HasStates) -> None:
             for name, value in states.items():
                 if isinstance(value, Tensor) and not is_fake(value):  # made with the optimizer, say
                     states[name] = mode.from_tensor(value)
-            if "step" in states and not is_own(rule) and _steps_on(backend, p.device):
+            if "step" in states and _steps_on(backend, p.device):
                 states["step"] = states["step"].to(p.device)
         if states:
             optimizer.state[p].update(states)

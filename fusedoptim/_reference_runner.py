@@ -186,8 +186,22 @@ class ReferenceRunner:
         updated = part(load(m, PARAM, m.param, state))
         with calling(call):
             self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
+        if self.own:
+            _check_results(self.rule, updated, work)
         work.update({name: torch.tensor(to_fp32(work[name]), device=updated.device) for name in numbers})
         return updated, work if step is None else {**work, "step": step}
+
+
+def _check_results(rule: Rule, updated: Tensor, work: dict[str, Any]) -> None:
+    """Of a user's function: what has another shape would be spread over its state."""
+    for state in rule.states:
+        value = work.get(state.name, updated)
+        if not isinstance(value, Tensor) or value.shape != updated.shape:
+            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"the function of rule {rule.name!r} leaves the state {state.name!r} as {shown}, and its parameter has "
+                f"shape {tuple(updated.shape)}; nothing was updated"
+            )
 
 
 def _stored(m: BoundParam, name: str) -> Stored | None:

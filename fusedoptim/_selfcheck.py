@@ -3,14 +3,14 @@ busy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 
 import fusedoptim
 
-from . import AdamW, FusedOptimizer, StepOptions
+from . import AdamW, FusedOptimizer, Lion, StepOptions
 from ._backends import is_own
 
 #: All that a step can do around its rule.
@@ -23,19 +23,22 @@ OPTIONS: StepOptions = {
 }
 _exported = [getattr(fusedoptim, name) for name in fusedoptim.__all__]
 _classes = [c for c in _exported if isinstance(c, type) and issubclass(c, FusedOptimizer) and c is not FusedOptimizer]
-#: Those with kernels.
 OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
     cls.__name__: partial(cls, **cls._self_check) for cls in _classes if not is_own(cls.rule)
 }
 OPTIMIZERS["AdamW with all options"] = partial(AdamW, **OPTIONS)
+#: Of the rules that are compiled when they are used, which takes half a second for each dtype.
+COMPILED: dict[str, Callable[..., FusedOptimizer]] = {"Lion": partial(Lion, **Lion._self_check)}
 SIZES = (0, 1, 17, 1025, 40_000)
 
 
-def differing(backend: str, device: str) -> list[str]:
+def differing(
+    backend: str, device: str, optimizers: Mapping[str, Callable[..., FusedOptimizer]] = OPTIMIZERS
+) -> list[str]:
     """Steps every optimizer six times in every dtype. Returns what differed from the reference on the CPU, where
     torch's own operations have the contract's roundings; [] is success."""
     bad = []
-    for name, make in OPTIMIZERS.items():
+    for name, make in optimizers.items():
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             runs = []
             for b, where in ((backend, device), ("reference", "cpu")):

@@ -21,7 +21,7 @@ from ._storage import PARAM, stored
 class Moving(HasStates, Protocol):
     _lent: dict[Tensor, _lending.Lent]
 
-    def _check_not_averaging(self, call: str) -> None: ...
+    def _check_not_evaluating(self, call: str) -> None: ...
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def move_towards(
         model: see :class:`Resharding`.
         call: what asks for it, for messages.
     """
-    optimizer._check_not_averaging(call)
+    optimizer._check_not_evaluating(call)
     members = [(p, group, weight) for group, weight in groups for p in group["params"]]
     members = [member for member in members if _has(optimizer.state.get(member[0], {}), name)]
     resharding = Resharding(model, [p for p, _, _ in members], call)

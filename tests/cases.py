@@ -41,12 +41,15 @@ class Case:
         """Whether that has something to step it with: CUDA's kernels come with the package."""
         return not self.own or backend != "cuda"
 
-    def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
-        """Skips the test if a backend is asked for that it does not run on."""
+    def arguments(self, **more: Any) -> dict[str, Any]:
+        """Of its constructor. Skips the test if a backend is asked for that it does not run on."""
         options = {"backend": BACKEND, **self.options, **more}
         if not self.runs_on(options["backend"]):
             pytest.skip("it has no CUDA kernels")
-        return self.cls(params, **options)
+        return options
+
+    def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
+        return self.cls(params, **self.arguments(**more))
 
     def make_torch(self, params: Any, **more: Any) -> torch.optim.Optimizer:
         return getattr(torch.optim, self.optimizer)(params, **{**self.options, **more})
@@ -158,7 +161,7 @@ FULL = [
 ]
 #: Of the gallery's, one for each kind of states: numbers; absent at first, without a step; both. For tests that see
 #: nothing else of a rule, and take long.
-KINDS = [case for case in FULL if not case.own or case.name in ("asgd_all", "lars_all", "schedule_free_all")]
+EACH_KIND = [case for case in FULL if not case.own or case.name in ("asgd_all", "lars_all", "schedule_free_all")]
 
 #: Numbers in fewer bits: every way to store a parameter and each kind of state, and every optimizer. For parameters of
 #: bfloat16 and fp32; those in blocks have to be large: see LOW_SHAPES.
@@ -183,6 +186,17 @@ LOW = [
     ),
     _other("adagrad_low", "Adagrad", rounding="stochastic", state_dtype="int8", initial_accumulator_value=0.5),
     _other("norm_adaptive_low", "NormAdaptive", master="remainder", beta=0.5, weight_decay=0.1),
+    _other("nadam_low", "NAdam", master="remainder", state_dtype=torch.bfloat16, weight_decay=0.1, rounding_seed=3),
+    _other("adadelta_8_bits", "Adadelta", master=torch.float32, state_dtype="int8"),
+    _other("lamb_8_bits", "LAMB", master="remainder8", state_dtype="int8", weight_decay=0.1),
+    _other("lars_low", "LARS", momentum=0.9, rounding="stochastic", state_dtype=torch.bfloat16, weight_decay=0.1),
+    _other(
+        "schedule_free_low",
+        "AdamWScheduleFree",
+        master="remainder",
+        state_dtype={"z": torch.float32, "exp_avg_sq": "int8"},
+        weight_decay=0.1,
+    ),
 ]
 #: Rows of whole blocks and of others, some too short for blocks; three dimensions and one; none and one element.
 LOW_SHAPES: list[tuple[int, ...]] = [(0,), (), (17,), (33, 170), (16, 3, 128), (64, 64), (4099,), (100, 63)]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
 from cases import BY_NAME, FULL, Case, assert_same_optimizers, gradient, parameters, set_gradients
 from device import pair
 from device_memory_tests import *  # noqa: F403
@@ -23,9 +24,13 @@ from storage_tests import *  # noqa: F403
 from triton_power_tests import *  # noqa: F403
 from triton_sum_tests import *  # noqa: F403
 
-from fusedoptim import _members
+from fusedoptim import FusedOptimizer, Rule, State, _backends, _members, _native, _prepare
+from fusedoptim._native_runner import GpuRunner
 from fusedoptim._random_places import Place
+from fusedoptim._reference_runner import ReferenceRunner
 from fusedoptim.triton_kernels import kernels as code
+from fusedoptim.triton_kernels.arithmetic import hyper, lr_value, spread
+from fusedoptim.triton_kernels.device import RuleFunctions
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and overflow
@@ -215,3 +220,63 @@ def test_a_step_that_cannot_be_launched_changes_nothing(monkeypatch: pytest.Monk
     monkeypatch.undo()
     optimizer.step()
     assert not torch.equal(params[0].detach(), before[0])
+
+
+# ---- a rule that is not the package's own ----
+
+
+@triton.jit
+def fading_numbers(row, inputs, VARIANT: tl.constexpr):
+    return (inputs[4] * hyper(row, 6),)
+
+
+@triton.jit
+def fading_scalars(row, inputs, T: tl.constexpr, VARIANT: tl.constexpr):
+    length = fading_numbers(row, inputs, VARIANT)[0] * lr_value(row)
+    if VARIANT == 14:
+        length = length * 2.0
+    return ((length / inputs[7] * -1.0).to(T),)
+
+
+@triton.jit
+def fading_update(p, g, s, c, VARIANT: tl.constexpr):
+    return tl.fma(spread(c[0], g), g, p), s
+
+
+def fading(p: torch.Tensor, g: torch.Tensor, s: dict[str, Any], t: float, h: Any) -> None:
+    s["length"] = length = s["length"] * h["fade"]
+    p.add_(g, alpha=-(length * h["lr"] * (2.0 if h["twice"] else 1.0) / p.numel()))
+
+
+class Fading(FusedOptimizer):
+    rule = Rule("fading", fading, numbers=(State("length", initial=1.0),), has_step=False)
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "fade": 0.5, "twice": False}, options)
+
+
+def test_functions_of_a_rule_that_is_not_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a number, which the last program of a tensor writes, and a variant of its own for some groups."""
+    twice = [("column", 7.0)]
+    rest = [([("constant", 0.0)], 0, [])] * 14
+    handle = _native._C.RuleHandle(
+        "fading", ["fade", "twice"], [], ["length"], False, 0, False, -1, [*rest, (twice, 0, []), ([], 0, [])]
+    )
+    functions = RuleFunctions(fading_scalars, fading_update, fading_numbers)
+
+    def make_runner(backend: str, rule: Any, device: torch.device, settings: Any) -> Any:
+        if backend == "reference":
+            return ReferenceRunner(rule, settings)
+        return GpuRunner(rule, settings, device, backend, handle, functions)
+
+    monkeypatch.setattr(_backends, "is_own", lambda rule: False)
+    monkeypatch.setattr(_prepare, "make_runner", make_runner)
+    found = []
+    for backend in ("triton", "reference"):
+        params = parameters([(5,), (70_001,), (33, 7)])
+        found.append((params, Fading([{"params": params[:2]}, {"params": params[2:], "twice": True}], backend=backend)))
+    for step in range(3):
+        for params, optimizer in found:
+            set_gradients(params, step)
+            optimizer.step()
+    assert_same_optimizers(found[0][1], found[1][1])

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from benchmark_runs import ARGUMENTS, Options, _quick_collections, _small, add_peer, measured, torch_adamw  # noqa: F401
+from cases import OPTIMIZERS
 
 from benchmarks import compiled, run
 from benchmarks.common import arguments
 from benchmarks.common.arguments import UsageError
-from benchmarks.measure import devices
+from benchmarks.measure import devices, optimizers
 from benchmarks.measure.cases import CASES
 from benchmarks.measure.devices import Cpu, Cuda, Sample
 from benchmarks.measure.optimizers import DTYPES, SETTINGS, Work
@@ -73,6 +74,28 @@ def test_unknown_names_list_the_known_ones(
 def test_names_in_any_case() -> None:
     assert arguments.known("--optimizer", ["adamw", "SGD"], SETTINGS) == ["AdamW", "SGD"]
     assert arguments.known("--optimizer", None, SETTINGS) == list(SETTINGS)
+
+
+def test_optimizers_that_are_measured_where_they_are_asked_for() -> None:
+    """Those of the gallery, and a user's class, each with the bytes that a step of its states moves."""
+    asked = ["lion", "NAdam", "fusedoptim.gallery.rprop:Rprop"]
+    options = [word for name in asked for word in ("--optimizer", name)]
+    rows = run.selected_rows(run.parse([*options, "--case", "64M", "--dtype", "fp32"]))
+    assert [r.key[0] for r in rows] == ["Lion", "NAdam", "fusedoptim.gallery.rprop:Rprop"]
+    assert [r.work.bytes_per_element for r in rows] == [20, 28, 28]
+    assert {*optimizers.GALLERY}.isdisjoint(SETTINGS) and {
+        s.optimizer for s in (*SETTINGS.values(), *optimizers.GALLERY.values())
+    } == {cls.__name__ for cls in OPTIMIZERS}
+    peers = [PEERS["torch foreach"], PEERS["eager reference"]]
+    takes_part = [[p.problem(r.work, r.case, "cpu") is None for p in peers] for r in rows]
+    assert takes_part == [[False, True], [True, False], [False, True]]
+    for name, says in [
+        ("no_module:Lion", "cannot be imported: No module named 'no_module'"),
+        ("fusedoptim:NoClass", "cannot be imported: module 'fusedoptim' has no attribute 'NoClass'"),
+        ("torch.optim:Adam", "is no class of fusedoptim.FusedOptimizer"),
+    ]:
+        with pytest.raises(UsageError, match=f"^--optimizer '{name}' {says}"):
+            run.selected_rows(run.parse(["--optimizer", name]))
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import FULL, KINDS, Case, assert_same_bits, set_gradients
+from cases import EACH_KIND, FULL, Case, assert_same_bits, set_gradients
 from checkpoints import BF16, F16, F32, F64, WITH_SLOTS, cast, one_warning, slots, stepped
 
 import fusedoptim
@@ -104,7 +104,7 @@ STEPS: dict[str, Callable[[float], Any]] = {
 
 
 @pytest.mark.parametrize("kind", STEPS)
-@pytest.mark.parametrize("case", [c for c in KINDS if c.cls.rule.has_step], ids=str)
+@pytest.mark.parametrize("case", [c for c in EACH_KIND if c.cls.rule.has_step], ids=str)
 def test_steps_of_any_type(case: Case, kind: str) -> None:
     source, _ = stepped(case)
     expected, ps = stepped(case, steps=0)

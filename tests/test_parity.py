@@ -160,6 +160,7 @@ def rounded_witness_step(
     work: list[torch.nn.Parameter],
     o: torch.optim.Optimizer,
     state_dtype: torch.dtype | None,
+    kept: Sequence[str] = ("step",),
 ) -> None:
     """One step of torch.optim on fp32 copies, then one rounding of parameters and states: what 16 bits are to give."""
     for p, w in zip(params, work, strict=True):
@@ -169,7 +170,7 @@ def rounded_witness_step(
     for p, w in zip(params, work, strict=True):
         w.data.copy_(w.data.to(p.dtype))
         for name, s in o.state[w].items():
-            if name != "step" and s is not None:
+            if name not in kept and s is not None:
                 s.copy_(s.to(state_dtype or p.dtype))
 
 

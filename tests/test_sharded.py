@@ -18,7 +18,7 @@ import fusedoptim
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 WORLD, STEPS = 2, 3
-ELEMENTWISE = [case for case in FULL if case.optimizer != "NormAdaptive"]
+ELEMENTWISE = [case for case in FULL if not case.cls.rule.sums]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: bool = False) -> None:
@@ -95,8 +95,7 @@ def work() -> dict:
         results["groups"] = [p.detach().clone() for p in model.parameters()]
     for case in FULL:
         model = DistributedDataParallel(make_model())
-        options = {"optimizer_class": getattr(fusedoptim, case.optimizer), **case.options}
-        train(model, ZeroRedundancyOptimizer(model.parameters(), **options))
+        train(model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=case.cls, **case.arguments()))
         results[f"{case} zero"] = [p.detach().clone() for p in model.parameters()]
     return results
 

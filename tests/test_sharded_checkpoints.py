@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BY_NAME, FULL, Case, assert_same_bits
+from cases import BY_NAME, EACH_KIND, Case, assert_same_bits
 from ranks import run
 from sharded_layouts import EXACT, Tensors, Training
 from sharded_models import is_dtensor, shard
@@ -30,7 +30,7 @@ def with_options(case: Case, name: str, **options: Any) -> Case:
 
 
 #: Groups with every option that torch's do not have.
-EMA = [with_options(case, "ema", ema_decay=0.9) for case in FULL]
+EMA = [with_options(case, "ema", ema_decay=0.9) for case in EACH_KIND]
 MINE = [
     *EMA,
     with_options(BY_NAME["adam_no_correction"], "clipped", max_grad_norm=0.1, clip_grad_value=0.05),
@@ -38,13 +38,17 @@ MINE = [
     with_options(BY_NAME["adamw_amsgrad"], "bf16", state_dtype=torch.bfloat16, skip_nonfinite=True),
 ]
 #: Enough where what differs is how all are kept.
-FEW = [case for case in MINE if case.name.startswith(("adamw_amsgrad_ema", "adagrad", "norm_adaptive", "adam_no"))]
-TORCHS = [case for case in FULL if case.in_torch]
+FEW = [
+    case
+    for case in MINE
+    if case.name.startswith(("adamw_amsgrad_ema", "adagrad", "norm_adaptive", "adam_no", "schedule_free"))
+]
+TORCHS = [case for case in EACH_KIND if case.in_torch]
 
 
 def norm_counts(case: Case) -> bool:
     """Sums of squares are added shard by shard."""
-    return case.optimizer == "NormAdaptive" or "max_grad_norm" in case.options
+    return case.cls.rule.sums > 0 or "max_grad_norm" in case.options
 
 
 # ---- what every rank does ----
@@ -136,7 +140,7 @@ def check_placed(training: Training) -> None:
     for name, optimizer in training.optimizers.items():
         for p, states in optimizer.state.items():
             for key, value in states.items():
-                if key in ("step", "avg_grad_norm") or value is None:
+                if value is None or (value.dim() == 0 < p.dim()):
                     assert not is_dtensor(value), (name, key)
                     continue
                 assert is_dtensor(value) == is_dtensor(p) and shard(value).shape == shard(p).shape, (name, key)
@@ -277,7 +281,7 @@ def test_groups_have_torchs_keys_and_what_is_on() -> None:
     (found,) = run(1, keys_of_groups, MINE + TORCHS)
     for case in MINE + TORCHS:
         on = OPTIONS & case.options.keys()
-        reference = getattr(torch.optim, case.optimizer, fusedoptim.NormAdaptive)
+        reference = getattr(torch.optim, case.optimizer, case.cls)
         torchs = reference([torch.nn.Parameter(torch.zeros(1))]).param_groups[0].keys() - {"params"}
         assert [keys - torchs for keys in found[case.name]] == [on, on], case.name
         assert [torchs - keys for keys in found[case.name]] == [set(), set()], case.name

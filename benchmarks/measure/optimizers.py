@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import fusedoptim
+
+from ..common.arguments import UsageError, known
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Setting:
     """An optimizer with the options, in torch.optim's names, that it is measured with. Steps are long enough to move
     bf16 parameters, and all that a peer calls by another default is spelled out."""
 
+    #: fusedoptim's, or another's as ``module:Class``; behind a plus what it does beside.
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     #: Gradients are clipped to this norm before the update, or with it.
@@ -49,6 +54,12 @@ class Setting:
         return self.name.partition("+")[0]
 
     @property
+    def cls(self) -> type[fusedoptim.FusedOptimizer]:
+        module, _, name = self.optimizer.rpartition(":")
+        found: type[fusedoptim.FusedOptimizer] = getattr(importlib.import_module(module or "fusedoptim"), name)
+        return found
+
+    @property
     def states(self) -> int:
         """How many states have the parameter's shape."""
         optimizer = self.make([torch.nn.Parameter(torch.zeros(1))])
@@ -56,8 +67,7 @@ class Setting:
 
     def make(self, params: Any, **more: Any) -> fusedoptim.FusedOptimizer:
         """fusedoptim's."""
-        cls: type[fusedoptim.FusedOptimizer] = getattr(fusedoptim, self.optimizer)
-        return cls(params, **{"max_grad_norm": self.max_grad_norm, **self.options, **more})
+        return self.cls(params, **{"max_grad_norm": self.max_grad_norm, **self.options, **more})
 
 
 _MOMENTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -74,6 +84,51 @@ SETTINGS = {
         Setting("AdamW+clip", {**_MOMENTS, "weight_decay": 0.01}, max_grad_norm=1.0),
     )
 }
+#: Measured where they are asked for.
+GALLERY = {
+    s.name: s
+    for s in (
+        Setting("Adadelta", {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0}),
+        Setting("Adamax", {**_MOMENTS, "weight_decay": 0.0}),
+        Setting("ASGD", {"lr": 1e-2, "weight_decay": 0.0}),
+        Setting("NAdam", {**_MOMENTS, "weight_decay": 0.0}),
+        Setting("RAdam", {**_MOMENTS, "weight_decay": 0.0}),
+        Setting("Rprop", {"lr": 1e-2}),
+        Setting("Lion", {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01}),
+        Setting("LAMB", {"lr": 1e-2, "weight_decay": 0.01}),
+        Setting("LARS", {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.01, "trust_coeff": 0.01}),
+        Setting("AdEMAMix", {"lr": 1e-3, "weight_decay": 0.01}),
+        Setting("ADOPT", {"lr": 1e-3}),
+        Setting("AdamWScheduleFree", {"lr": 1e-3, "weight_decay": 0.01}),
+        Setting("CautiousAdamW", {**_MOMENTS, "weight_decay": 0.01}),
+    )
+}
+
+
+def setting(name: str) -> Setting:
+    """Also of a ``module:Class``, which is measured with its defaults."""
+    return {**SETTINGS, **GALLERY}.get(name) or Setting(name)
+
+
+def chosen_settings(asked: Iterable[str] | None) -> list[str]:
+    """The names that were asked for, else those that are always measured. Raises UsageError for others."""
+    if not asked:
+        return list(SETTINGS)
+    found = []
+    for name in asked:
+        if ":" not in name:
+            found += known("--optimizer", [name], [*SETTINGS, *GALLERY])
+            continue
+        try:
+            cls = Setting(name).cls
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"--optimizer {name!r} cannot be imported: {error}") from None
+        if not (isinstance(cls, type) and issubclass(cls, fusedoptim.FusedOptimizer)):
+            raise UsageError(f"--optimizer {name!r} is no class of fusedoptim.FusedOptimizer")
+        found.append(name)
+    return found
+
+
 DTYPES = {
     d.name: d
     for d in (

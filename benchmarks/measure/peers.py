@@ -35,6 +35,8 @@ class Peer:
     make: Callable[[Work, Groups], Any]
     #: Optimizer to the dtypes that it has for it.
     has: Mapping[str, tuple[str, ...]]
+    #: And for all others.
+    has_others: tuple[str, ...] | None = None
     #: What to import, and what to install if that is called otherwise.
     module: str = "torch"
     package: str = ""
@@ -54,7 +56,7 @@ class Peer:
         """Why it cannot take part."""
         if device not in self.devices:
             return f"is not for {device}"
-        dtypes = self.has.get(work.setting.name)
+        dtypes = self.has.get(work.setting.name, self.has_others)
         if dtypes is None:
             return f"has no {work.setting.name}"
         if device != "cpu" and work.setting.name in self.cpu_only:
@@ -98,6 +100,8 @@ class _ClipsFirst:
 PEERS: dict[str, Peer] = {}
 Adapter = Callable[[Any, Work, Groups], Any]
 _TORCH = ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad")
+#: Without fused code.
+_TORCH_PLAIN = ("Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "Rprop")
 
 
 def _in(dtypes: tuple[str, ...], *optimizers: str) -> dict[str, tuple[str, ...]]:
@@ -123,12 +127,12 @@ def _torch(work: Work, groups: Groups, **how: Any) -> Any:
     return optimizer if limit is None else _ClipsFirst(optimizer, limit)
 
 
-@_peer("torch for-loop", _in(PURE, *_TORCH), temporary=1)
+@_peer("torch for-loop", _in(PURE, *_TORCH, *_TORCH_PLAIN), temporary=1)
 def _for_loop(_: Any, work: Work, groups: Groups) -> Any:
     return _torch(work, groups, foreach=False)
 
 
-@_peer("torch foreach", _in(PURE, *_TORCH, "AdamW+clip"), temporary=3)
+@_peer("torch foreach", _in(PURE, *_TORCH, *_TORCH_PLAIN, "AdamW+clip"), temporary=3)
 def _foreach(_: Any, work: Work, groups: Groups) -> Any:
     return _torch(work, groups, foreach=True)
 
@@ -140,7 +144,7 @@ def _fused(_: Any, work: Work, groups: Groups) -> Any:
     return _torch(work, groups, fused=True)
 
 
-@_peer("torch compiled", _in(PURE, *_TORCH), most_tensors=COMPILED_TENSORS)
+@_peer("torch compiled", _in(PURE, *_TORCH, *_TORCH_PLAIN), most_tensors=COMPILED_TENSORS)
 class _Compiled:
     """torch's foreach code, compiled as a whole; the first step compiles."""
 
@@ -163,8 +167,12 @@ def _nearest(_: Any, work: Work, groups: Groups) -> Any:
     return work.setting.make(groups)
 
 
-@_peer("eager reference", {"NormAdaptive": ALL}, temporary=4)
+@_peer(
+    "eager reference",
+    {"NormAdaptive": ALL} | _in((), *_TORCH, *_TORCH_PLAIN, "AdamW+clip"), has_others=ALL, temporary=4,
+)  # fmt: skip
 def _reference(_: Any, work: Work, groups: Groups) -> Any:
+    """For what torch does not have."""
     return ours(work, groups, "reference")
 
 

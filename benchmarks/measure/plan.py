@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .cases import CASES, Case
-from .optimizers import DTYPES, SETTINGS, Work
+from .optimizers import DTYPES, SETTINGS, Work, setting
 from .results import Result
 
 #: optimizer, dtype, case, condition
@@ -55,7 +55,7 @@ class Row:
 
 def row(key: Key) -> Row:
     optimizer, dtype, case, condition = key
-    return Row(Work(SETTINGS[optimizer], DTYPES[dtype]), CASES[case], CONDITIONS[condition])
+    return Row(Work(setting(optimizer), DTYPES[dtype]), CASES[case], CONDITIONS[condition])
 
 
 def _meaningful(key: Key) -> bool:
@@ -63,7 +63,7 @@ def _meaningful(key: Key) -> bool:
     optimizer, dtype, _, _ = key
     if DTYPES[dtype].options:
         return optimizer == "AdamW"
-    return SETTINGS[optimizer].states > 0 or not DTYPES[dtype].mixed
+    return setting(optimizer).states > 0 or not DTYPES[dtype].mixed
 
 
 def chosen() -> list[Key]:

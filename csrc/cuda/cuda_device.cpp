@@ -36,7 +36,8 @@ gpu::Program CudaDevice::prepare(gpu::Purpose purpose, const RuleHandle& rule, b
   bool stored = false;
   for (const gpu::Kind& kind : kinds)
     for (Storage s : kind.storage) stored = stored || !is_dtype(s);
-  const void* kernel = api->find(name, wide, stored);
+  // A rule that is compiled later may have any name.
+  const void* kernel = purpose == gpu::Purpose::update && !rule.variant ? nullptr : api->find(name, wide, stored);
   if (!kernel) throw std::runtime_error(std::string("the CUDA kernels have none for the rule ") + name);
   return {kernel, [](const void*) {}};  // lives as long as the library
 }

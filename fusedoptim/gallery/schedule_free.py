@@ -169,10 +169,14 @@ class AdamWScheduleFree(FusedOptimizer):
         for group in groups:
             group["train_mode"] = train
 
-    def _step(self, in_operator: bool = False, grad_norm: Tensor | None = None) -> None:
-        if not all(group["train_mode"] for group in self.param_groups):
+    def _check_not_evaluating(self, call: str = "step") -> None:
+        super()._check_not_evaluating(call)
+        if call == "step" and not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 "step() after eval(), which made the parameters the average that evaluation is for: call "
                 "optimizer.train() before the next forward, so that gradients are taken where a step needs them"
             )
+
+    def _step(self, in_operator: bool = False, grad_norm: Tensor | None = None) -> None:
+        self._check_not_evaluating()
         super()._step(in_operator, grad_norm)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..rule_functions import double, to_fp32
 from .nodes import ARITHMETIC, COMPARISONS, Kind, Node
+from .paths import Path
 from .refusals import refuse, refuse_operation
-
-if TYPE_CHECKING:
-    from .paths import Path
 
 
 class Condition:
@@ -41,9 +39,9 @@ class Number:
         if isinstance(first, Number):
             path = first._path
             if function is to_fp32:
-                return path.number(path.graph.make("fp32", Kind.NUMBER, untied(path, first.node)))
+                return Number(path, path.graph.make("fp32", Kind.NUMBER, untied(path, first.node)))
             if function is double:
-                return path.number(untied(path, first.node))
+                return Number(path, untied(path, first.node))
         raise refuse_operation(getattr(function, "__name__", str(function)))
 
     def __bool__(self) -> bool:
@@ -64,7 +62,7 @@ class Number:
 
     def sqrt(self) -> Number:
         """What math.sqrt is, for the duration of a trace."""
-        return self._path.number(self._path.graph.make("sqrt", Kind.NUMBER, untied(self._path, self.node)))
+        return Number(self._path, self._path.graph.make("sqrt", Kind.NUMBER, untied(self._path, self.node)))
 
     def __pos__(self) -> Number:
         return self
@@ -101,7 +99,7 @@ def _operation(path: Path, op: str, *args: Node) -> Node:
 
 def _unary(op: str) -> Any:
     def method(self: Number) -> Number:
-        return self._path.number(_operation(self._path, op, self.node))
+        return Number(self._path, _operation(self._path, op, self.node))
 
     return method
 
@@ -112,7 +110,7 @@ def _binary(op: str, reflected: bool) -> Any:
         if right is None:
             return NotImplemented
         args = (right, self.node) if reflected else (self.node, right)
-        return self._path.number(_operation(self._path, op, *args))
+        return Number(self._path, _operation(self._path, op, *args))
 
     return method
 

@@ -4,29 +4,13 @@ and which are not. The square root is IEEE's."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .nodes import COMPARISONS, Kind, Node
 from .numbers import Number
+from .paths import Path
 from .refusals import refuse
-from .tensors import COMPUTE_DTYPE, Elements, is_constant, mask_node, number_node, tensor_node
-
-if TYPE_CHECKING:
-    from .paths import Path
-
-#: By torch's name; as methods they exist with a trailing underscore, too.
-OPERATIONS: dict[str, Callable[..., Node]] = {}
-
-
-def run(path: Path, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Elements:
-    out = kwargs.pop("out", None)
-    try:
-        result = Elements(path, OPERATIONS[name](path, *args, **kwargs))
-    except TypeError as error:
-        if isinstance(error, TypeError) and type(error) is not TypeError:  # refused
-            raise
-        raise refuse(f"{name}() with these arguments ({error})") from None
-    return result if out is None else out._assign(result)
+from .tensors import COMPUTE_DTYPE, OPERATIONS, Elements, is_constant, mask_node, number_node, tensor_node
 
 
 def _operation(*names: str) -> Callable[[Callable[..., Node]], Callable[..., Node]]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from .nodes import Graph, Node, value_of
-from .numbers import Number
 from .refusals import RuleError
 
 #: Of one function, for one combination of a group's values.
@@ -30,9 +29,6 @@ class Path:
         self.guards: dict[Node, bool] = {}
         #: What sums of squares are asked for, in order.
         self.sums: list[Node] = []
-
-    def number(self, node: Node) -> Number:
-        return Number(self, node)
 
     def decide(self, condition: Node) -> bool:
         if condition.is_static:

@@ -39,7 +39,19 @@ _constants: dict[tuple[Any, ...], float] = {}
 
 
 def constants_number(rule: Rule, group: Group) -> float:
-    """A number for the values of a group that are none: the same for the same."""
+    """A number for the values of a group that are none: the same for the same.
+
+    Raises:
+        ValueError: for values that cannot be compared by their hash.
+    """
+    for key in rule.constants:
+        try:
+            hash(group.get(key))
+        except TypeError:
+            raise ValueError(
+                f"the group's {key!r} is {group[key]!r}, which has no hash: a rule's function takes numbers, and "
+                "constants such as texts, None and tuples; keep all else outside of the group"
+            ) from None
     return _number_of(constants_of(rule, group))
 
 

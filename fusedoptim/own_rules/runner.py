@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import _native
 from .._backends import triton_interprets
-from .._dtypes import compute_dtype
 from .._members import BoundParam
 from .._native_runner import GpuRunner, NativeRunner
 from .._rule import Rule
@@ -18,20 +17,18 @@ from .._values import numbers
 from . import compiler, libraries
 from .programs import constants_number, programs_of
 from .trace import Program
-from .verify import gives_the_functions_bits
+from .verify import Make, gives_the_functions_bits
 
 
-def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> list[Program]:
-    return programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})])
+def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> tuple[list[Program], list[float]]:
+    """The programs of the groups that have members, and for each group the number of its constants."""
+    constants = [constants_number(rule, group) for group in groups] if rule.constants else []
+    return programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})]), constants
 
 
-def _constants(rule: Rule, groups: Groups) -> list[float]:
-    return [constants_number(rule, group) for group in groups] if rule.constants else []
-
-
-def _verify(rule: Rule, groups: Groups, members: Sequence[BoundParam], backend: str, device: torch.device) -> None:
-    for k, dtype in {(m.group, compute_dtype(m.param)): None for m in members}:
-        if not gives_the_functions_bits(rule, numbers(groups[k], rule), dtype, backend, device):
+def _verify(rule: Rule, groups: Groups, members: Sequence[BoundParam], device: torch.device, make: Make) -> None:
+    for k, dtype in {(m.group, m.param.dtype): None for m in members}:
+        if not gives_the_functions_bits(rule, numbers(groups[k], rule), dtype, device, make):
             raise CannotCompile("what was compiled has other bits than the function; please report this")
 
 
@@ -50,19 +47,22 @@ class OwnCpuRunner(NativeRunner):
         wide: bool = False,
     ) -> None:
         assert _native._C is not None
-        programs = _programs(self.rule, groups, members)
+        programs, constants = _programs(self.rule, groups, members)
+        lacked = None
         while True:
             capability = _native._C.cpu_capability()
             super().__init__(self.rule, self.settings, handle=libraries.handle(self.rule, programs, capability))
-            self.constants = _constants(self.rule, groups)
+            self.constants = constants
             super().build(groups, state, members, dormant, wide)
             if self.plan.refresh(groups, state) or not self.plan.lacking:
                 break
+            if lacked == (lacked := self.plan.lacking):
+                raise CannotCompile(f"its libraries lack what they were compiled for, {lacked}; please report this")
             try:
-                libraries.provide(programs, [libraries.Need(*need) for need in self.plan.lacking], capability)
+                libraries.provide(programs, [libraries.Need(*need) for need in lacked], capability)
             except compiler.CompilerError as error:
                 raise CannotCompile(str(error)) from None
-        _verify(self.rule, groups, members, "cpu", self.device)
+        _verify(self.rule, groups, members, self.device, lambda settings: OwnCpuRunner(self.rule, settings))
 
 
 class OwnTritonRunner(GpuRunner):
@@ -79,10 +79,11 @@ class OwnTritonRunner(GpuRunner):
     ) -> None:
         from .triton_module import functions_of
 
-        programs = _programs(self.rule, groups, members)
+        programs, constants = _programs(self.rule, groups, members)
         handle = libraries.handle(self.rule, programs, None)
         super().__init__(self.rule, self.settings, self.device, "triton", handle, functions_of(programs))
-        self.constants = _constants(self.rule, groups)
+        self.constants = constants
         super().build(groups, state, members, dormant, wide)
         if not triton_interprets():  # takes a second, and rounds an fma twice before Triton 3.9
-            _verify(self.rule, groups, members, "triton", self.device)
+            make: Make = lambda settings: OwnTritonRunner(self.rule, settings, self.device)  # noqa: E731
+            _verify(self.rule, groups, members, self.device, make)

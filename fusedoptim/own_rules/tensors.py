@@ -4,15 +4,17 @@ whatever it was given last, since operations may be in place."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from ..rule_functions import correctly_rounded_sqrt, mean_square, norm
 from .nodes import Kind, Node
 from .numbers import Number, node_of
+from .paths import Path
 from .refusals import refuse, refuse_operation
 
-if TYPE_CHECKING:
-    from .paths import Path
+#: What torch's operations do, by its names (operations.py). As methods they exist with a trailing underscore, too.
+OPERATIONS: dict[str, Callable[..., Node]] = {}
 
 
 class _ComputeDtype:
@@ -26,6 +28,17 @@ COMPUTE_DTYPE = _ComputeDtype()
 _IGNORED = ("memory_format", "dtype", "layout", "device", "requires_grad")
 
 
+def run(path: Path, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Elements:
+    out = kwargs.pop("out", None)
+    try:
+        result = Elements(path, OPERATIONS[name](path, *args, **kwargs))
+    except TypeError as error:
+        if type(error) is not TypeError:  # refused
+            raise
+        raise refuse(f"{name}() with these arguments ({error})") from None
+    return result if out is None else out._assign(result)
+
+
 class Elements:
     """All elements of one tensor."""
 
@@ -36,8 +49,6 @@ class Elements:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .operations import OPERATIONS, run
-
         symbol = next((x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Elements)), None)
         if symbol is None:  # within a list: foreach functions and others
             raise refuse_operation(getattr(function, "__name__", str(function)))
@@ -59,14 +70,12 @@ class Elements:
         total = make("sum", Kind.NUMBER, data=len(path.sums))
         path.sums.append(_as_tensor(path, self.node))
         if function is norm:
-            return path.number(make("sqrt", Kind.NUMBER, total))
+            return Number(path, make("sqrt", Kind.NUMBER, total))
         numel, zero = make("numel", Kind.NUMBER), path.graph.const(0.0)
         mean = make("div", Kind.NUMBER, total, numel)
-        return path.number(make("choose", Kind.NUMBER, make("eq", Kind.CONDITION, numel, zero), zero, mean))
+        return Number(path, make("choose", Kind.NUMBER, make("eq", Kind.CONDITION, numel, zero), zero, mean))
 
     def __getattr__(self, name: str) -> Any:
-        from .operations import OPERATIONS, run
-
         if name == "dtype":
             return COMPUTE_DTYPE
         if name == "data":

@@ -99,7 +99,7 @@ class _Group(Mapping[str, Any]):
             else:
                 self._values[hyper.key] = tuple(_column(path, hyper.key, i) for i in range(hyper.count))
         lr_is_tensor = isinstance(group[LR.key], Tensor)
-        self._values[LR.key] = path.number(path.graph.make("lr", Kind.NUMBER, of_lr=lr_is_tensor))
+        self._values[LR.key] = Number(path, path.graph.make("lr", Kind.NUMBER, of_lr=lr_is_tensor))
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
@@ -120,7 +120,7 @@ class _Group(Mapping[str, Any]):
 
 
 def _column(path: Path, key: str, index: int) -> Number:
-    return path.number(path.graph.make("column", Kind.NUMBER, data=(key, index)))
+    return Number(path, path.graph.make("column", Kind.NUMBER, data=(key, index)))
 
 
 _math = threading.Lock()
@@ -158,9 +158,9 @@ def _call(rule: Rule, group: Group, path: Path) -> _Results:
         first = path.decide(make("first", Kind.CONDITION))
     s = _States({name: Elements(path, make("state", Kind.TENSOR, data=name)) for name in states})
     s.update({name: None for name in absent if first})
-    s.update({name: path.number(make("number", Kind.NUMBER, data=name)) for name in numbers})
+    s.update({name: Number(path, make("number", Kind.NUMBER, data=name)) for name in numbers})
     p, g = (Elements(path, make(leaf, Kind.TENSOR)) for leaf in ("param", "grad"))
-    t = path.number(make("t", Kind.NUMBER))
+    t = Number(path, make("t", Kind.NUMBER))
     function: Callable[..., Any] = rule.reference
     result = function(p, g, s, t, _Group(path, rule, group))
     who = f"the function of rule {rule.name!r}"

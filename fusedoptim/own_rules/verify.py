@@ -4,65 +4,92 @@ parameter."""
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._rule import GROUP_OPTIONS, Group, Rule
+from .. import _members
+from .._reference_runner import ReferenceRunner
+from .._rule import GROUP_OPTIONS, STORAGE, Group, Rule
+from .._runners import Runner, StepSettings
+from .._states import Changes, move_steps
 from .programs import program_of
 from .trace import Program
 
 _checked: dict[tuple[Program, torch.dtype, str, torch.device], bool] = {}
 _busy = threading.local()
 SHAPES, STEPS = ((3, 7), (64,), (1,)), 3
+Make = Callable[[StepSettings], Runner]
 
 
-def gives_the_functions_bits(rule: Rule, group: Group, dtype: torch.dtype, backend: str, device: torch.device) -> bool:
-    """Whether a backend's kernels and the rule's function have the same results. On a GPU numbers in fp64 may differ in
-    their last place, and what is computed in it is not checked.
+def gives_the_functions_bits(rule: Rule, group: Group, dtype: torch.dtype, device: torch.device, make: Make) -> bool:
+    """Whether a runner and the rule's function have the same results. On a GPU numbers in fp64 may differ in their last
+    place, and what is computed in it is not checked.
 
     Args:
         group: with checked values.
-        dtype: in which it computes.
+        dtype: of parameters and gradients.
+        make: makes the runner.
     """
     if getattr(_busy, "checking", False) or (dtype == torch.float64 and device.type != "cpu"):
         return True
-    key = (program_of(rule, group), dtype, backend, device)
+    key = (program_of(rule, group), dtype, repr([group.get(key) for key in STORAGE]), device)
     if key not in _checked:
         _busy.checking = True
         try:
-            _checked[key] = _check(rule, group, dtype, backend, device)
+            mine = _run(rule, group, dtype, device, make)
+            theirs = _run(rule, group, dtype, torch.device("cpu"), lambda settings: ReferenceRunner(rule, settings))
+            _checked[key] = all(map(_equal, mine, theirs))
         finally:
             _busy.checking = False
     return _checked[key]
 
 
-def _check(rule: Rule, group: Group, dtype: torch.dtype, backend: str, device: torch.device) -> bool:
-    values = {key: value for key, value in group.items() if key not in ("params", "param_names", *GROUP_OPTIONS)}
-    if isinstance(values["lr"], Tensor):
-        values["lr"] = values["lr"].detach().cpu().clone()
-    runs = [_run(rule, values, dtype, b, d) for b, d in ((backend, device), ("reference", torch.device("cpu")))]
-    return all(
-        torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(*runs, strict=True)
-    )
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def _run(rule: Rule, values: dict[str, Any], dtype: torch.dtype, backend: str, device: torch.device) -> list[Tensor]:
-    from .._base import FusedOptimizer
-
-    # A module of its own: optimizers of the package say whose a checkpoint is.
-    cls: Any = type("Check", (FusedOptimizer,), {"rule": rule, "__module__": "check"})
+def _run(rule: Rule, group: Group, dtype: torch.dtype, device: torch.device, make: Make) -> list[Tensor]:
+    """The parameters and states after a few steps."""
     g = torch.Generator("cpu").manual_seed(0)
 
     def random(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=g, dtype=dtype, device="cpu").to(device)
 
     params = [torch.nn.Parameter(random(shape)) for shape in SHAPES]
-    optimizer = cls(params, dict(values), {"backend": backend})
+    off = {key: value for key, value in GROUP_OPTIONS.items() if key not in STORAGE}
+    values: dict[str, Any] = {**group, **off, "params": params}
+    values.pop("param_names", None)
+    if isinstance(values["lr"], Tensor):
+        values["lr"] = values["lr"].detach().to("cpu", copy=True)
+    # What an optimizer has that states and runners are made of.
+    made_of: Any = SimpleNamespace(
+        rule=rule,
+        defaults=values,
+        param_groups=[values],
+        state=defaultdict(dict),
+        _options={"zero_grad_in_step": False},
+        _ids={},
+    )
+    runner: Runner | None = None
     for _ in range(STEPS):
         for p in params:
             p.grad = random(tuple(p.shape))
-        optimizer.step()
-    return [t.cpu() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+        if runner is None:
+            found, changes = _members.find(made_of), Changes(made_of.state)
+            _members.make_states(found, made_of, changes)
+            _members.note_storage(found, made_of)
+            move_steps([m.states for m in found.ready], device, changes)
+            runner = make(StepSettings(torch.zeros(2, dtype=torch.float64, device=device), False, False))
+            runner.build(made_of.param_groups, made_of.state, found.ready, [])
+        if not runner.refresh(made_of.param_groups, made_of.state):
+            for m in found.ready:
+                m.first = False  # it has been stepped
+            runner.build(made_of.param_groups, made_of.state, found.ready, [])
+            runner.refresh(made_of.param_groups, made_of.state)
+        runner.run()
+    return [t.cpu() for p in params for t in (p.detach(), *made_of.state[p].values())]
