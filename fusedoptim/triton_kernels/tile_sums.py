@@ -27,6 +27,12 @@ def sum_by_halving(x, TILES: tl.constexpr):
     """Each tile's 1024 numbers, as tile_indices() has them: every i with i+512, then with i+256, and so on."""
     for k in tl.static_range(3):
         x = tl.sum(tl.reshape(x, (2, 4 >> k, TILES * 128)), 0)
+    return sum_of_columns(tl.reshape(x, (TILES * 128,)), TILES)
+
+
+@triton.jit
+def sum_of_columns(x, TILES: tl.constexpr):
+    """The last seven steps, of the sums of the columns."""
     x = tl.reshape(x, (TILES, 128))
     for k in tl.static_range(7):
         x = tl.sum(tl.reshape(x, (TILES, 2, 64 >> k)), 1)
@@ -98,15 +104,42 @@ def rule_sums(
         x = summed_of(x, transform, c, MEASURED, VARIANT)
         for k in tl.static_range(COUNT):
             leave_squares(x[FIRST + k], sums + k * stride + (first - begin) // L.TILE * 8, TILES)
+    # The rest two rows of a tile at once, 0 and 4, 2 and 6, 1 and 5, 3 and 7: all eight would fill the registers with
+    # addresses.
     for first in range(middle, end, L.TILE):
-        i = first + tile_indices(1)
-        inside, block = i < end, i
-        if (KIND >> L.IN_BLOCKS) & 1:
-            block = block_of(i, row)
-        y = load_pieces(addresses, rests, offsets_of(header, layout, i, KIND), inside, block, inside, KIND, T)
-        y = summed_of(y, transform, c, MEASURED, VARIANT)
-        for k in tl.static_range(COUNT):  # what was made of zeros may be something else
-            leave_squares(tl.where(inside, y[FIRST + k], 0.0), sums + k * stride + (first - begin) // L.TILE * 8, 1)
+        total = columns()
+        second = total
+        for odd in range(2):
+            half = columns()
+            second_half = half
+            for even in range(2):
+                i = first + (tl.arange(0, 2)[:, None] * 4 + odd + 2 * even) * 128 + tl.arange(0, 128)[None, :]
+                inside, block = i < end, i
+                if (KIND >> L.IN_BLOCKS) & 1:
+                    block = block_of(i, row)
+                y = load_pieces(addresses, rests, offsets_of(header, layout, i, KIND), inside, block, inside, KIND, T)
+                y = summed_of(y, transform, c, MEASURED, VARIANT)
+                half += squares_of_rows(y[FIRST], inside)
+                if COUNT > 1:
+                    second_half += squares_of_rows(y[FIRST + 1], inside)
+            total += half
+            second += second_half
+        to = (sums + (first - begin) // L.TILE * 8).to(tl.pointer_type(tl.float64)) + tl.arange(0, 1)
+        tl.store(to, sum_of_columns(total, 1))
+        if COUNT > 1:
+            tl.store(to + stride // 8, sum_of_columns(second, 1))
+
+
+@triton.jit
+def columns():
+    return tl.zeros((128,), tl.float64)
+
+
+@triton.jit
+def squares_of_rows(x, inside):
+    """Of two rows of a tile, for each column; of what is made of nothing, which may be anything, 0."""
+    x = tl.where(inside, x, 0.0).to(tl.float64)
+    return tl.sum(x * x, 0)
 
 
 @triton.jit
