@@ -22,13 +22,15 @@ from fusedoptim._native_runner import NativeRunner
 from fusedoptim._rule import Rule
 
 TESTS = Path(__file__).parent
+CSRC = os.environ.get("FUSEDOPTIM_TEST_CSRC") or TESTS.parent / "csrc"
 CXX = os.environ.get("CXX") or "g++"
 needs_compiler = pytest.mark.skipif(
     shutil.which(shlex.split(CXX)[0]) is None or _native._C is None, reason="needs a C++ compiler and the library"
 )
 OPTIONS = [
     *("-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-fvisibility=hidden"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", f"-I{TESTS.parent / 'csrc'}"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", f"-I{CSRC}"),
+    *shlex.split(os.environ.get("CXXFLAGS", "")),
 ]
 ISA = {
     "portable": [],
@@ -70,7 +72,8 @@ def compiled(header: str, isa: str, need: Need, second_moment: int) -> int:
         f"FUSEDOPTIM_PROGRAM(Own, {'F64' if wide else 'F32'})\n"
     )
     library = source.with_suffix(".so")
-    subprocess.run([*shlex.split(CXX), *OPTIONS, *ISA[isa], str(source), "-o", str(library)], check=True)
+    command = [*shlex.split(CXX), *OPTIONS, *ISA[isa], str(source), "-o", str(library)]
+    subprocess.run(command, check=True, env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"})
     loaded = ctypes.CDLL(str(library))
     loaded.fusedoptim_program.restype = ctypes.c_void_p
     address = loaded.fusedoptim_program()

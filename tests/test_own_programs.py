@@ -85,10 +85,11 @@ def test_bits_are_the_references(capability: str, dtype: torch.dtype, monkeypatc
         (False, {"master": "remainder", "state_dtype": torch.bfloat16, "rounding": "nearest"}),
         (False, {"rounding": {"param": "stochastic"}, "state_dtype": torch.float32, "rounding_seed": 5}),
         (False, {"master": torch.float32, "ema_decay": 0.5}),
+        (False, {"master": "remainder8"}),
         (True, {"rounding": {"exp_avg": "stochastic"}}),
         (True, {"master": "remainder8", "state_dtype": "int8", "ema_decay": 0.5}),
     ],
-    ids=["remainder", "stochastic", "master", "stochastic state", "8 bits"],
+    ids=["remainder", "stochastic", "master", "remainder8", "stochastic state", "8 bits"],
 )
 def test_storages(tiles: bool, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is a loop for exactly those; over tiles for what is in blocks, and for what no mix has."""

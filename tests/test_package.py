@@ -203,10 +203,12 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(tmp_path),
         "FUSEDOPTIM_TEST_COVERING": "1",
+        "FUSEDOPTIM_TEST_CSRC": str(ROOT / "csrc"),
+        "CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all",  # of rules that tests compile
     }
-    names = ("layout", "staleness", "rounding", "norm", "low_precision")
+    names = ("layout", "staleness", "rounding", "norm", "low_precision", "own_sums")
     tests = [f"tests/test_{name}.py" for name in names]
-    chosen = "not ten_thousand and not allocates and not reference_sum"
+    chosen = "not ten_thousand and not allocates and not reference_sum and not shards"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600, env=env)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]

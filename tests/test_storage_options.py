@@ -7,13 +7,14 @@ import copy
 import cProfile
 import math
 import pstats
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import assert_same_bits, assert_same_optimizers, parameters, set_gradients
+from cases import BACKEND, assert_same_bits, assert_same_optimizers, parameters, set_gradients
 from checkpoints import BF16, F16, F32
 from policies import MIXED, SHAPES, beside, go, moved, params_of, trained
 
@@ -148,3 +149,17 @@ def test_seeds_that_no_group_can_have_are_refused_at_the_step(backend: str) -> N
         go(b, 3, 4)
         results.append(torch.cat([b.state[p]["exp_avg_sq"].flatten() for p in params_of(b)]))
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_options_that_are_equal_make_no_new_plan() -> None:
+    """Whether they are the same objects or not: texts, and any kind of dict."""
+    (p,) = parameters([(5, 6)], BF16)
+    optimizer = AdamW([p], state_dtype=OrderedDict(exp_avg=F32))
+    group = optimizer.param_groups[0]
+    same = {"state_dtype": OrderedDict(exp_avg=F32), "rounding": "".join(["au", "to"])}
+    for step, change in enumerate(({"rounding": "auto"}, same, {"rounding": "nearest"})):
+        group.update(change)
+        set_gradients([p], step)
+        runners = optimizer._runners
+        optimizer.step()
+        assert step == 0 or (optimizer._runners is runners) == (step == 1) or BACKEND == "reference"

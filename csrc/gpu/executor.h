@@ -52,7 +52,7 @@ class GpuExecutor : public Executor {
   Memory allocate(int64_t bytes, void* stream);
 
   // ---- executor_step.cpp: every step ----
-  const StepHeader* begin(StepTable& table, const LaunchInputs& inputs, bool measures, int32_t flags);
+  const StepHeader* begin(StepTable& table, const LaunchInputs& inputs, bool measures, int32_t flags, int32_t sum = 0);
   void note_use(Memory& memory, void* stream);
   void gather_words(const StepTable& table);
   void pack_by_value(int64_t entries, void* stream);

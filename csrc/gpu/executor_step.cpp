@@ -110,12 +110,14 @@ void GpuExecutor::launch(std::initializer_list<Launch> launches, const StepHeade
 
 // Makes ready for the launches of a step, or of a part of one. Returns the headers of launches, null where arguments go
 // by value.
-const StepHeader* GpuExecutor::begin(StepTable& table, const LaunchInputs& inputs, bool measures, int32_t flags) {
+const StepHeader* GpuExecutor::begin(StepTable& table, const LaunchInputs& inputs, bool measures, int32_t flags,
+                                     int32_t sum) {
   void* stream = reinterpret_cast<void*>(inputs.stream);
   capturing_ = device_->capturing(stream);
   args_.grad_scale = reinterpret_cast<const float*>(inputs.grad_scale);
   args_.found_inf = reinterpret_cast<const float*>(inputs.found_inf);
   args_.norm_stats = settings_.norm_stats;
+  args_.sum = sum;
   if (capturing_) flags &= ~kOverlap;  // a graph's launches follow each other closely
   args_.flags = flags | (settings_.skip_nonfinite ? kSkipNonfinite : 0) | (settings_.zero_grad ? kZeroGrad : 0) |
                 (table.norm_in_f64() ? kNormInF64 : 0);
@@ -151,8 +153,7 @@ void GpuExecutor::run(StepTable& table, const LaunchInputs& inputs, const std::f
 
 void GpuExecutor::measure(StepTable& table, const LaunchInputs& inputs, int of_rule, bool reduces) {
   const int32_t flags = (of_rule != kOfGradients ? kTransformed : 0) | (reduces ? kReduces : 0);
-  args_.sum = of_rule != kOfGradients ? of_rule : 0;
-  const StepHeader* headers = begin(table, inputs, true, flags);
+  const StepHeader* headers = begin(table, inputs, true, flags, of_rule != kOfGradients ? of_rule : 0);
   launch({kMeasure, kMeasureWide}, headers, reinterpret_cast<void*>(inputs.stream));
 }
 

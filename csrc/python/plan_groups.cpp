@@ -89,13 +89,13 @@ bool Plan::read_tensor(PyObject* value, const Hyper& hyper, double* row) {
 bool Plan::watched_unchanged(const Group& g, bool& immutable) const {
   for (size_t k = 0; k < watched_keys_.size(); ++k) {
     PyObject *value = PyDict_GetItem(g.dict.ptr(), watched_keys_[k].ptr()), *before = g.watched[k].ptr();
-    if (value && PyDict_Check(value))
+    const bool is_dict = value && PyDict_Check(value);
+    if (is_dict)
       immutable = false;
     else if (value == before)
       continue;
-    else if (!value || !is_plain(value))
-      return false;
-    const int same = before && Py_TYPE(value) == Py_TYPE(before) ? PyObject_RichCompareBool(value, before, Py_EQ) : 0;
+    const bool comparable = value && before && (is_dict || (is_plain(value) && Py_TYPE(value) == Py_TYPE(before)));
+    const int same = comparable ? PyObject_RichCompareBool(value, before, Py_EQ) : 0;
     if (same < 0) forget_python_error();
     if (same != 1) return false;
   }
