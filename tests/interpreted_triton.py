@@ -23,6 +23,7 @@ from parts_tests import *  # noqa: F403
 from storage_tests import *  # noqa: F403
 from triton_power_tests import *  # noqa: F403
 from triton_sum_tests import *  # noqa: F403
+from triton_twin_tests import *  # noqa: F403
 
 from fusedoptim import FusedOptimizer, Rule, State, _backends, _members, _native, _prepare
 from fusedoptim._native_runner import GpuRunner

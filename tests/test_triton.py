@@ -18,7 +18,7 @@ from variants import STATES
 import fusedoptim
 from benchmarks import machine_code
 from benchmarks.gpu.toolkit import cuobjdump
-from benchmarks.triton_compile import generate, kind, storages_of, stored
+from benchmarks.triton_compile import OWN, generate, kind, own_lines, storages_of, stored
 from fusedoptim import _backends, _native
 
 needs_triton = pytest.mark.skipif(_native.triton_problem() is not None, reason=f"Triton: {_native.triton_problem()}")
@@ -117,6 +117,19 @@ def test_the_moving_average_goes_through_the_same_loop(
     assert code.count(r"STG\.E\S*\.128") >= per_operand * (states + 2) + average
     assert code.local_bytes == 0
     assert code.registers * 128 * 3 <= 65536
+
+
+@needs_triton
+@pytest.mark.parametrize("scheme", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LAMB"])
+def test_what_is_printed_is_no_slower(name: str, scheme: str, tmp_path: Path) -> None:
+    """Than what was written: no more instructions, and as many blocks to a multiprocessor; and sums take four blocks'
+    registers as well."""
+    lines = [x.split("|") for x in own_lines(name, dict(OWN)[name], scheme, 90, tmp_path)]
+    found = [(int(registers), int(spilled), float(each)) for *_, registers, spilled, each, _ in lines]
+    registers, spilled, each = found[-1]
+    assert registers * 128 * 4 <= 65536 and spilled == 0
+    assert len(found) == 1 if name == "LAMB" else each <= found[0][2]
 
 
 #: Bytes of an element, and of what is kept beside it, where these are not 2 and none.

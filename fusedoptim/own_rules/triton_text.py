@@ -114,8 +114,8 @@ class TritonPrinter(Printer):
             return f"{scalar.name}, {scalar.name}_from_start = a.lerp_weight({number}, T)"
         return f"{scalar.name} = {number}.to(T)" if scalar.kind == "number" else ""
 
-    def functions(self) -> list[str]:
-        """prepare, update, and where the rule has any next_numbers and measured, of this variant."""
+    def functions(self, measured: bool) -> list[str]:
+        """prepare, update, next_numbers where the rule has any, and measured if it is asked for, of this variant."""
         program, rule, k = self.program, self.program.rule, self.variant
         inputs = "step, first, sum0, sum1, number0, number1, number2, numel = inputs"
         # A number may be taken by elements and by a weight: it is converted last.
@@ -141,7 +141,7 @@ class TritonPrinter(Printer):
             kept = ", ".join(numbers.get(i, f"number{i}") for i in range(3))
             lines = [inputs, *self.numbers_of(program.new_numbers.values())]
             found.append(_function(f"next_numbers_{k}", "row, inputs", lines, kept))
-        if rule.sums:
+        if measured:
             summed = [name_of(x) for x in program.sums] + ["tl.zeros_like(g)"] * (2 - len(program.sums))
             lines = [*unpack, *self.elements_of(program.sums)]
             found.append(_function(f"measured_{k}", "p, g, s, c", lines, ", ".join(summed)))
@@ -167,17 +167,23 @@ def _choice(name: str, arguments: Sequence[str], variants: int) -> str:
     return f"\n\n@triton.jit\ndef {name}({', '.join(arguments)}, VARIANT: tl.constexpr):\n{body}\n"
 
 
+def sums_more_than_gradients(programs: Sequence[Program]) -> bool:
+    """Whether a rule asks for any sum but that of the gradient, for which the kernels have a loop of their own."""
+    return any([node.op for node in p.sums] != ["grad"] for p in programs if p.rule.sums)
+
+
 def module(programs: Sequence[Program]) -> str:
     """The text of a module with the functions of a rule, whose variants are these programs."""
     rule = programs[0].rule
     parts = [_HEAD]
+    more = sums_more_than_gradients(programs)
     for k, program in enumerate(programs):
-        parts += TritonPrinter(program, k).functions()
+        parts += TritonPrinter(program, k).functions(more)
     n = len(programs)
     parts.append(_choice("prepare", ["row", "inputs", "T: tl.constexpr"], n))
     parts.append(_choice("update", ["p", "g", "s", "c"], n))
     if rule.numbers:
         parts.append(_choice("next_numbers", ["row", "inputs"], n))
-    if rule.sums:
+    if more:
         parts.append(_choice("measured", ["p", "g", "s", "c"], n))
     return "".join(parts)
