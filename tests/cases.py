@@ -41,6 +41,12 @@ class Case:
         """Whether that has something to step it with: CUDA's kernels come with the package."""
         return not self.own or backend != "cuda"
 
+    @property
+    def as_it_is(self) -> dict[str, Any]:
+        """Options for steps that are not what is tested: a function is run, not compiled, which takes a second anew for
+        each mix of dtypes and every other side of its conditions."""
+        return {"backend": "reference"} if self.own else {}
+
     def arguments(self, **more: Any) -> dict[str, Any]:
         """Of its constructor. Skips the test if a backend is asked for that it does not run on."""
         options = {"backend": BACKEND, **self.options, **more}

@@ -27,14 +27,14 @@ class Kernels(Protocol):
 
 
 def pair(
-    kernels: Kernels, case: Case, shapes: list, dtype: torch.dtype, **options: object
+    kernels: Kernels, case: Case, shapes: list, dtype: torch.dtype, against: str = "cpu", **options: object
 ) -> tuple[list, list, object, object]:
     mine, theirs = parameters(shapes, dtype), parameters(shapes, dtype)
     return (
         mine,
         theirs,
         case.make(mine, backend=kernels.backend, **options),
-        case.make(theirs, backend="cpu", **options),
+        case.make(theirs, backend=against, **options),
     )
 
 

@@ -38,8 +38,8 @@ import fusedoptim
 )
 @pytest.mark.parametrize("case", WITH_SLOTS, ids=str)
 def test_no_state_becomes_or_stays_narrower(case: Case, param: Any, saved: Any, asked: Any, result: Any) -> None:
-    source, _ = stepped(case, param)
-    target, params = stepped(case, param, steps=0, state_dtype=asked)
+    source, _ = stepped(case, param, **case.as_it_is)
+    target, params = stepped(case, param, steps=0, state_dtype=asked, **case.as_it_is)
     content = cast(source.state_dict(), slots(source), saved)
     name = next(slot.name for slot in target.rule.states if slot.name in content["state"][0])
     wider = result.itemsize > saved.itemsize

@@ -107,6 +107,8 @@ def test_all_at_once(case: Case, capability: str, dtype: torch.dtype) -> None:
     backend = None
     if capability == "reference":
         backend = "reference"
+    elif case.own and (capability != CAPABILITIES[0] or dtype == torch.float64):
+        pytest.skip("a function is compiled for one instruction set and dtype")
     else:
         assert fusedoptim._native._C.set_cpu_capability(capability)
     mine, theirs = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
@@ -129,6 +131,8 @@ def test_all_at_once(case: Case, capability: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_kernels_have_the_references_bits_in_every_dtype(case: Case, dtype: torch.dtype) -> None:
     """16-bit gradients are not rounded between clipping and the update."""
+    if case.own and dtype != torch.bfloat16:
+        pytest.skip("a function is compiled for one dtype")
     mine, theirs = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
     more = {} if case.optimizer == "NormAdaptive" else {"state_dtype": torch.float32}
     a, b = case.make(mine, **ALL, **more), case.make(theirs, **{**ALL, **more, "backend": "reference"})

@@ -240,7 +240,7 @@ def test_options_switched_on_in_mid_training() -> None:
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_state_dtype(case: Case, state_dtype: torch.dtype) -> None:
     p = parameters([(5,)], torch.float16)
-    o = case.make(p, state_dtype=state_dtype)
+    o = case.make(p, state_dtype=state_dtype, **case.as_it_is)
     set_gradients(p, 0)
     o.step()
     for name, s in o.state[p[0]].items():
@@ -272,7 +272,8 @@ def test_parameters_without_gradient_are_left_alone(case: Case) -> None:
 def test_zero_gradients_and_zero_lr_change_nothing(case: Case) -> None:
     """Distributed checkpointing makes states by such a step."""
     p = parameters([(5,), (0,)])
-    o = case.make(p, lr=0.0, **({"weight_decay": 0.0} if "weight_decay" in case.make(p).defaults else {}))
+    still = {key: 0.0 for key in ("lr", "weight_decay") if key in case.make(p).defaults}
+    o = case.make(p, **still, **case.as_it_is)
     before = p[0].detach().clone()
     for q in p:
         q.grad = torch.zeros_like(q)

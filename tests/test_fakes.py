@@ -39,7 +39,7 @@ def test_fake_parameters_get_states_and_nothing_else(
     real = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(SHAPES)]
     for p in real[:2]:
         p.grad = torch.ones_like(p)
-    expected = case.make(real, **options)
+    expected = case.make(real, **options, **case.as_it_is)
     expected.step()
     mode = FakeTensorMode()
     params = fakes(mode, dtype=dtype)

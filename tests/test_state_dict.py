@@ -68,7 +68,7 @@ def test_state_dict_moves_to_and_from_torch_in_mid_training(case: Case, back: bo
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_deepcopy_and_pickle(case: Case, how: str) -> None:
     params = parameters([(5,), (3, 4)])
-    a = case.make(params, state_dtype=torch.bfloat16)
+    a = case.make(params, state_dtype=torch.bfloat16, **case.as_it_is)
     set_gradients(params, 0)
     a.step()
     b = copy.deepcopy(a) if how == "deepcopy" else pickle.loads(pickle.dumps(a))
