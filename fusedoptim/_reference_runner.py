@@ -90,7 +90,7 @@ class ReferenceRunner:
             if of_rule is None:
                 self.sums[self._place(m)] = sum_of_squares(g)
                 continue
-            call = Call(m.param.shape.numel())
+            call = Call(m.param.shape.numel(), self._known_sums(m)[:of_rule])
             self._update(m, reference.clipped(g, self._norm(), self.groups[m.group]), lambda t: t, call)
             if of_rule < len(call.found):
                 self.sums[self._place(m)] = call.found[of_rule]
@@ -165,8 +165,11 @@ class ReferenceRunner:
         self, m: BoundParam, norm: Tensor, grad_scale: Tensor | None
     ) -> tuple[BoundParam, Tensor, dict[str, Any]]:
         gradient = reference.clipped(self._gradient(m, grad_scale), norm, self.groups[m.group])
-        sums = [sums[self._place(m)].item() for sums in self.sums_of_rule]
-        return (m, *self._update(m, gradient, lambda t: t, Call(m.param.shape.numel(), sums or None)))
+        return (m, *self._update(m, gradient, lambda t: t, Call(m.param.shape.numel(), self._known_sums(m))))
+
+    def _known_sums(self, m: BoundParam) -> list[float]:
+        """Those of whole tensors that were measured for the rule so far."""
+        return [sums[self._place(m)].item() for sums in self.sums_of_rule]
 
     def _update(
         self, m: BoundParam, gradient: Tensor, part: Callable[[Tensor], Tensor], call: Call
@@ -177,9 +180,10 @@ class ReferenceRunner:
         work: dict[str, Any] = {
             s.name: part(load(m, s.name, state.get(s.name), state)) for s in self.rule.states if s.needed_in(group)
         }
+        slots = {*work}
         if m.first:
             work.update({s.name: None for s in self.rule.states if s.starts_absent and s.name in work})
-        numbers = [name for name in self.rule.number_names if name in state]
+        numbers = [s.name for s in self.rule.numbers if s.needed_in(group)]
         work.update({name: state[name].item() for name in numbers})
         counts = self.rule.has_step or any(s.is_stochastic for s in m.stored)
         step = state["step"] + 1 if counts else None
@@ -187,20 +191,32 @@ class ReferenceRunner:
         with calling(call):
             self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
         if self.own:
-            _check_results(self.rule, updated, work)
+            _check_results(self.rule, updated, work, slots, numbers, call)
         work.update({name: torch.tensor(to_fp32(work[name]), device=updated.device) for name in numbers})
         return updated, work if step is None else {**work, "step": step}
 
 
-def _check_results(rule: Rule, updated: Tensor, work: dict[str, Any]) -> None:
-    """Of a user's function: what has another shape would be spread over its state."""
-    for state in rule.states:
-        value = work.get(state.name, updated)
-        if not isinstance(value, Tensor) or value.shape != updated.shape:
-            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+def _check_results(
+    rule: Rule, updated: Tensor, work: dict[str, Any], states: set[str], numbers: list[str], call: Call
+) -> None:
+    """Of a user's function. What has another shape would be spread over its state."""
+    found = f"the function of rule {rule.name!r}"
+    if len(call.found) > rule.sums:
+        raise ValueError(
+            f"{found} calls norm() or mean_square() {len(call.found)} times: say so with Rule(sums={len(call.found)}); "
+            "nothing was updated"
+        )
+    for name, value in work.items():
+        shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        if name in numbers:
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{found} leaves {name!r} as {shown}: it is a number; nothing was updated")
+        elif name not in states:
+            raise ValueError(f"{found} makes the state {name!r}: name it in Rule(states=...); nothing was updated")
+        elif not isinstance(value, Tensor) or value.shape != updated.shape:
             raise ValueError(
-                f"the function of rule {rule.name!r} leaves the state {state.name!r} as {shown}, and its parameter has "
-                f"shape {tuple(updated.shape)}; nothing was updated"
+                f"{found} leaves the state {name!r} as {shown}, and its parameter has shape {tuple(updated.shape)}; "
+                "nothing was updated"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,9 +103,9 @@ class Call:
 
     #: Elements of the whole tensor.
     numel: int
-    #: The sums of squares of what it calls norm() and mean_square() with, in the order of the calls; None: those of the
-    #: tensors it has are whole.
-    sums: list[float] | None = None
+    #: The sums of squares of what it calls norm() and mean_square() with, in the order of the calls, as far as they
+    #: were measured: others are those of the tensors it has.
+    sums: Sequence[float] = ()
     #: Those of the tensors it has.
     found: list[Tensor] = field(default_factory=list)
 
@@ -124,7 +124,7 @@ def _whole_sum(x: Tensor) -> tuple[float, int]:
         return float(sum_of_squares(x)), x.numel()
     k = len(call.found)
     call.found.append(sum_of_squares(x))
-    return float(call.found[k] if call.sums is None else call.sums[k]), call.numel
+    return float(call.sums[k] if k < len(call.sums) else call.found[k]), call.numel
 
 
 @contextmanager

@@ -141,7 +141,7 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 IN_TORCH = [case for case in CASES if case.in_torch]
 #: One variant per optimizer, with every state it can have.
-FULL = [
+EVERY = [
     BY_NAME[n]
     for n in (
         "adam_amsgrad_decay_max",
@@ -165,9 +165,9 @@ FULL = [
         "cautious",
     )
 ]
-#: Of the gallery's, one for each kind of states: numbers; absent at first, without a step; both. For tests that see
-#: nothing else of a rule, and take long.
-EACH_KIND = [case for case in FULL if not case.own or case.name in ("asgd_all", "lars_all", "schedule_free_all")]
+#: Of the gallery's, one for each kind of states and sums: numbers; absent at first, without a step; both; two sums. For
+#: tests of what is around a rule, which sees nothing else of it.
+FULL = [c for c in EVERY if not c.own or c.name in ("asgd_all", "lars_all", "schedule_free_all", "lamb_clip")]
 
 #: Numbers in fewer bits: every way to store a parameter and each kind of state, and every optimizer. For parameters of
 #: bfloat16 and fp32; those in blocks have to be large: see LOW_SHAPES.

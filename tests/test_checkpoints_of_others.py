@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import EACH_KIND, FULL, Case, assert_same_bits, set_gradients
+from cases import EVERY, FULL, Case, assert_same_bits, set_gradients
 from checkpoints import BF16, F16, F32, F64, WITH_SLOTS, cast, one_warning, slots, stepped
 
 import fusedoptim
@@ -79,8 +79,8 @@ def test_narrow_moments_train_on_as_torchs_do() -> None:
 
 
 def test_averages_and_norms_have_their_own_dtype() -> None:
-    source, _ = stepped(FULL[5], BF16, ema_decay=0.9)
-    target, params = stepped(FULL[5], BF16, steps=0, state_dtype=BF16)
+    source, _ = stepped(EVERY[5], BF16, ema_decay=0.9)
+    target, params = stepped(EVERY[5], BF16, steps=0, state_dtype=BF16)
     target.load_state_dict(cast(source.state_dict(), {"ema", "avg_grad_norm"}, BF16))
     assert target.state[params[0]]["ema"].dtype == target.state[params[0]]["avg_grad_norm"].dtype == F32
     target.step()
@@ -104,7 +104,7 @@ STEPS: dict[str, Callable[[float], Any]] = {
 
 
 @pytest.mark.parametrize("kind", STEPS)
-@pytest.mark.parametrize("case", [c for c in EACH_KIND if c.cls.rule.has_step], ids=str)
+@pytest.mark.parametrize("case", [c for c in FULL if c.cls.rule.has_step], ids=str)
 def test_steps_of_any_type(case: Case, kind: str) -> None:
     source, _ = stepped(case)
     expected, ps = stepped(case, steps=0)
@@ -130,15 +130,15 @@ def test_steps_of_any_type(case: Case, kind: str) -> None:
 
 
 def test_a_step_of_fp64_stays() -> None:
-    source, _ = stepped(FULL[0])
-    target, params = stepped(FULL[0], steps=0)
+    source, _ = stepped(EVERY[0])
+    target, params = stepped(EVERY[0], steps=0)
     target.load_state_dict(cast(source.state_dict(), {"step"}, F64))
     assert target.state[params[0]]["step"].dtype == F64
 
 
 @pytest.mark.parametrize("value", ["3", torch.ones(2), torch.tensor(1j), [1], np.ones(2)], ids=str)
 def test_a_step_that_is_no_number(value: Any) -> None:
-    optimizer, _ = stepped(FULL[0])
+    optimizer, _ = stepped(EVERY[0])
     content = copy.deepcopy(optimizer.state_dict())
     content["state"][1]["step"] = value
     with pytest.raises(ValueError, match="state 'step' of parameter 1 of group 0"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FULL, Case, assert_same_optimizers, gradient, parameters, set_gradients
+from cases import EVERY, Case, assert_same_optimizers, gradient, parameters, set_gradients
 from torch._dynamo.utils import counters
 
 import fusedoptim
@@ -53,7 +53,7 @@ def change(optimizer: Any, step: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_one_graph_whatever_changes(case: Case, backend: str) -> None:
     mine, theirs, a, b = pair(case)
     step = compiled(a, backend)
@@ -73,7 +73,7 @@ def test_one_graph_whatever_changes(case: Case, backend: str) -> None:
 
 def test_inductor() -> None:
     """The compiler that people use; it rewrites what is written to."""
-    mine, theirs, a, b = pair(FULL[1])
+    mine, theirs, a, b = pair(EVERY[1])
     step = compiled(a, "inductor")
     for i in range(5):
         set_gradients(mine, i)
@@ -87,7 +87,7 @@ def test_inductor() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_with_all_that_surrounds_a_step(case: Case, backend: str) -> None:
     """Gradients are written to as well; a limit that changes compiles nothing."""
     both = []
@@ -113,7 +113,7 @@ def test_with_all_that_surrounds_a_step(case: Case, backend: str) -> None:
 
 
 def test_a_gradient_that_stays_none_compiles_once_more() -> None:
-    mine, theirs, a, b = pair(FULL[1])
+    mine, theirs, a, b = pair(EVERY[1])
     step = compiled(a)
     for i in range(12):
         set_gradients(mine, i)
@@ -130,7 +130,7 @@ def test_a_gradient_that_stays_none_compiles_once_more() -> None:
     assert_same_optimizers(a, b)
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_a_whole_training_step(case: Case) -> None:
     """Forward, backward, step and zero_grad: in one graph where the compiler can trace a backward pass, else in as many
     as at the first time."""
@@ -159,7 +159,7 @@ def test_a_whole_training_step(case: Case) -> None:
 
 
 def test_schedulers_and_hooks() -> None:
-    mine, theirs, a, b = pair(FULL[1])
+    mine, theirs, a, b = pair(EVERY[1])
     calls = torch.zeros(())
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=30) for o in (a, b)]
     a.register_step_post_hook(lambda *_: calls.add_(1))
@@ -212,7 +212,7 @@ def test_copies_are_written_to_in_the_parameters_stead() -> None:
 
 
 def test_groups_added_later_and_copies_of_optimizers() -> None:
-    mine, theirs, a, b = pair(FULL[1])
+    mine, theirs, a, b = pair(EVERY[1])
     step = compiled(a)
     set_gradients(mine, 0)
     set_gradients(theirs, 0)

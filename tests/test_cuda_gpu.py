@@ -10,7 +10,7 @@ import torch
 from cases import (
     BY_NAME,
     CASES,
-    FULL,
+    EVERY,
     SHAPES,
     Case,
     assert_same_bits,
@@ -44,7 +44,7 @@ def test_every_case_has_the_cpu_kernels_bits(backend: str, case: Case, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_layouts(backend: str, case: Case, dtype: torch.dtype) -> None:
     shapes = [(4, 3, 5, 6), (2, 8, 17, 9), (1, 3, 1, 700)]
     combinations = [(p, g, s) for p in LAYOUTS for g in LAYOUTS for s in shapes]
@@ -63,7 +63,7 @@ def test_layouts(backend: str, case: Case, dtype: torch.dtype) -> None:
     assert_same_optimizers(a, b)
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_large_tensors(backend: str, case: Case) -> None:
     mine, theirs, a, b = pair(backend, case, [(5_000_011,), (16_385,), (1_234_567,)], torch.float32)
     for step in range(3):
@@ -125,7 +125,7 @@ def test_beyond_two_to_the_32_elements(backend: str, name: str) -> None:
     assert not p.data[edge : n - edge].any()
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_grad_scaler(backend: str, case: Case) -> None:
     """Overflow on the first step and later; the kernel unscales and skips."""
     mine, theirs, a, b = pair(backend, case, [(50,), (20_000,)], torch.float32, amp_in_step=True)
@@ -145,7 +145,7 @@ def test_grad_scaler(backend: str, case: Case) -> None:
     assert_same_optimizers(a, b)
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_new_memory_takes_effect_at_once(backend: str, case: Case) -> None:
     mine, theirs, a, b = pair(backend, case, [(500,), (33,)], torch.float32)
     for step in range(6):
@@ -162,7 +162,7 @@ def test_new_memory_takes_effect_at_once(backend: str, case: Case) -> None:
     assert_same_optimizers(a, b)
 
 
-@pytest.mark.parametrize("case", [c for c in FULL if c.optimizer in ("Adam", "AdamW", "SGD", "Adagrad")], ids=str)
+@pytest.mark.parametrize("case", [c for c in EVERY if c.optimizer in ("Adam", "AdamW", "SGD", "Adagrad")], ids=str)
 def test_a_state_dict_of_torchs_fused_optimizer(backend: str, case: Case) -> None:
     params = on_gpu(parameters([(50,), (7, 3)]))
     for p in params:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BY_NAME, EACH_KIND, Case, assert_same_bits
+from cases import BY_NAME, FULL, Case, assert_same_bits
 from ranks import run
 from sharded_layouts import Training
 
@@ -66,7 +66,7 @@ def replaced(change: Any) -> Iterator[None]:
 
 TORCHS = {"as functions": read_by_functions, "renamed": under_other_names}
 CASES = [
-    *EACH_KIND,
+    *FULL,
     Case("clipped", "AdamW", {**BY_NAME["adamw_amsgrad"].options, "max_grad_norm": 0.1, "ema_decay": 0.9}),
 ]
 

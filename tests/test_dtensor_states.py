@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BY_NAME, EACH_KIND, FULL, Case
+from cases import BY_NAME, FULL, Case
 from ranks import run
 from sharded_models import MODELS, Sharded, built, is_dtensor, shard
 from test_dtensors import assert_placed, assert_same_shards, shards_of
@@ -207,7 +207,7 @@ def check_versions(model: str, case: Case) -> None:
 
 
 # torch's Rprop assigns to a part of its gradient, which DTensors refuse.
-@pytest.mark.parametrize("case", [case for case in EACH_KIND if case.in_torch], ids=str)
+@pytest.mark.parametrize("case", [case for case in FULL if case.in_torch], ids=str)
 def test_version_counters_rise_wherever_torchs_do(case: Case) -> None:
     run(2, check_versions, "fsdp2", case)
     run(4, check_versions, "tensor_parallel_and_fsdp2", case)

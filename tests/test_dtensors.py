@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BY_NAME, EACH_KIND, FULL, Case, assert_same_bits
+from cases import BY_NAME, FULL, Case, assert_same_bits
 from ranks import run
 from sharded_models import MODELS, Sharded, built, is_dtensor, mesh, shard, whole
 from torch import Tensor
@@ -16,7 +16,7 @@ from benchmarks.witness import witness_step
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 STEPS = 4
-IN_TORCH = [case for case in EACH_KIND if case.in_torch]
+IN_TORCH = [case for case in FULL if case.in_torch]
 #: Uneven and twofold shards, gradients that are placed otherwise, plain parameters.
 OF_EVERY_KIND = ["fsdp2_uneven", "tensor_parallel_and_fsdp2", "sequence_parallel", "plain_beside"]
 Gradients = list[list[Tensor]]

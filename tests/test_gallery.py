@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import (
     CASES,
-    FULL,
+    EVERY,
     IN_TORCH,
     OPTIMIZERS,
     SHAPES,
@@ -65,7 +65,7 @@ def test_all_that_the_gallery_has_is_exported() -> None:
     assert {name for name in gallery.__all__ if getattr(fusedoptim, name) is getattr(gallery, name)} == {
         cls.__name__ for cls in OPTIMIZERS if cls.__module__.startswith("fusedoptim.gallery.")
     }
-    assert {case.optimizer for case in FULL if case.own} == set(gallery.__all__)
+    assert {case.optimizer for case in EVERY if case.own} == set(gallery.__all__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -76,7 +76,7 @@ def test_torchs_bits_with_all_options(optimizer: str, dtype: torch.dtype) -> Non
         run_against_torch(case, dtype, ["reference"], STEPS, [(17,)])
 
 
-@pytest.mark.parametrize("case", [c for c in FULL if c.own and c.in_torch], ids=str)
+@pytest.mark.parametrize("case", [c for c in EVERY if c.own and c.in_torch], ids=str)
 def test_capturable_changes_no_bit(case: Case) -> None:
     mine, theirs = parameters(SHAPES), parameters(SHAPES)
     a, b = case.make(mine, capturable=True), case.make(theirs)
@@ -91,7 +91,7 @@ def test_capturable_changes_no_bit(case: Case) -> None:
 
 @pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [c for c in FULL if c.own and c.in_torch], ids=str)
+@pytest.mark.parametrize("case", [c for c in EVERY if c.own and c.in_torch], ids=str)
 def test_parameters_of_16_bits_are_rounded_once(
     case: Case, dtype: torch.dtype, state_dtype: torch.dtype | None
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FULL, OPTIMIZERS, Case, parameters
+from cases import EVERY, OPTIMIZERS, Case, parameters
 from typing_extensions import Unpack
 
 import fusedoptim
@@ -131,7 +131,7 @@ def lines(optimizer: torch.optim.Optimizer) -> list[str]:
     return repr(optimizer).split("\n")
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_repr_is_torchs_where_no_option_is_set(case: Case) -> None:
     o = case.cls(parameters([(2,)]), **case.options)
     assert repr(o) == torch.optim.Optimizer.__repr__(o)

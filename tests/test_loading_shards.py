@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BY_NAME, EACH_KIND, Case, assert_same_bits
+from cases import BY_NAME, FULL, Case, assert_same_bits
 from ranks import run
 from sharded_models import is_dtensor, mesh, shard, whole
 from torch import Tensor
@@ -289,7 +289,7 @@ def refused() -> dict[str, str]:
 # ---- the tests ----
 
 
-@pytest.mark.parametrize("case", EACH_KIND, ids=str)
+@pytest.mark.parametrize("case", FULL, ids=str)
 def test_states_that_lie_as_their_parameters(case: Case) -> None:
     run(WORLD, as_saved, case)
 
@@ -298,13 +298,13 @@ def test_states_from_each_ranks_file() -> None:
     run(WORLD, from_a_file)
 
 
-@pytest.mark.parametrize("case", [c for c in EACH_KIND if c.in_torch], ids=str)
+@pytest.mark.parametrize("case", [c for c in FULL if c.in_torch], ids=str)
 def test_torchs_states_and_back(case: Case) -> None:
     run(WORLD, from_torch, case)
 
 
 @pytest.mark.parametrize("change", [placed_otherwise, on_another_mesh, as_a_whole], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", EACH_KIND, ids=str)
+@pytest.mark.parametrize("case", FULL, ids=str)
 def test_states_that_lie_elsewhere(case: Case, change: Callable[..., Any]) -> None:
     run(WORLD, from_elsewhere, case, change.__name__)
 

@@ -11,7 +11,7 @@ from cases import (
     BY_NAME,
     CAPABILITIES,
     CASES,
-    FULL,
+    EVERY,
     IN_TORCH,
     SHAPES,
     Case,
@@ -72,12 +72,12 @@ def test_equals_torch_for_loop(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", [c for c in FULL if c.in_torch] + [BY_NAME["adamw"], BY_NAME["rmsprop"]], ids=str)
+@pytest.mark.parametrize("case", [c for c in EVERY if c.in_torch] + [BY_NAME["adamw"], BY_NAME["rmsprop"]], ids=str)
 def test_equals_torch_with_a_tensor_lr(case: Case, dtype: torch.dtype, lr_dtype: torch.dtype) -> None:
     run_against_torch(case, dtype, BACKENDS, 12, SHAPES[-4:], tensor_lr=lr_dtype)
 
 
-@pytest.mark.parametrize("case", [c for c in FULL if c.in_torch], ids=str)
+@pytest.mark.parametrize("case", [c for c in EVERY if c.in_torch], ids=str)
 def test_equals_torch_on_large_tensors(case: Case) -> None:
     run_against_torch(case, torch.float32, ["cpu"], 3, [(3_000_017,), (1_000_003,), (129, 1031)])
 
@@ -111,7 +111,7 @@ def runs_here(case: Case, dtype: torch.dtype, capability: str) -> bool:
     those of the other rules. So all rows meet the best instruction set, and one of an optimizer the others."""
     best = capability == CAPABILITIES[0]
     wide = dtype in (torch.float32, torch.float64)
-    return not case.own or (best and (wide or case in FULL)) or (case in FULL and dtype == torch.float32)
+    return not case.own or (best and (wide or case in EVERY)) or (case in EVERY and dtype == torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_equals_reference_on_every_instruction_set(case: Case, dtype: torch.dtyp
     assert_same_optimizers(a, b)
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_thread_count_changes_nothing(case: Case) -> None:
     shapes = [*SHAPES, (300_001,), (70_000,)] + [(5,)] * 400
     results = []
@@ -221,7 +221,7 @@ def test_dtypes_mixed_in_one_group() -> None:
         assert_same_bits(p.detach(), q.detach())
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_not_a_number_and_infinity_pass_through(case: Case) -> None:
     mine, theirs = parameters([(40,)]), parameters([(40,)])
     a, b = case.make(mine, backend="cpu"), case.make(theirs, backend="reference")
@@ -234,7 +234,7 @@ def test_not_a_number_and_infinity_pass_through(case: Case) -> None:
         assert_same_optimizers(copy.copy(a), copy.copy(b))
 
 
-@pytest.mark.parametrize("case", [c for c in FULL if c.in_torch and not c.cls.rule.numbers], ids=str)
+@pytest.mark.parametrize("case", [c for c in EVERY if c.in_torch and not c.cls.rule.numbers], ids=str)
 def test_default_dtype_double_counts_steps_in_double(case: Case) -> None:
     """Other states that are one number have fp32 then, too, unlike torch's."""
     torch.set_default_dtype(torch.float64)

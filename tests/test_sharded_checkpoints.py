@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BY_NAME, EACH_KIND, Case, assert_same_bits
+from cases import BY_NAME, FULL, Case, assert_same_bits
 from ranks import run
 from sharded_layouts import EXACT, Tensors, Training
 from sharded_models import is_dtensor, shard
@@ -30,7 +30,7 @@ def with_options(case: Case, name: str, **options: Any) -> Case:
 
 
 #: Groups with every option that torch's do not have.
-EMA = [with_options(case, "ema", ema_decay=0.9) for case in EACH_KIND]
+EMA = [with_options(case, "ema", ema_decay=0.9) for case in FULL]
 MINE = [
     *EMA,
     with_options(BY_NAME["adam_no_correction"], "clipped", max_grad_norm=0.1, clip_grad_value=0.05),
@@ -43,7 +43,7 @@ FEW = [
     for case in MINE
     if case.name.startswith(("adamw_amsgrad_ema", "adagrad", "norm_adaptive", "adam_no", "schedule_free"))
 ]
-TORCHS = [case for case in EACH_KIND if case.in_torch]
+TORCHS = [case for case in FULL if case.in_torch]
 
 
 def norm_counts(case: Case) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import (
     CASES,
-    FULL,
+    EVERY,
     IN_TORCH,
     Case,
     assert_same_bits,
@@ -82,7 +82,7 @@ def test_deepcopy_and_pickle(case: Case, how: str) -> None:
     assert b._options == a._options
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_loading_copies_the_tensors(case: Case) -> None:
     params = parameters([(5,)])
     a = case.make(params)

@@ -144,14 +144,14 @@ def in_order(roots: Iterable[Node]) -> list[Node]:
 
 def value_of(node: Node, columns: Mapping[tuple[str, int], float]) -> Any:
     """The value of a static node, from a group's numbers by key and index."""
-    if node.op == "const":
-        return node.data
-    if node.op == "column":
-        return columns[node.data]
-    args = [value_of(a, columns) for a in node.args]
-    if node.op == "choose":
-        return args[1] if args[0] else args[2]
-    return (COMPARISONS if node.kind is Kind.CONDITION else ARITHMETIC)[node.op](*args)
+    found: dict[Node, Any] = {}
+    for n in in_order([node]):
+        if n.op in ("const", "column"):
+            found[n] = n.data if n.op == "const" else columns[n.data]
+        else:
+            operation = (COMPARISONS if n.kind is Kind.CONDITION else ARITHMETIC)[n.op]
+            found[n] = operation(*(found[a] for a in n.args))
+    return found[node]
 
 
 def postfix(node: Node, column_of: Callable[[tuple[str, int]], int]) -> Iterator[tuple[str, float]]:

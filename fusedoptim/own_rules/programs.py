@@ -8,7 +8,7 @@ from typing import Any
 
 from .._rule import SQUARES, Group, Rule
 from .nodes import Kind, in_order, postfix
-from .trace import Program, constants_of, trace
+from .trace import Program, constants_of, needed, trace
 
 _known: dict[Rule, list[Program]] = {}
 _lock = threading.Lock()
@@ -34,12 +34,12 @@ def programs_of(rule: Rule, groups: Sequence[Group]) -> list[Program]:
     return list(dict.fromkeys(program_of(rule, group) for group in groups))
 
 
-#: What csrc/core/guard.h knows of a group's constants is one number.
+#: What csrc/core/guard.h knows of a group's constants, and of which states it needs, is one number.
 _constants: dict[tuple[Any, ...], float] = {}
 
 
 def constants_number(rule: Rule, group: Group) -> float:
-    """A number for the values of a group that are none: the same for the same.
+    """A number for the values of a group that are none, and for the states it needs: the same for the same.
 
     Raises:
         ValueError: for values that cannot be compared by their hash.
@@ -52,13 +52,12 @@ def constants_number(rule: Rule, group: Group) -> float:
                 f"the group's {key!r} is {group[key]!r}, which has no hash: a rule's function takes numbers, and "
                 "constants such as texts, None and tuples; keep all else outside of the group"
             ) from None
-    return _number_of(constants_of(rule, group))
+    return _number_of(constants_of(rule, group), *needed(rule, group))
 
 
-def _number_of(values: tuple[Any, ...]) -> float:
-    key = tuple((type(value), value) for value in values)
+def _number_of(constants: tuple[Any, ...], states: tuple[str, ...], numbers: tuple[str, ...]) -> float:
     with _lock:
-        return _constants.setdefault(key, float(len(_constants)))
+        return _constants.setdefault((constants, states, numbers), float(len(_constants)))
 
 
 def guard(program: Program) -> list[tuple[str, float]]:
@@ -69,11 +68,17 @@ def guard(program: Program) -> list[tuple[str, float]]:
         return at[of] + 1  # behind lr comes its dtype
 
     found: list[tuple[str, float]] = []
-    for node, wanted in program.guards:
+    for k, (node, wanted) in enumerate(program.guards):
         found += postfix(node, column)
         found += [] if wanted else [("not", 0.0)]
+        found += [("and", 0.0)] if k else []  # the stack stays low
     found += [("column", 1.0), ("constant", 0.0), ("ne" if program.lr_is_tensor else "eq", 0.0)]
-    return [*found, ("constants", 0.0), ("constant", _number_of(program.constants)), ("eq", 0.0)]
+    return [
+        *found,
+        ("constants", 0.0),
+        ("constant", _number_of(program.constants, program.states, program.numbers)),
+        ("eq", 0.0),
+    ]
 
 
 def states_mask(program: Program) -> int:

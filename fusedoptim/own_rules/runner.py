@@ -19,11 +19,17 @@ from .programs import constants_number, programs_of
 from .trace import Program
 from .verify import Make, gives_the_functions_bits
 
+#: Of one plan (kMaxPrograms in csrc/rules/program_code.h).
+MOST_PROGRAMS = 16
+
 
 def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> tuple[list[Program], list[float]]:
-    """The programs of the groups that have members, and for each group the number of its constants."""
-    constants = [constants_number(rule, group) for group in groups] if rule.constants else []
-    return programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})]), constants
+    """The programs of the groups that have members, and for each group what guards know of its constants."""
+    constants = [constants_number(rule, group) for group in groups]
+    found = programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})])
+    if len(found) > MOST_PROGRAMS:
+        raise CannotCompile(f"its groups need {len(found)} programs, and {MOST_PROGRAMS} are the most")
+    return found, constants
 
 
 def _verify(rule: Rule, groups: Groups, members: Sequence[BoundParam], device: torch.device, make: Make) -> None:

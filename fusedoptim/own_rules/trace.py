@@ -53,7 +53,8 @@ class Program:
 
 
 def constants_of(rule: Rule, group: Group) -> tuple[Any, ...]:
-    return tuple(group.get(key) for key in rule.constants)
+    """With their types: True, 1 and 1.0 are equal."""
+    return tuple((type(group.get(key)), group.get(key)) for key in rule.constants)
 
 
 def needed(rule: Rule, group: Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -79,6 +80,12 @@ def columns_of(rule: Rule, group: Group) -> Columns:
 
 class _States(dict[str, Any]):
     """Says what there is, where a function asks for another."""
+
+    def __contains__(self, name: object) -> bool:
+        raise refuse("the question whether there is a state", "ask for the group's value that says so, or `is None`")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return name in self
 
     def __missing__(self, name: str) -> Any:
         raise refuse(
