@@ -144,8 +144,9 @@ __attribute__((noinline)) void encode_blocks(uint8_t* codes, float* scales, floa
   static_assert(kBlock % kGroup<M> == 0 && tuning::kTileElements % kBlock == 0);
   for (int64_t k = n; k % kGroup<M>; ++k) in[k] = 0;
   const bool squares = block_format(s).squares;
-  if (is_stochastic(s) && squares)  // the second moment, whose half is known: see random_bits.h
+  if (is_stochastic(s) && squares && random.shift == 16)  // a second moment, mostly, and the shift a constant
     return encode_blocks_as<M, true, true>(codes, scales, in, n, {random.words, 16});
+  if (is_stochastic(s) && squares) return encode_blocks_as<M, true, true>(codes, scales, in, n, random);
   if (is_stochastic(s)) return encode_blocks_as<M, false, true>(codes, scales, in, n, random);
   if (squares) return encode_blocks_as<M, true, false>(codes, scales, in, n, random);
   return encode_blocks_as<M, false, false>(codes, scales, in, n, random);
