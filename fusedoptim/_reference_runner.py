@@ -192,7 +192,8 @@ class ReferenceRunner:
             self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
         if self.own:
             _check_results(self.rule, updated, work, slots, numbers, call)
-        work.update({name: torch.tensor(to_fp32(work[name]), device=updated.device) for name in numbers})
+        for name in numbers:
+            work[name] = torch.tensor(to_fp32(work[name]), dtype=torch.float32, device=updated.device)
         return updated, work if step is None else {**work, "step": step}
 
 

@@ -173,7 +173,14 @@ REFUSED = {
     "power": (lambda p, g, s, t, h: g**1.5, r"x \*\* n of elements.*one of 1, 2, 3"),
     "power of": (lambda p, g, s, t, h: 2.0**g, r"number \*\* elements"),
     "modulo": (lambda p, g, s, t, h: g if t % 2 else p, r"% of numbers"),
-    "and": (lambda p, g, s, t, h: g if (t > 1) & (t < 3) else p, r"& of conditions.*`and`"),
+    "and": (lambda p, g, s, t, h: g if (t > 1) & (t < 3) else p, r"arithmetic with a condition.*`and`"),
+    "condition times": (lambda p, g, s, t, h: g * (h["lr"] * (t > 2)), r"arithmetic with a condition"),
+    "conditions compared": (lambda p, g, s, t, h: g if (t > 4) == (t > 5) else p, r"arithmetic with a condition"),
+    "set": (lambda p, g, s, t, h: g if t in {1, 2} else p, r"a number in a set.*t == 1 or t == 2"),
+    "dict": (lambda p, g, s, t, h: g * {4: 0.5}.get(t, 1.0), r"a number in a set or as a key"),
+    "attribute": (lambda p, g, s, t, h: setattr(p, "grad", g), r"x.grad = .*[xX].copy_"),
+    "dtype compared": (lambda p, g, s, t, h: g if p.dtype == torch.float32 else p, r"a comparison of dtypes"),
+    "whether there is": (lambda p, g, s, t, h: g if "m" in s else p, r"whether there is a state.*`is None`"),
     "numbers alone": (lambda p, g, s, t, h: torch.where(g > 0, 1.0, 0.0), r"where\(mask, number, number\)"),
     "mask": (lambda p, g, s, t, h: torch.where(g, p, g), r"elements in the place of a mask"),
     "maximum number": (lambda p, g, s, t, h: torch.maximum(g, t), r"maximum\(\)"),
@@ -236,6 +243,33 @@ def test_too_many_ways_are_refused() -> None:
             p.mul_(2.0 if t > k else 3.0)
 
     assert "more than 64 ways" in replaced(function)
+
+
+def test_a_loop_until_a_number_is_small_is_refused() -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        while t > 3:
+            t = t - 3
+        p.sub_(g)
+
+    assert "no loop until one holds" in replaced(function)
+
+
+def test_long_chains_of_numbers_take_no_time() -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        x = h["beta"] if t > 2 else h["pair"][0]
+        for _ in range(40):
+            x = x * (1.5 - 0.5 * x * x)
+        p.sub_(g, alpha=x)
+
+    assert len(in_order([program(function).param])) < 300
+
+
+def test_data_is_the_tensor() -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.data = p * 0.5
+        p.data.sub_(g)
+
+    assert program(function).param.op == "sub"
 
 
 def test_an_error_of_the_function_is_its_own() -> None:

@@ -97,6 +97,7 @@ class Graph:
 
     def __init__(self) -> None:
         self._nodes: dict[tuple[Any, ...], Node] = {}
+        self._selected: dict[tuple[Node, Node, Node], Node] = {}
 
     def make(self, op: str, kind: Kind, *args: Node, data: Any = None, of_lr: bool = False) -> Node:
         # 0.0 and -0.0 are equal, and NaN is not equal to itself.
@@ -116,6 +117,12 @@ class Graph:
         numbers and cost nothing per element."""
         if yes is no:
             return yes
+        key = (condition, yes, no)
+        if key not in self._selected:
+            self._selected[key] = self._select(condition, yes, no)
+        return self._selected[key]
+
+    def _select(self, condition: Node, yes: Node, no: Node) -> Node:
         if yes.op == no.op and yes.args and yes.kind == no.kind and _alike(yes, no):
             args = [self.select(condition, a, b) for a, b in zip(yes.args, no.args, strict=True)]
             return self.make(yes.op, yes.kind, *args, data=yes.data, of_lr=yes.of_lr)

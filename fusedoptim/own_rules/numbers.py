@@ -20,18 +20,27 @@ class Condition:
         return self._path.decide(self.node)
 
     def __and__(self, other: Any) -> Any:
-        raise refuse("& of conditions on numbers", "use `and`, `or` and `not`")
+        raise refuse("arithmetic with a condition on numbers", "use `and`, `or`, `not` and `a if c else b`")
 
-    __or__ = __rand__ = __ror__ = __xor__ = __invert__ = __and__
+    __or__ = __rand__ = __ror__ = __xor__ = __rxor__ = __add__ = __radd__ = __sub__ = __rsub__ = __and__
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = __and__
+    __eq__ = __ne__ = __and__
+
+    def __invert__(self) -> Any:
+        raise refuse("~ of a condition on numbers", "use `not`")
+
+    def __hash__(self) -> int:
+        raise refuse("a condition in a set or as a key", "use `and`, `or`, `not` and `a if c else b`")
 
 
 class Number:
     """A number that a step knows."""
 
-    __hash__ = object.__hash__
-
     def __init__(self, path: Path, node: Node) -> None:
         self._path, self.node = path, node
+
+    def __hash__(self) -> int:
+        raise refuse("a number in a set or as a key", "compare it with each: t == 1 or t == 2, or `t in (1, 2)`")
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

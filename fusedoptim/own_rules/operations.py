@@ -256,14 +256,18 @@ def _both_tensors(path: Path, name: str, a: Any, b: Any) -> tuple[Node, Node]:
 
 @_operation("clamp", "clip")
 def _clamp(path: Path, x: Any, min: Any = None, max: Any = None) -> Node:
-    """A NaN stays, and so does a zero's sign beside a limit of 0."""
+    """A NaN stays, and so does a zero's sign beside a limit of 0. A limit that is a NaN makes everything one."""
     node = tensor_node(path, x)
     if isinstance(min, Elements) or isinstance(max, Elements):
         raise refuse("clamp() with limits that are tensors", "use torch.maximum() and torch.minimum()")
     for op, limit in (("lt", min), ("gt", max)):
         if limit is not None:
-            bound = _make(path, "spread", number_node(path, limit))
+            number = number_node(path, limit)
+            bound = _make(path, "spread", number)
             node = _make(path, "where", path.graph.make(op, Kind.MASK, node, bound), bound, node)
+            if number.op != "const":
+                is_nan = path.graph.make("ne", Kind.CONDITION, number, number)
+                node = path.graph.make("choose", Kind.TENSOR, is_nan, bound, node)
     return node
 
 

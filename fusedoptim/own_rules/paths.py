@@ -37,6 +37,8 @@ class Path:
             if decided is condition:
                 return value
         at = len(self.decisions)
+        if at == MOST:
+            raise too_many_ways()
         value = self._known[at] if at < len(self._known) else True
         self.decisions.append((condition, value))
         return value
@@ -59,7 +61,11 @@ def explore(graph: Graph, columns: Mapping[tuple[str, int], float], run: Callabl
         if not known:
             return
         known[-1] = False
-    raise RuleError(
+    raise too_many_ways()
+
+
+def too_many_ways() -> RuleError:
+    return RuleError(
         f"a rule's function has more than {MOST} ways by its conditions on t, lr, norms and states that are numbers: "
-        "use fewer of them, or torch.where. Or pass backend='reference', to run it eagerly"
+        "use fewer of them, no loop until one holds, or torch.where. Or pass backend='reference', to run it eagerly"
     )

@@ -20,12 +20,16 @@ OPERATIONS: dict[str, Callable[..., Node]] = {}
 class _ComputeDtype:
     """What x.dtype is: that in which a rule computes."""
 
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise refuse("a comparison of dtypes", "a rule computes in fp32 or fp64, with the same operations")
+
     def __repr__(self) -> str:
         return "the compute dtype"
 
 
 COMPUTE_DTYPE = _ComputeDtype()
-_IGNORED = ("memory_format", "dtype", "layout", "device", "requires_grad")
 
 
 def run(path: Path, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Elements:
@@ -92,6 +96,14 @@ class Elements:
             return self._assign(run(self._path, plain, (self, *args), kwargs))
 
         return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_path", "node"):
+            object.__setattr__(self, name, value)
+        elif name == "data" and isinstance(value, Elements):
+            self._assign(value)
+        else:
+            raise refuse(f"x.{name} = ...", "write x in place: x.copy_(...)")
 
     def _assign(self, other: Elements) -> Elements:
         if self.node.kind is Kind.TENSOR:
