@@ -52,7 +52,7 @@ def test_import_is_silent_quick_and_starts_no_cuda(tmp_path: Path) -> None:
 def test_report_fails_if_the_self_check_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(main_module, "differing", lambda backend, device: ["Adam torch.float32"])
+    monkeypatch.setattr(main_module, "differing", lambda *arguments: ["Adam torch.float32"])
     assert main_module.main() == 1
     assert "FAILED for Adam torch.float32" in capsys.readouterr().out
 
@@ -71,6 +71,7 @@ class Driver:
         )
         monkeypatch.setattr(main_module, "cuda_on_host", lambda: False)
         monkeypatch.setattr(main_module, "differing", lambda *arguments: self.checked.append(arguments))
+        monkeypatch.setattr(main_module, "_check_compiled", lambda: False)
 
 
 @needs_library

@@ -186,12 +186,12 @@ def measure_kernel(
                                 SUMMED_KINDS[k], PREPARE, MEASURED, NUMBERS, s, 1,
                             )  # fmt: skip
         if items == 1:
-            total, _ = sums_of_one_part(header, partials, numel, 1)
-            leave_sum(header, index, total)
+            totals = sums_of_one_part(header, partials, numel, 1)
+            leave_sum(header, index, totals[0])
         else:
-            at_root, total, _ = reduce_up(header, entry, item, items, 1)
-            if at_root:
-                leave_sum(header, index, total)
+            climbed = reduce_up(header, entry, item, items, 1)
+            if climbed[0]:
+                leave_sum(header, index, climbed[1])
     elif item == 0:  # of a tensor without a gradient one program tells so
         leave_sum(header, index, tl.full((), 0.0, tl.float64))
 
