@@ -264,6 +264,28 @@ def test_long_chains_of_numbers_take_no_time() -> None:
     assert len(in_order([program(function).param])) < 300
 
 
+@pytest.mark.parametrize("view", [lambda p: p.detach(), lambda p: p.to(p.dtype), lambda p: +p, lambda p: p.data])
+def test_what_is_written_to_a_view_is_written_to_the_tensor(view: Any) -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        view(p).sub_(g)
+
+    def copies(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.clone().sub_(g)
+
+    assert program(function).param.op == "sub"
+    assert "changes no parameter" in replaced(copies)
+
+
+def test_masks_may_be_written_in_place() -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        mask = p > 0
+        same = mask
+        mask &= g > 0
+        p.sub_(torch.where(same, g, 0.0))
+
+    assert "and" in [n.op for n in elements(program(function))]
+
+
 def test_data_is_the_tensor() -> None:
     def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
         p.data = p * 0.5

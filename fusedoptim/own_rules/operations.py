@@ -311,5 +311,7 @@ for _name, _function in {"add": _add, "sub": _sub, "mul": _mul, "truediv": _divi
     _python(f"r{_name}", _function, reflected=True)
 for _op in COMPARISONS:
     _python(_op, OPERATIONS[_op])
-for _name, _function in {"and": _and, "or": _or, "invert": _not, "neg": _neg, "abs": _abs, "pos": _same}.items():
+for _name, _function in {"and": _and, "or": _or}.items():
+    _python(f"i{_name}", _function, in_place=True)
+for _name, _function in {"and": _and, "or": _or, "invert": _not, "neg": _neg, "abs": _abs}.items():
     _python(_name, _function)

@@ -13,6 +13,8 @@ from .numbers import Number, node_of
 from .paths import Path
 from .refusals import refuse, refuse_operation
 
+#: Where they change nothing they return the tensor itself, or a view of it.
+VIEWS = ("detach", "contiguous", "alias", "positive", "to", "type", "type_as")
 #: What torch's operations do, by its names (operations.py). As methods they exist with a trailing underscore, too.
 OPERATIONS: dict[str, Callable[..., Node]] = {}
 
@@ -40,6 +42,8 @@ def run(path: Path, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if type(error) is not TypeError:  # refused
             raise
         raise refuse(f"{name}() with these arguments ({error})") from None
+    if name in VIEWS and out is None and isinstance(args[0], Elements) and result.node is args[0].node:
+        return args[0]  # what is written to the one is written to the other
     return result if out is None else out._assign(result)
 
 
@@ -112,6 +116,9 @@ class Elements:
             self.node = other.node
         else:
             raise refuse("numbers in the place of a mask", "x.to(g.dtype) makes ones and zeros of a mask")
+        return self
+
+    def __pos__(self) -> Elements:
         return self
 
     def __bool__(self) -> bool:
