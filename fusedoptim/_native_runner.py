@@ -13,9 +13,12 @@ from . import _dtensor, _native, _versions
 from ._blocks import row_of
 from ._devices import current_index_of, device_guard, make_launcher, stream_of
 from ._members import BoundParam, has_gradient
-from ._rule import EMA, STORAGE, Rule
+from ._rule import EMA, STORAGE, Group, Rule
 from ._runners import Groups, States, StepSettings
 from ._storage import PARAM, Stored
+
+#: In place of the name of a number that a group does without: no state is called so.
+NEEDLESS = ""
 
 
 class NativeRunner:
@@ -106,18 +109,17 @@ class NativeRunner:
     ) -> None:
         tensors: list[Tensor] = []
         # What lacks a state has no gradient yet.
-        of_plain = self._names(())
-        needless = [{s.name for s in self.rule.numbers if not s.needed_in(group)} for group in groups]
+        of_plain = [self._names((), group) for group in groups]
         starts = [0, *accumulate(len(group["params"]) for group in groups)]
         stored: list[Any] = []
         bindings: list[int] = []  # flat, because the garbage collector looks at every list
         for m in members:
             bindings += (starts[m.group] + m.index, len(tensors))
             tensors.append(m.param)
-            for name in self._names(m.stored) if m.stored else of_plain:
+            for name in self._names(m.stored, groups[m.group]) if m.stored else of_plain[m.group]:
                 value = None if name is None else m.states.get(name)
-                if value is None or name in needless[m.group]:
-                    bindings.append(-2 if name in needless[m.group] else -1)
+                if value is None:
+                    bindings.append(-2 if name == NEEDLESS else -1)
                 else:
                     bindings.append(len(tensors))
                     tensors.append(value)
@@ -139,12 +141,13 @@ class NativeRunner:
         plan.build(groups, state, bindings, dormant, counted, sums, wide, shards, stored, watched, self.constants)
         torch.ops.fusedoptim._hand_over(tensors, self.plan.number)
 
-    def _names(self, stored: tuple[Stored, ...]) -> list[str | None]:
+    def _names(self, stored: tuple[Stored, ...], group: Group) -> list[str | None]:
         """The states of a parameter that a plan takes, in its order; None for what it has not."""
         elements = {s.name: s.elements for s in stored if s.elements}
         counts = self.rule.has_step or any(s.is_stochastic for s in stored)
         slots = [elements.get(s.name, s.name) for s in self.rule.states]
-        return [*slots, EMA, "step" if counts else None, *self.rule.number_names]
+        numbers = [s.name if s.needed_in(group) else NEEDLESS for s in self.rule.numbers]
+        return [*slots, EMA, "step" if counts else None, *numbers]
 
     def _storages(self, m: BoundParam, at: int, tensors: list[Tensor]) -> tuple[Any, ...]:
         """As a plan takes them; what is kept beside an operand joins the tensors."""
