@@ -259,11 +259,11 @@ class Fading(FusedOptimizer):
 def test_functions_of_a_rule_that_is_not_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a number, which the last program of a tensor writes, and a variant of its own for some groups."""
     twice = [("column", 7.0)]
-    rest = [([("constant", 0.0)], 0, [])] * 14
+    rest = [([("constant", 0.0)], 0, 0, [])] * 14
     handle = _native._C.RuleHandle(
-        "fading", ["fade", "twice"], [], ["length"], False, 0, False, -1, [*rest, (twice, 0, []), ([], 0, [])]
+        "fading", ["fade", "twice"], [], ["length"], False, 0, False, -1, [*rest, (twice, 0, 0, []), ([], 0, 0, [])]
     )
-    functions = RuleFunctions(fading_scalars, fading_update, fading_numbers)
+    functions = RuleFunctions(fading_scalars, fading_update, fading_numbers, None)
 
     def make_runner(backend: str, rule: Any, device: torch.device, settings: Any) -> Any:
         if backend == "reference":
