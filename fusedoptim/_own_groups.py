@@ -18,6 +18,11 @@ _NUMBERS = (bool, int, float, Tensor)
 def completed(rule: Rule, defaults: Group) -> Rule:
     """The rule with its hyper-parameters: numbers, and several under one key. Values of other kinds are constants to
     its function."""
+    if LR.key not in defaults:
+        raise ValueError(
+            f"the defaults of rule {rule.name!r} have no 'lr': give them one, which schedulers set and the function "
+            "reads as h['lr']"
+        )
     if rule.hyper:
         return rule
     own = [key for key in defaults if key not in (LR.key, *GROUP_OPTIONS, *_TORCHS)]

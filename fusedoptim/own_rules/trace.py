@@ -54,7 +54,14 @@ class Program:
 
 def constants_of(rule: Rule, group: Group) -> tuple[Any, ...]:
     """With their types: True, 1 and 1.0 are equal."""
-    return tuple((type(group.get(key)), group.get(key)) for key in rule.constants)
+    return tuple(_told_apart(group.get(key)) for key in rule.constants)
+
+
+def _told_apart(x: Any) -> Any:
+    """True is equal to 1 and to 1.0, 0.0 to -0.0, NaN to nothing."""
+    if isinstance(x, tuple):
+        return (type(x), *map(_told_apart, x))
+    return type(x), repr(x) if isinstance(x, float) else x
 
 
 def needed(rule: Rule, group: Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
