@@ -228,9 +228,10 @@ void CpuExecutor::update_chunk(const StepTable& table, int64_t chunk) const {
 // Counts the step, once no thread reads the numbers from before it.
 void CpuExecutor::commit(StepTable& table) const {
   TensorScalars scalars(rule_, table, true);
+  const bool has_numbers = rule_.numbers() > 0;
   for (Entry& e : table.entries) {
     if (!e.active) continue;
-    scalars.step_numbers(e);
+    if (has_numbers) scalars.step_numbers(e);
     store_step(e.step, e.step_dtype, next_step(e.step, e.step_dtype));
     e.first = false;
   }
