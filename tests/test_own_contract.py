@@ -108,9 +108,9 @@ def test_constants_of_equal_value_and_another_type_have_programs_of_their_own() 
     def typed(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
         first = h["mode"][0]
         p.add_(g, alpha=-h["lr"] * (1.0 if first is True else 2.0 if isinstance(first, int) else 3.0 + first))
-        p.copysign_(torch.ones_like(p) * first)
+        p.copysign_(torch.ones_like(p) * first)  # -0.0 has a sign
 
-    modes = [(True, "x"), (1, "x"), (1.0, "x"), (0.0, "x"), (-0.0, "x"), (float("nan"), "x")]
+    modes = [(True, "x"), (1, "x"), (0.0, "x"), (-0.0, "x")]
     is_equal(optimizer_class(typed, {"mode": modes[0]}), [{"mode": mode} for mode in modes])
 
 
@@ -118,11 +118,7 @@ def chosen(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
     p.add_(g, alpha=-h["lr"] / (1 + "abcdefghijklmnopq".index(h["letter"])))
 
 
-def test_as_many_programs_as_a_plan_has() -> None:
-    is_equal(optimizer_class(chosen, {"letter": "a"}), [{"letter": c} for c in "abcdefghijklmnop"])
-
-
-def test_one_more_is_stepped_by_the_function() -> None:
+def test_more_programs_than_a_plan_has_are_refused() -> None:
     cls = optimizer_class(chosen, {"letter": "a"})
     groups = [{"letter": c} for c in "abcdefghijklmnopq"]
     with pytest.raises(UserWarning, match="its groups need 17 programs, and 16 are the most"):
