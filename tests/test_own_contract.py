@@ -115,15 +115,15 @@ def test_constants_of_equal_value_and_another_type_have_programs_of_their_own() 
 
 
 def chosen(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
-    p.add_(g, alpha=-h["lr"] / (1 + "abcdefghijklmnopq".index(h["letter"])))
+    p.add_(g, alpha=-h["lr"] / len(h["letters"]))
 
 
 def test_more_programs_than_a_plan_has_are_refused() -> None:
-    cls = optimizer_class(chosen, {"letter": "a"})
-    groups = [{"letter": c} for c in "abcdefghijklmnopq"]
-    with pytest.raises(UserWarning, match="its groups need 17 programs, and 16 are the most"):
+    cls = optimizer_class(chosen, {"letters": "a"})
+    groups = [{"letters": "a" * (k + 1)} for k in range(65)]
+    with pytest.raises(UserWarning, match="its groups need 65 programs, and 64 are the most"):
         stepped(cls, groups, None)
-    with pytest.raises(RuntimeError, match="17 programs"):
+    with pytest.raises(RuntimeError, match="65 programs"):
         stepped(cls, groups, "cpu")
 
 
