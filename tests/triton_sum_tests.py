@@ -62,27 +62,27 @@ def test_it_is_one_launch(kernels: Any, case: Case) -> None:
     assert kernels.launches(optimizer) == 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"master": "remainder", "state_dtype": torch.bfloat16, "rounding": "stochastic"},
-        {"master": "remainder8", "state_dtype": "int8"},
-        {"master": torch.float32, "state_dtype": torch.float32},
-        {"rounding": "stochastic", "state_dtype": "int8", "clip_grad_value": 0.1},
-    ],
-    ids=["remainder", "8 bits", "master", "8 bits, stochastic"],
-)
-@pytest.mark.parametrize("case", SUMMING, ids=str)
-def test_sums_of_what_is_stored_in_fewer_bits(kernels: Any, case: Case, options: dict[str, Any]) -> None:
+FEWER_BITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "remainder": ("lamb_clip", {"master": "remainder", "state_dtype": torch.bfloat16, "rounding": "stochastic"}),
+    "remainder8": ("cautious", {"master": "remainder8", "state_dtype": "int8"}),
+    "fp32": ("lars_all", {"master": torch.float32, "state_dtype": torch.float32}),
+    "8 bits": ("lars_all", {"rounding": "stochastic", "state_dtype": "int8", "clip_grad_value": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", FEWER_BITS)
+def test_sums_of_what_is_stored_in_fewer_bits(kernels: Any, name: str) -> None:
     """Tiles begin and end within rows and blocks, and rows are of whole blocks or not."""
+    case, options = FEWER_BITS[name]
     shapes = [*LOW_SHAPES, (9, 2048), (40, 450)]
-    compare(two(kernels, case, shapes, torch.bfloat16, **options))
+    compare(two(kernels, BY_NAME[case], shapes, torch.bfloat16, **options))
 
 
-@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=["plain", "8 bits"])
-@pytest.mark.parametrize("case", SUMMING, ids=str)
-def test_sums_go_by_the_logical_order(kernels: Any, case: Case, options: dict[str, Any]) -> None:
-    found = two(kernels, case, [(5, 7, 8, 16)] * len(LAYOUTS), **options)
+@pytest.mark.parametrize(
+    "name, options", [("lamb_clip", {}), ("lars_all", {"state_dtype": "int8"}), ("cautious", {"state_dtype": "int8"})]
+)
+def test_sums_go_by_the_logical_order(kernels: Any, name: str, options: dict[str, Any]) -> None:
+    found = two(kernels, BY_NAME[name], [(5, 7, 8, 16)] * len(LAYOUTS), **options)
     for params, _ in found:
         for p, layout in zip(params, LAYOUTS.values(), strict=True):
             p.data = layout(p.detach())
