@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from .._rule import LR, Group, Rule
 from .._values import number
 from . import operations  # noqa: F401 - which gives symbols their operators
 from .nodes import Graph, Kind, Node, value_of
-from .numbers import Number, node_of
+from .numbers import Condition, Number, node_of
 from .paths import Path, explore
-from .refusals import RuleError, refuse
+from .refusals import RuleError, blaming, call, first_line, refuse
 from .tensors import Elements, tensor_node
 
 Columns = Mapping[tuple[str, int], float]
@@ -130,19 +131,34 @@ def _column(path: Path, key: str, index: int) -> Number:
     return Number(path, path.graph.make("column", Kind.NUMBER, data=(key, index)))
 
 
-_math = threading.Lock()
+_patching = threading.Lock()
+
+
+def _stands_for(x: Any) -> type | None:
+    """What a function gets in a symbol's place where it is not traced; None for what is no symbol."""
+    kind = type(x)
+    if kind is Elements or (kind is Number and x.node.of_lr):
+        return Tensor
+    return float if kind is Number else bool if kind is Condition else None
 
 
 @contextmanager
-def _traced_roots() -> Iterator[None]:
-    """math.sqrt takes nothing but a float: for as long as a function is traced, it takes a symbol as well."""
-    with _math:
-        before = math.sqrt
-        math.sqrt = lambda x: x.sqrt() if isinstance(x, Number) else before(x)  # type: ignore
+def _traced_builtins() -> Iterator[None]:
+    """math.sqrt takes nothing but a float, and isinstance() knows no symbol: for as long as a function is traced, they
+    do. A symbol's __class__ must not be Tensor: torch's C++ code asks for that, and takes it for one."""
+    with _patching:
+        sqrt, is_instance = math.sqrt, isinstance
+
+        def is_or_stands_for(x: Any, of: Any) -> bool:
+            what = _stands_for(x)
+            return is_instance(x, of) or (what is not None and issubclass(what, of))
+
+        math.sqrt = lambda x: x.sqrt() if type(x) is Number else sqrt(x)  # type: ignore
+        builtins.isinstance = is_or_stands_for
         try:
             yield
         finally:
-            math.sqrt = before
+            math.sqrt, builtins.isinstance = sqrt, is_instance
 
 
 # ---- one path, and all of them ----
@@ -169,24 +185,51 @@ def _call(rule: Rule, group: Group, path: Path) -> _Results:
     p, g = (Elements(path, make(leaf, Kind.TENSOR)) for leaf in ("param", "grad"))
     t = Number(path, make("t", Kind.NUMBER))
     function: Callable[..., Any] = rule.reference
-    result = function(p, g, s, t, _Group(path, rule, group))
-    who = f"the function of rule {rule.name!r}"
+    with blaming(function):
+        result = call(function, p, g, s, t, _Group(path, rule, group))
+        return _results(rule, path, result, p, s, states, numbers)
+
+
+def _results(
+    rule: Rule,
+    path: Path,
+    result: Any,
+    p: Elements,
+    s: dict[str, Any],
+    states: Sequence[str],
+    numbers: Sequence[str],
+) -> _Results:
+    """Of what a function left."""
+    who = _who(rule)
     if result is not None and result is not p:
         raise RuleError(f"{who} returns something: it has to write the parameter in place, as p.add_(...) does")
     results = _Results(p.node, {}, {}, path.sums)
     for name in states:
+        if name not in set(s):
+            raise RuleError(f"{who} removes the state {name!r}: write it in place, or set it to a tensor")
         if not isinstance(s[name], Elements):
             raise RuleError(f"{who} leaves the state {name!r} as {s[name]!r}: it has to be a tensor")
         results.states[name] = tensor_node(path, s[name])
     for name in numbers:
+        if name not in set(s):
+            raise RuleError(f"{who} removes {name!r}: set it to a number")
         node = node_of(path, s[name])
         if node is None:
             raise RuleError(f"{who} leaves {name!r} as {type(s[name]).__name__}: it is a number, so set it to one")
+        if node.of_lr:
+            raise RuleError(
+                f"{who} leaves {name!r} as a tensor, as a learning rate that is one makes it: use double(lr), which is "
+                "its number"
+            )
         results.numbers[name] = node
     unknown = s.keys() - {*states, *numbers}
     if unknown:
         raise RuleError(f"{who} makes the states {sorted(unknown)}: name them in Rule(states=...)")
     return results
+
+
+def _who(rule: Rule) -> str:
+    return f"the function of rule {rule.name!r}{first_line(rule.reference)}"
 
 
 def _merged(graph: Graph, paths: Sequence[tuple[Path, _Results]], depth: int = 0) -> _Results:
@@ -223,23 +266,21 @@ def trace(rule: Rule, group: Group) -> Program:
     graph, found = Graph(), []
     guards: dict[Node, bool] = {}
     results: list[_Results] = []
-    with _traced_roots():
+    with _traced_builtins():
         for path in explore(graph, columns_of(rule, group), lambda path: results.append(_call(rule, group, path))):
             found.append((path, results.pop()))
             guards.update(path.guards)
     merged = _merged(graph, found)
     if merged.param.op == "param":
-        raise RuleError(
-            f"the function of rule {rule.name!r} changes no parameter: it has to write p in place, as p.add_(...) does"
-        )
+        raise RuleError(f"{_who(rule)} changes no parameter: it has to write p in place, as p.add_(...) does")
     if len(merged.sums) > rule.sums:
         raise RuleError(
-            f"the function of rule {rule.name!r} calls norm() or mean_square() {len(merged.sums)} times: say so with "
+            f"{_who(rule)} calls norm() or mean_square() {len(merged.sums)} times: say so with "
             f"Rule(sums={len(merged.sums)})"
         )
     for node in merged.sums:
         if node.needs_sums:
-            raise RuleError(f"the function of rule {rule.name!r} sums what depends on another sum")
+            raise RuleError(f"{_who(rule)} sums what depends on another sum")
     states, numbers = needed(rule, group)
     return Program(
         rule,
