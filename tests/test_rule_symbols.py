@@ -17,7 +17,7 @@ from test_rule_traces import elements, program, writes
 from torch import Tensor
 
 from fusedoptim import FusedOptimizer, Rule, State, norm
-from fusedoptim.own_rules import compiler, refusals
+from fusedoptim.own_rules import compiler, programs, refusals
 from fusedoptim.own_rules.nodes import in_order
 from fusedoptim.own_rules.refusals import RuleError
 from fusedoptim.rule_functions import double
@@ -69,6 +69,8 @@ REFUSED: dict[str, Any] = {
     "complex number": (lambda p, g, s, t, h: g * (h["lr"] * (-5.0) ** 0.5), r"a complex number.*max\(x, 0.0\)"),
     "array": (lambda p, g, s, t, h: np.ones(3) * g, r"an operand of type numpy.ndarray"),
     "numpy": (lambda p, g, s, t, h: np.sqrt(g), r"symbol cannot be traced.*Elements"),
+    "option": (lambda p, g, s, t, h: g * (h.get("max_grad_norm") or 1), r"the group's 'max_grad_norm'.*can read"),
+    "keys": (lambda p, g, s, t, h: g * len(h), r"a loop over a group's keys"),
     "no operand": (lambda p, g, s, t, h: g.add(alpha=2), r"add\(\) with these arguments.*'other'"),
     "foreign in place": (lambda p, g, s, t, h: torch.add(OUTSIDE, g, out=p), r"an operand of type torch.Tensor"),
 }
@@ -157,6 +159,42 @@ def test_what_is_found_at_the_end_is_told_of_the_functions_first_line(function: 
 def test_files_beside_the_tracers_and_torchs_folder_are_the_functions() -> None:
     for folder in refusals._FOLDERS:
         assert refusals._is_ours(f"{folder}x.py") and not refusals._is_ours(f"{folder[:-1]}_more/x.py")
+
+
+def test_a_group_is_asked_for_what_it_may_not_have() -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.sub_(g, alpha=h.get("beta", 0.0) if "beta" in h and "other" not in h else h.get("other", 1.0))
+
+    assert [n.data for n in in_order([program(function).param]) if n.op == "column"] == [("beta", -1)]
+
+
+def clipped(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+    p.sub_(g if h["clip"] is None else g.clamp(max=h["clip"]), alpha=h["lr"])
+
+
+class Clipped(FusedOptimizer):
+    rule = Rule("clipped", clipped)
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "clip": None}, options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(compiler.problem() is not None, reason="rules cannot be compiled here")
+def test_a_number_may_be_none_for_some_steps() -> None:
+    both = []
+    for backend in ("cpu", "reference"):
+        optimizer = Clipped(parameters([(5,), (3, 4)]), backend=backend)
+        for k, clip in enumerate((None, 0.5, 0.25, None, -0.5, 1)):
+            set_gradients(optimizer.param_groups[0]["params"], k)
+            optimizer.param_groups[0]["clip"] = clip
+            optimizer.step()
+        optimizer.param_groups[0]["clip"] = -1.0
+        with pytest.raises(ValueError, match=r"'clip' is -1.0, but must be above -1"):
+            optimizer.step()
+        both.append(optimizer)
+    assert_same_optimizers(*both)
+    (found,) = programs._known[clipped].values()
+    assert len(found) == 2
 
 
 # ---- a learning rate that is a tensor ----

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .._rule import LR, Group, Rule
+from .._rule import LR, Group, Hyper, Rule
 from .._values import number
 from . import operations  # noqa: F401 - which gives symbols their operators
 from .nodes import Graph, Kind, Node, value_of
@@ -54,8 +56,27 @@ class Program:
 
 
 def constants_of(rule: Rule, group: Group) -> tuple[Any, ...]:
-    """With their types: True, 1 and 1.0 are equal."""
-    return tuple((type(group.get(key)), group.get(key)) for key in rule.constants)
+    """What stands for the values of a group that are no numbers: equal where a function cannot tell them apart.
+
+    Raises:
+        RuleError: for values that may change within, or of which that is not known.
+    """
+    return tuple(_constant(key, group.get(key)) for key in rule.constants)
+
+
+def _constant(key: str, value: Any) -> tuple[Any, ...]:
+    """With its types: True, 1 and 1.0 are equal."""
+    if type(value) is tuple:
+        return (tuple, *(_constant(key, x) for x in value))
+    if isinstance(value, float):
+        return (type(value), value.hex())
+    if value is None or isinstance(value, (str, bytes, bool, int, torch.dtype, Enum)):
+        return (type(value), value)
+    raise RuleError(
+        f"the group's {key!r} is {value!r}: a rule's function takes numbers of a group, and as constants texts, None, "
+        "dtypes, members of an Enum and tuples of such. Keep all else outside of the group, or pass "
+        "backend='reference', to run it eagerly"
+    )
 
 
 def needed(rule: Rule, group: Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -98,7 +119,9 @@ class _Group(Mapping[str, Any]):
     """A group's values as symbols."""
 
     def __init__(self, path: Path, rule: Rule, group: Group) -> None:
+        self._there = {*group, *rule.constants}
         self._values: dict[str, Any] = {key: group.get(key) for key in rule.constants}
+        self._path, self._optional = path, {h.key: h for h in rule.hyper if h.optional and h.index < 0}
         for hyper in rule.hyper:
             if group.get(hyper.key, hyper.off) is None:
                 self._values[hyper.key] = None
@@ -112,19 +135,35 @@ class _Group(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
             raise refuse(f"the group's {key!r}", f"a function can read {', '.join(map(repr, self._values))}")
+        if key in self._optional:
+            _decide_whether_off(self._path, self._optional[key], self._values[key] is None)
         return self._values[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._values
+        return key in self._there
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self._values.get(key, default)
+        return self[key] if key in self._there else default
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        raise refuse("a loop over a group's keys", f"a function can read {', '.join(map(repr, self._values))}")
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len([*self])
+
+
+def _decide_whether_off(path: Path, hyper: Hyper, is_off: bool) -> None:
+    """A row has -1 for None."""
+    if is_off and hyper.off_number != -1.0:
+        raise RuleError(f"the group's {hyper.key!r} is None, and Hyper({hyper.key!r}, ...) does not say off=None")
+    if hyper.off_number == -1.0:
+        if -1.0 in hyper.accepts:
+            raise RuleError(
+                f"the group's {hyper.key!r} may be None, which -1 stands for, and -1: let "
+                f"Hyper({hyper.key!r}, accepts=...) leave that out"
+            )
+        column = path.graph.make("column", Kind.NUMBER, data=(hyper.key, -1))
+        path.decide(path.graph.make("eq", Kind.CONDITION, column, path.graph.const(-1.0)))
 
 
 def _column(path: Path, key: str, index: int) -> Number:
