@@ -156,6 +156,18 @@ def test_what_is_found_at_the_end_is_told_of_the_functions_first_line(function: 
     assert re.search(rf"\(test_rule_symbols.py, line \d+: def {name}\(", str(caught.value)), str(caught.value)
 
 
+def test_a_state_that_is_absent_has_to_be_asked_for() -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        if t == 1:
+            s["z"] = g.clone()
+        else:
+            s["z"].add_(g)
+        p.sub_(s["z"])
+
+    with pytest.raises(RuleError, match=r"takes 'z' for tensors in a step that may be .*`if s\[name\] is None`"):
+        program(function, states=(State("z", starts_absent=True),))
+
+
 def test_files_beside_the_tracers_and_torchs_folder_are_the_functions() -> None:
     for folder in refusals._FOLDERS:
         assert refusals._is_ours(f"{folder}x.py") and not refusals._is_ours(f"{folder[:-1]}_more/x.py")

@@ -225,7 +225,16 @@ def _call(rule: Rule, group: Group, path: Path) -> _Results:
     t = Number(path, make("t", Kind.NUMBER))
     function: Callable[..., Any] = rule.reference
     with blaming(function):
-        result = call(function, p, g, s, t, _Group(path, rule, group))
+        try:
+            result = call(function, p, g, s, t, _Group(path, rule, group))
+        except (AttributeError, TypeError) as error:
+            if not first or "None" not in str(error) or isinstance(error, RuleError):
+                raise
+            names = " and ".join(map(repr, sorted(absent)))
+            raise RuleError(
+                f"{_who(rule)} takes {names} for tensors in a step that may be a tensor's first, where they are None "
+                f"({error}): ask `if s[name] is None`"
+            ) from error
         return _results(rule, path, result, p, s, states, numbers)
 
 
