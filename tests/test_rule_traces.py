@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from enum import Enum
 from typing import Any
 
 import pytest
@@ -14,12 +13,11 @@ from cases import CASES, parameters
 
 import fusedoptim
 from fusedoptim import FusedOptimizer, Rule, State, mean_square, norm, to_fp32
-from fusedoptim._rule import AT_LEAST_0, Hyper
 from fusedoptim._values import numbers
 from fusedoptim.own_rules.nodes import Node, in_order
 from fusedoptim.own_rules.programs import guard, program_of, programs_of
 from fusedoptim.own_rules.refusals import RuleError
-from fusedoptim.own_rules.trace import Program, constants_of, trace
+from fusedoptim.own_rules.trace import Program, trace
 
 OUTSIDE = torch.ones(3)
 
@@ -126,51 +124,6 @@ def test_constants_are_values_that_are_no_numbers() -> None:
     sign, plain = (program(function, {"mode": mode, "none": None}) for mode in ("sign", "plain"))
     assert "sign" in [n.op for n in elements(sign)] and "sign" not in [n.op for n in elements(plain)]
     assert guard(sign) != guard(plain)
-
-
-@pytest.mark.parametrize("value", [[1], {"a": 1}, object(), (1, [2]), OUTSIDE, len], ids=str)
-def test_constants_that_may_change_are_refused(value: Any) -> None:
-    with pytest.raises(RuleError, match=r"the group's 'mode' is .*Keep all else outside of the group"):
-        program(lambda p, g, s, t, h: p.sub_(g), {"mode": "x", "none": None}, mode=value)
-
-
-def test_constants_are_told_apart_by_their_types() -> None:
-    class Kind(Enum):
-        A, B = 1, 2
-
-    values = ["x", None, True, 1, 1.0, 0.0, -0.0, (1,), (True,), ("x", (None,)), torch.float32, Kind.A, Kind.B]
-    rule = Rule("r", lambda *_: None, constants=("mode",))
-    assert len({constants_of(rule, {"mode": value}) for value in values}) == len(values)
-    assert constants_of(rule, {"mode": math.nan}) == constants_of(rule, {"mode": float("nan")})
-
-
-def test_what_is_none_by_default_is_a_number_that_is_off() -> None:
-    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
-        p.sub_(g if h["clip"] is None else g.clamp(max=h["clip"]))
-
-    defaults = {"lr": 0.1, "clip": None, "mode": None}
-    cls: Any = type(
-        "Mine", (FusedOptimizer,), {"rule": Rule("mine", function, states=[State("m")], constants=["mode"])}
-    )
-    optimizer = cls(parameters([(3,)]), defaults, {})
-    assert optimizer.param_groups[0]["clip"] is None and optimizer.rule.constants == ("mode",)
-    off, one, two = (program_of(optimizer.rule, group_of(optimizer, clip=clip)) for clip in (None, 0.5, 0.0))
-    assert off is not one and one is two and guard(off) != guard(one)
-    assert "where" in [n.op for n in elements(one)] and "where" not in [n.op for n in elements(off)]
-    with pytest.raises(ValueError, match=r"above -1 and at most 1e\+18, or else declared with Rule\(hyper=...\)"):
-        optimizer.add_param_group({"params": parameters([(2,)]), "clip": -1.0})
-
-
-def test_none_and_minus_1_do_not_go_together() -> None:
-    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
-        p.sub_(g if h["clip"] is None else g * h["clip"])
-
-    assert "leave that out" in replaced(function, group={"clip": None}, hyper=(Hyper("clip", optional=True, off=None),))
-    assert "does not say off=None" in replaced(
-        function, group={"clip": None}, hyper=(Hyper("clip", optional=True, accepts=AT_LEAST_0),)
-    )
-    found = program(function, {"clip": None}, hyper=(Hyper("clip", optional=True, off=None, accepts=AT_LEAST_0),))
-    assert found.param.op == "sub"
 
 
 def test_sums_are_counted_in_the_order_of_calls() -> None:
@@ -373,12 +326,36 @@ def test_masks_may_be_written_in_place() -> None:
     assert "and" in [n.op for n in elements(program(function))]
 
 
+def test_data_that_is_replaced_is_that_of_no_view_from_before() -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        before, half = p.data, p * 0.5
+        p.detach().data = g  # of the view alone
+        p.data = half
+        before.mul_(3.0)
+        half.sub_(g)
+        p.add_(s["m"])
+
+    found = elements(program(function))
+    assert [n.op for n in found if n.op not in ("param", "grad", "state")] == ["spread", "mul", "sub", "add"]
+
+
 def test_data_is_the_tensor() -> None:
     def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
         p.data = p * 0.5
         p.data.sub_(g)
 
     assert program(function).param.op == "sub"
+
+
+def test_a_refusal_that_the_function_catches_is_one() -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        try:
+            p.sub_(g.exp())
+        except Exception:
+            p.sub_(g)
+
+    assert "exp() cannot be traced" in replaced(function)
+    assert program(lambda p, g, s, t, h: p.sub_(g)).param.op == "sub"
 
 
 def test_an_error_of_the_function_is_its_own() -> None:

@@ -67,7 +67,9 @@ def refuse(what: str, instead: str = "") -> RuleError:
         what: what it does that cannot be traced.
     """
     remedy = f" {instead[0].upper()}{instead[1:]}." if instead else ""
-    return RuleError(f"{what} cannot be traced{_where()}.{remedy} Or pass backend='reference', to run it eagerly")
+    error = RuleError(f"{what} cannot be traced{_where()}.{remedy} Or pass backend='reference', to run it eagerly")
+    _traced.refused = _traced.refused or error
+    return error
 
 
 def refuse_operation(name: str) -> RuleError:
@@ -85,6 +87,8 @@ def refuse_text() -> RuleError:
 
 class _Traced(threading.local):
     function: Callable[..., Any] | None = None
+    #: The first error of its present call, which the function may have caught.
+    refused: RuleError | None = None
 
 
 _traced = _Traced()
@@ -106,8 +110,12 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         RuleError: where it asks of a symbol what symbols do not have, beside what it raises itself.
     """
+    _traced.refused = None
     try:
-        return function(*args)
+        result = function(*args)
+        if _traced.refused is not None:
+            raise _traced.refused
+        return result
     except (TypeError, AttributeError) as error:
         if isinstance(error, RuleError) or not any(name in str(error) for name in _SYMBOLS):
             raise

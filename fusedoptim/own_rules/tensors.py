@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..rule_functions import correctly_rounded_sqrt, mean_square, norm
@@ -13,8 +14,8 @@ from .numbers import Number, node_of
 from .paths import Path
 from .refusals import refuse, refuse_operation, refuse_text
 
-#: Where they change nothing they return the tensor itself, or a view of it.
-VIEWS = ("detach", "contiguous", "alias", "positive", "to", "type", "type_as")
+#: Those that return the tensor itself where they change nothing, and those that always return a view of it.
+ITSELF, VIEWS = ("contiguous", "positive", "to", "type", "type_as"), ("detach", "alias")
 #: What torch's operations do, by its names (operations.py). As methods they exist with a trailing underscore, too.
 OPERATIONS: dict[str, Callable[..., Node]] = {}
 #: Those of masks alone; all others take a mask only beside a tensor, and then as ones and zeros.
@@ -60,8 +61,20 @@ def run(path: Path, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if not isinstance(out, Elements):
             raise refuse(f"{name}(out=...) with another tensor", "out= is one of the rule's own")
         return out._assign(result)
-    is_same = name in VIEWS and isinstance(args[0], Elements) and result.node is args[0].node
-    return args[0] if is_same and not arguments.get("copy") else result  # what is written to the one is to the other
+    first = args[0] if args else arguments.get("input")
+    if isinstance(first, Elements):
+        if name in VIEWS:
+            return first._view()
+        if name in ITSELF and result.node is first.node and not arguments.get("copy"):
+            return first
+    return result
+
+
+@dataclass
+class _Memory:
+    """What several tensors may have in common."""
+
+    node: Node
 
 
 class Elements:
@@ -73,7 +86,18 @@ class Elements:
     __array_ufunc__ = None
 
     def __init__(self, path: Path, node: Node) -> None:
-        self._path, self.node = path, node
+        self._path, self._memory = path, _Memory(node)
+
+    @property
+    def node(self) -> Node:
+        """What was written to it last, or to a view of it."""
+        return self._memory.node
+
+    def _view(self) -> Elements:
+        """Another tensor with the same memory."""
+        view = Elements(self._path, self.node)
+        view._memory = self._memory
+        return view
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,7 +139,7 @@ class Elements:
                 raise refuse("the dtype of a mask", "g.dtype is that in which a rule computes")
             return COMPUTE_DTYPE
         if name == "data":
-            return self
+            return self._view()
         if name.startswith("__"):
             raise AttributeError(name)
         plain = name.removesuffix("_")
@@ -133,18 +157,18 @@ class Elements:
         return run(self._path, "where", (condition, self, other), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("_path", "node"):
+        if name in ("_path", "_memory"):
             object.__setattr__(self, name, value)
-        elif name == "data" and isinstance(value, Elements):
-            self._assign(value)
+        elif name == "data" and isinstance(value, Elements) and value.node.kind is self.node.kind:
+            self._memory = value._memory
         else:
             raise refuse(f"x.{name} = ...", "write x in place: x.copy_(...)")
 
     def _assign(self, other: Elements) -> Elements:
         if self.node.kind is Kind.TENSOR:
-            self.node = _as_tensor(self._path, other.node)
+            self._memory.node = _as_tensor(self._path, other.node)
         elif other.node.kind is Kind.MASK:
-            self.node = other.node
+            self._memory.node = other.node
         else:
             raise refuse("numbers in the place of a mask", "x.to(g.dtype) makes ones and zeros of a mask")
         return self
@@ -153,7 +177,7 @@ class Elements:
         return self
 
     def __copy__(self) -> Elements:
-        return self  # the copy has the same memory
+        return self._view()
 
     def __deepcopy__(self, memo: Any) -> Elements:
         return Elements(self._path, self.node)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -14,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._rule import LR, Group, Hyper, Rule
+from .._rule import LR, Group, Rule
 from .._values import number
 from . import operations  # noqa: F401 - which gives symbols their operators
+from .given import GroupValues, States, traced_builtins
 from .nodes import Graph, Kind, Node, value_of
-from .numbers import Condition, Number, node_of
+from .numbers import Number, node_of
 from .paths import Path, explore
-from .refusals import RuleError, blaming, call, first_line, refuse
+from .refusals import RuleError, blaming, call, first_line
 from .tensors import Elements, tensor_node
 
 Columns = Mapping[tuple[str, int], float]
@@ -97,109 +94,6 @@ def columns_of(rule: Rule, group: Group) -> Columns:
     return found
 
 
-# ---- what the function gets ----
-
-
-class _States(dict[str, Any]):
-    """Says what there is, where a function asks for another."""
-
-    def __contains__(self, name: object) -> bool:
-        raise refuse("the question whether there is a state", "ask for the group's value that says so, or `is None`")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return name in self
-
-    def __missing__(self, name: str) -> Any:
-        raise refuse(
-            f"the state {name!r}, which the rule does not declare for this group,", f"it has {', '.join(self)}"
-        )
-
-
-class _Group(Mapping[str, Any]):
-    """A group's values as symbols."""
-
-    def __init__(self, path: Path, rule: Rule, group: Group) -> None:
-        self._there = {*group, *rule.constants}
-        self._values: dict[str, Any] = {key: group.get(key) for key in rule.constants}
-        self._path, self._optional = path, {h.key: h for h in rule.hyper if h.optional and h.index < 0}
-        for hyper in rule.hyper:
-            if group.get(hyper.key, hyper.off) is None:
-                self._values[hyper.key] = None
-            elif hyper.index < 0:
-                self._values[hyper.key] = _column(path, hyper.key, -1)
-            else:
-                self._values[hyper.key] = tuple(_column(path, hyper.key, i) for i in range(hyper.count))
-        lr_is_tensor = isinstance(group[LR.key], Tensor)
-        self._values[LR.key] = Number(path, path.graph.make("lr", Kind.NUMBER, of_lr=lr_is_tensor))
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._values:
-            raise refuse(f"the group's {key!r}", f"a function can read {', '.join(map(repr, self._values))}")
-        if key in self._optional:
-            _decide_whether_off(self._path, self._optional[key], self._values[key] is None)
-        return self._values[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._there
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self._there else default
-
-    def __iter__(self) -> Iterator[str]:
-        raise refuse("a loop over a group's keys", f"a function can read {', '.join(map(repr, self._values))}")
-
-    def __len__(self) -> int:
-        return len([*self])
-
-
-def _decide_whether_off(path: Path, hyper: Hyper, is_off: bool) -> None:
-    """A row has -1 for None."""
-    if is_off and hyper.off_number != -1.0:
-        raise RuleError(f"the group's {hyper.key!r} is None, and Hyper({hyper.key!r}, ...) does not say off=None")
-    if hyper.off_number == -1.0:
-        if -1.0 in hyper.accepts:
-            raise RuleError(
-                f"the group's {hyper.key!r} may be None, which -1 stands for, and -1: let "
-                f"Hyper({hyper.key!r}, accepts=...) leave that out"
-            )
-        column = path.graph.make("column", Kind.NUMBER, data=(hyper.key, -1))
-        path.decide(path.graph.make("eq", Kind.CONDITION, column, path.graph.const(-1.0)))
-
-
-def _column(path: Path, key: str, index: int) -> Number:
-    return Number(path, path.graph.make("column", Kind.NUMBER, data=(key, index)))
-
-
-_patching = threading.Lock()
-
-
-def _stands_for(x: Any) -> type | None:
-    """What a function gets in a symbol's place where it is not traced; None for what is no symbol."""
-    kind = type(x)
-    if kind is Elements or (kind is Number and x.node.of_lr):
-        return Tensor
-    return float if kind is Number else bool if kind is Condition else None
-
-
-@contextmanager
-def _traced_builtins() -> Iterator[None]:
-    """math.sqrt takes nothing but a float, and isinstance() knows no symbol: for as long as a function is traced, they
-    do. A symbol's __class__ must not be Tensor: torch's C++ code asks for that, and takes it for one."""
-    with _patching:
-        sqrt, is_instance = math.sqrt, isinstance
-
-        def is_or_stands_for(x: Any, of: Any) -> bool:
-            what = _stands_for(x)
-            return is_instance(x, of) or (what is not None and issubclass(what, of))
-
-        math.sqrt = lambda x: x.sqrt() if type(x) is Number else sqrt(x)  # type: ignore
-        builtins.isinstance = is_or_stands_for
-        try:
-            yield
-        finally:
-            math.sqrt, builtins.isinstance = sqrt, is_instance
-
-
 # ---- one path, and all of them ----
 
 
@@ -218,7 +112,7 @@ def _call(rule: Rule, group: Group, path: Path) -> _Results:
     absent = {s.name for s in rule.states if s.starts_absent} & {*states}
     if absent:
         first = path.decide(make("first", Kind.CONDITION))
-    s = _States({name: Elements(path, make("state", Kind.TENSOR, data=name)) for name in states})
+    s = States({name: Elements(path, make("state", Kind.TENSOR, data=name)) for name in states})
     s.update({name: None for name in absent if first})
     s.update({name: Number(path, make("number", Kind.NUMBER, data=name)) for name in numbers})
     p, g = (Elements(path, make(leaf, Kind.TENSOR)) for leaf in ("param", "grad"))
@@ -226,7 +120,7 @@ def _call(rule: Rule, group: Group, path: Path) -> _Results:
     function: Callable[..., Any] = rule.reference
     with blaming(function):
         try:
-            result = call(function, p, g, s, t, _Group(path, rule, group))
+            result = call(function, p, g, s, t, GroupValues(path, rule, group))
         except (AttributeError, TypeError) as error:
             if not first or "None" not in str(error) or isinstance(error, RuleError):
                 raise
@@ -314,7 +208,7 @@ def trace(rule: Rule, group: Group) -> Program:
     graph, found = Graph(), []
     guards: dict[Node, bool] = {}
     results: list[_Results] = []
-    with _traced_builtins():
+    with traced_builtins():
         for path in explore(graph, columns_of(rule, group), lambda path: results.append(_call(rule, group, path))):
             found.append((path, results.pop()))
             guards.update(path.guards)
