@@ -71,6 +71,8 @@ REFUSED: dict[str, Any] = {
     "numpy": (lambda p, g, s, t, h: np.sqrt(g), r"symbol cannot be traced.*Elements"),
     "option": (lambda p, g, s, t, h: g * (h.get("max_grad_norm") or 1), r"the group's 'max_grad_norm'.*can read"),
     "keys": (lambda p, g, s, t, h: g * len(h), r"a loop over a group's keys"),
+    "large integer": (lambda p, g, s, t, h: g * (t + (2**53 + 1)), r"an integer that no double is"),
+    "larger integer": (lambda p, g, s, t, h: g * 10**400, r"an integer that no double is.*1e20"),
     "no operand": (lambda p, g, s, t, h: g.add(alpha=2), r"add\(\) with these arguments.*'other'"),
     "foreign in place": (lambda p, g, s, t, h: torch.add(OUTSIDE, g, out=p), r"an operand of type torch.Tensor"),
 }

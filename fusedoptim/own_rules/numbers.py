@@ -14,6 +14,9 @@ _HAVE = (
 )
 
 
+_LARGEST = 2**1023
+
+
 class Condition:
     """A comparison of numbers. Asked for its truth it is decided: see paths.py."""
 
@@ -140,6 +143,8 @@ def node_of(path: Path, x: Any) -> Node | None:
     if isinstance(x, Number):
         return x.node
     if isinstance(x, (bool, int, float)) and not isinstance(x, Condition):
+        if isinstance(x, int) and (abs(x) > _LARGEST or int(float(x)) != x):
+            raise refuse("an integer that no double is", "numbers are doubles: write it as one, as 1e20")
         return path.graph.const(x)
     return None
 
