@@ -119,7 +119,6 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("divides", &RuleHandle::divides)
       .def_readonly("sums", &RuleHandle::sums)
       .def_property_readonly("numbers", &RuleHandle::numbers)
-      .def_property_readonly("layout", &gpu::rule_layout)
       .def_property_readonly("halves",
                              [](const RuleHandle& rule) {
                                std::vector<int> halves;

@@ -13,13 +13,13 @@ from ._device_memory import DeviceMemory
 
 
 def make_launcher(backend: str, device: torch.device) -> Any:
-    """What launches a backend's kernels on a device: see csrc/python/make_executor.h."""
+    """What launches a backend's kernels that clip, on a device: see csrc/python/make_executor.h."""
     if backend == "cpu":
         return None
     if backend == "triton":
-        from .triton_kernels.device import TritonDevice
+        from .triton_kernels.device import CLIP, TritonDevice
 
-        return TritonDevice(device)
+        return TritonDevice(device, CLIP)
     return DeviceMemory(device)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import _dtensor, _native, _versions
 from ._blocks import row_of
-from ._devices import current_index_of, device_guard, make_launcher, stream_of
+from ._device_memory import DeviceMemory
+from ._devices import current_index_of, device_guard, stream_of
 from ._members import BoundParam, has_gradient
 from ._rule import EMA, STORAGE, Group, Rule
 from ._runners import Groups, States, StepSettings
@@ -174,22 +175,13 @@ class GpuRunner(NativeRunner):
     """The same with the tables in a GPU's memory (csrc/gpu/executor.h), on torch's current stream.
 
     Args:
-        functions: of a rule that is not the package's own, in Triton (triton_kernels/device.py).
+        launcher: what launches kernels there (csrc/python/make_executor.h).
     """
 
     def __init__(
-        self,
-        rule: Rule,
-        settings: StepSettings,
-        device: torch.device,
-        backend: str,
-        handle: Any = None,
-        functions: Any = None,
+        self, rule: Rule, settings: StepSettings, device: torch.device, launcher: DeviceMemory, handle: Any = None
     ) -> None:
         self.device = device
-        launcher = make_launcher(backend, device)
-        if functions is not None:
-            launcher.functions = functions
         super().__init__(rule, settings, torch.empty(0, device=device).__dlpack_device__(), launcher, handle)
         if device.type == "cpu":
             return

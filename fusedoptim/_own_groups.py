@@ -44,6 +44,11 @@ def completed(rule: Rule, defaults: Group) -> Rule:
         name: tuple(getattr(rule, name)) for name in _LISTS if isinstance(getattr(rule, name), list)
     }
     rule = dataclasses.replace(rule, **lists) if lists else rule
+    if LR.key not in defaults:
+        raise ValueError(
+            f"the defaults of rule {rule.name!r} have no 'lr': give them one, which schedulers set and the function "
+            "reads as h['lr']"
+        )
     if rule.hyper:
         return rule
     own = [key for key in defaults if key not in (LR.key, *GROUP_OPTIONS, *_TORCHS, *rule.constants)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _backends, _members
 from ._check_tensors import can_have_states
+from ._device_memory import DeviceMemory
 from ._distributed import sharded_by_fsdp1
 from ._dtensor import hides_shard
 from ._exchange import Exchange, RankError, RefusedElsewhere
@@ -172,14 +173,18 @@ def prepare(optimizer: HasNorms, changes: Changes, exchange: Exchange, norm_is_g
 
 
 def make_runner(backend: str, rule: Rule, device: torch.device, settings: StepSettings) -> Runner:
-    if backend != "reference" and _backends.is_own(rule):
-        from .own_rules.runner import OwnCpuRunner, OwnTritonRunner
+    if backend == "triton":
+        from .own_rules.runner import TritonRunner
 
-        return OwnCpuRunner(rule, settings) if backend == "cpu" else OwnTritonRunner(rule, settings, device)
+        return TritonRunner(rule, settings, device)
+    if backend == "cuda":
+        return GpuRunner(rule, settings, device, DeviceMemory(device))
+    if backend == "cpu" and _backends.is_own(rule):
+        from .own_rules.runner import OwnCpuRunner
+
+        return OwnCpuRunner(rule, settings)
     if backend == "cpu":
         return NativeRunner(rule, settings)
-    if backend in ("cuda", "triton"):
-        return GpuRunner(rule, settings, device, backend)
     assert backend == "reference", backend
     return ReferenceRunner(rule, settings)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _versions, reference
 from ._backends import is_own
+from ._doubles import doubles
 from ._dtensor import aligned, is_dtensor, local
 from ._dtypes import compute_dtype
 from ._members import BoundParam
@@ -51,6 +52,9 @@ class ReferenceRunner:
         wide: bool = False,
     ) -> None:
         self.groups = [numbers(group, self.rule) for group in groups]
+        self.of_function = self.groups
+        if self.own:
+            self.of_function = [{key: doubles(value) for key, value in group.items()} for group in self.groups]
         self.state, self.members = state, members
         self.places = [0, *accumulate(len(group["params"]) for group in groups)]
         self.numbers = torch.zeros(self.places[-1] + 1, dtype=torch.float64, device=self.settings.norm_stats.device)
@@ -184,12 +188,13 @@ class ReferenceRunner:
         if m.first:
             work.update({s.name: None for s in self.rule.states if s.starts_absent and s.name in work})
         numbers = [s.name for s in self.rule.numbers if s.needed_in(group)]
-        work.update({name: state[name].item() for name in numbers})
+        work.update({name: doubles(state[name].item()) for name in numbers})
         counts = self.rule.has_step or any(s.is_stochastic for s in m.stored)
         step = state["step"] + 1 if counts else None
         updated = part(load(m, PARAM, m.param, state))
+        t = 0.0 if step is None else step.item()
         with calling(call):
-            self.rule.reference(updated, part(gradient), work, 0.0 if step is None else step.item(), group)
+            self.rule.reference(updated, part(gradient), work, doubles(t) if self.own else t, self.of_function[m.group])
         if self.own:
             _check_results(self.rule, updated, work, slots, numbers, call)
         for name in numbers:

@@ -141,9 +141,16 @@ class State:
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule. Where kernels are compiled for it (csrc/rules), the names of ``hyper`` and ``states`` are theirs,
-    in their order: whoever makes a plan compares them. A rule of one's own has none, and is stepped with its
-    ``reference``."""
+    """An update rule: a function, and the names of what it works on.
+
+    Kernels are compiled ahead for the package's own (csrc/rules): the names of ``hyper`` and ``states`` are theirs, in
+    their order, which whoever makes a plan compares. For any other rule they are made of ``reference``, which is run on
+    symbols for it, once for a combination of conditions on the group's values. What it reads from elsewhere, such as a
+    module's variable, has in them the value of that moment: what may change belongs into the group.
+
+    Raises:
+        TypeError: for states that are no :class:`State`, and a function that is none.
+    """
 
     name: str
     reference: Reference
@@ -166,6 +173,18 @@ class Rule:
     states_at_construction: bool = False
     #: The optimizer of torch.optim that takes the sparse gradients which this one does not.
     sparse_alternative: str = "SGD"
+
+    def __post_init__(self) -> None:
+        for name in ("hyper", "states", "constants", "initial", "numbers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not callable(self.reference):
+            raise TypeError(
+                f"Rule({self.name!r}, {self.reference!r}): the second argument is the function of the update, called "
+                "with p, g, s, t, h"
+            )
+        wrong = [x for x in (*self.states, *self.numbers) if not isinstance(x, State)]
+        if wrong:
+            raise TypeError(f"rule {self.name!r} has the state {wrong[0]!r}: write State({str(wrong[0])!r})")
 
     @property
     def row(self) -> tuple[Hyper, ...]:

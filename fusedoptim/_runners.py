@@ -89,7 +89,7 @@ class Runner(Steps, Protocol):
 
     def measure(self, of_rule: int | None = None, grad_scale: Tensor | None = None) -> None:
         """Writes sums of squares, 0 where there is no gradient: of the unscaled gradients, or that which of its sums
-        the rule asks for."""
+        the rule asks for, in their order from 0 on: who measures one may as well measure those after it."""
 
     def reduce(self) -> None:
         """Makes the norm of all gradients, in the settings' ``norm_stats``, of the sums."""

@@ -15,7 +15,7 @@ from ._random_places import NOWHERE
 from ._reference_runner import load, store
 from ._resharding import Resharding
 from ._states import HasStates
-from ._storage import PARAM, stored
+from ._storage import MASTERS, PARAM, stored
 
 
 class Moving(HasStates, Protocol):
@@ -35,6 +35,9 @@ def move_towards(
         groups: with the weight of each.
         model: see :class:`Resharding`.
         call: what asks for it, for messages.
+
+    Raises:
+        ValueError: for a state that is not like its parameter. Nothing is written then.
     """
     optimizer._check_not_evaluating(call)
     members = [(p, group, weight) for group, weight in groups for p in group["params"]]
@@ -42,15 +45,26 @@ def move_towards(
     resharding = Resharding(model, [p for p, _, _ in members], call)
     _lending.take_over(optimizer._lent, optimizer.state)
     try:
-        for p, group, weight in members:
-            states = optimizer.state[p]
-            how = stored(group, optimizer.rule, p, states)
-            nearest = tuple(s for s in how if s.name != PARAM or not s.is_stochastic)
-            m = BoundParam(0, 0, p, states, False, nearest, NOWHERE)
-            value = load(m, PARAM, p, states).lerp_(load(m, name, states.get(name), states), weight)
-            store(m, PARAM, p, value, states, {})
+        bound = [(_bound(optimizer, p, group, name, call), weight) for p, group, weight in members]
+        for m, weight in bound:
+            value = load(m, PARAM, m.param, m.states).lerp_(load(m, name, m.states.get(name), m.states), weight)
+            store(m, PARAM, m.param, value, m.states, {})
     finally:
         resharding.again()
+
+
+def _bound(optimizer: Moving, p: Tensor, group: dict[str, Any], name: str, call: str) -> BoundParam:
+    states = optimizer.state[p]
+    how = stored(group, optimizer.rule, p, states)
+    found = {s: states.get(s) for s in (name, names_in_blocks(name)[0], *MASTERS.values())}
+    for key, state in found.items():
+        if isinstance(state, Tensor) and (state.shape != p.shape or state.device != p.device):
+            raise ValueError(
+                f"{call}(): the state {key!r} has shape {tuple(state.shape)} on {state.device}, its parameter "
+                f"{tuple(p.shape)} on {p.device}: load a state_dict of this model; nothing was written"
+            )
+    nearest = tuple(s for s in how if s.name != PARAM or not s.is_stochastic)
+    return BoundParam(0, 0, p, states, False, nearest, NOWHERE)
 
 
 def _has(states: Mapping[str, Any], name: str) -> bool:

@@ -11,7 +11,7 @@ from ._rule import LR, Group, Hyper, Rule
 
 
 def number(value: Any) -> float:
-    """The double that a plan reads for a value (csrc/python/plan_step.cpp): a number of any kind, or a tensor of one.
+    """The double that a plan reads for a value (csrc/python/plan_groups.cpp): a number of any kind, or a tensor of one.
 
     Raises TypeError, ValueError or OverflowError for what is none, or does not fit a double.
     """

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
+from ._doubles import Double
+
 __all__ = ["correctly_rounded_sqrt", "double", "mean_square", "norm", "sum_of_squares", "to_fp32"]
 
 
@@ -26,7 +28,7 @@ def norm(x: Tensor) -> float:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(norm, (x,), x)
-    return math.sqrt(_whole_sum(x)[0])
+    return Double(math.sqrt(_whole_sum(x)[0]))
 
 
 def mean_square(x: Tensor) -> float:
@@ -35,7 +37,7 @@ def mean_square(x: Tensor) -> float:
     if has_torch_function_unary(x):
         return handle_torch_function(mean_square, (x,), x)
     total, numel = _whole_sum(x)
-    return total / numel if numel else 0.0
+    return Double(total / numel if numel else 0.0)
 
 
 def to_fp32(x: float) -> float:
@@ -43,9 +45,9 @@ def to_fp32(x: float) -> float:
     if has_torch_function_unary(x):
         return handle_torch_function(to_fp32, (x,), x)
     try:
-        return float(struct.unpack("f", struct.pack("f", x))[0])
+        return Double(struct.unpack("f", struct.pack("f", x))[0])
     except OverflowError:
-        return float("inf") if x > 0 else float("-inf")
+        return Double("inf" if x > 0 else "-inf")
 
 
 def double(x: Any) -> float:
@@ -53,7 +55,7 @@ def double(x: Any) -> float:
     with it."""
     if has_torch_function_unary(x):
         return handle_torch_function(double, (x,), x)
-    return float(x)
+    return Double(x)
 
 
 def correctly_rounded_sqrt(x: Tensor) -> Tensor:

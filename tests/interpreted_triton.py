@@ -22,8 +22,8 @@ from number_tests import *  # noqa: F403
 from parts_tests import *  # noqa: F403
 from storage_tests import *  # noqa: F403
 from triton_power_tests import *  # noqa: F403
+from triton_program_tests import *  # noqa: F403
 from triton_sum_tests import *  # noqa: F403
-from triton_twin_tests import *  # noqa: F403
 
 from fusedoptim import FusedOptimizer, Rule, State, _backends, _members, _native, _prepare
 from fusedoptim._native_runner import GpuRunner
@@ -31,7 +31,7 @@ from fusedoptim._random_places import Place
 from fusedoptim._reference_runner import ReferenceRunner
 from fusedoptim.triton_kernels import kernels as code
 from fusedoptim.triton_kernels.arithmetic import hyper, lr_value, spread
-from fusedoptim.triton_kernels.device import RuleFunctions
+from fusedoptim.triton_kernels.device import RuleFunctions, TritonDevice
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and overflow
@@ -211,10 +211,10 @@ def test_a_step_that_cannot_be_launched_changes_nothing(monkeypatch: pytest.Monk
     optimizer = FULL[1].make(params, backend="triton")
     set_gradients(params, 0)
 
-    def fails(rule: str) -> None:
+    def fails(*args: object) -> None:
         raise RuntimeError("no compiler today")
 
-    monkeypatch.setattr(device, "functions_of", fails)
+    monkeypatch.setattr(device, "kernel_for", fails)
     with pytest.raises(RuntimeError, match="no compiler today"):
         optimizer.step()
     assert all(torch.equal(p.detach(), q) for p, q in zip(params, before, strict=True)) and not optimizer.state
@@ -223,7 +223,7 @@ def test_a_step_that_cannot_be_launched_changes_nothing(monkeypatch: pytest.Monk
     assert not torch.equal(params[0].detach(), before[0])
 
 
-# ---- a rule that is not the package's own ----
+# ---- a rule that is written by hand ----
 
 
 @triton.jit
@@ -256,19 +256,19 @@ class Fading(FusedOptimizer):
         super().__init__(params, {"lr": 0.1, "fade": 0.5, "twice": False}, options)
 
 
-def test_functions_of_a_rule_that_is_not_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_that_are_written_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a number, which the last program of a tensor writes, and a variant of its own for some groups."""
     twice = [("column", 7.0)]
     rest = [([("constant", 0.0)], 0, 0, [])] * 14
     handle = _native._C.RuleHandle(
         "fading", ["fade", "twice"], [], ["length"], False, 0, False, -1, [*rest, (twice, 0, 0, []), ([], 0, 0, [])]
     )
-    functions = RuleFunctions(fading_scalars, fading_update, fading_numbers, None)
+    functions = RuleFunctions(fading_scalars, fading_update, fading_numbers)
 
     def make_runner(backend: str, rule: Any, device: torch.device, settings: Any) -> Any:
         if backend == "reference":
             return ReferenceRunner(rule, settings)
-        return GpuRunner(rule, settings, device, backend, handle, functions)
+        return GpuRunner(rule, settings, device, TritonDevice(device, functions), handle)
 
     monkeypatch.setattr(_backends, "is_own", lambda rule: False)
     monkeypatch.setattr(_prepare, "make_runner", make_runner)

@@ -269,7 +269,7 @@ def test_guards(guard: Any, holds: bool) -> None:
         ({"state_names": ["a", "b", "c", "d"]}, "has 4 states of the parameter's shape, and a rule may have 3"),
         ({"number_names": ["a", "b", "c", "d"]}, "has 4 states that are a number, and a rule may have 3"),
         ({"sums": 3}, "has 3 sums over whole tensors, and a rule may have 2"),
-        ({"programs": [([], 1, 2, [])] * 17}, "has 17 programs, and a rule may have 16"),
+        ({"programs": [([], 1, 2, [])] * 65}, "has 65 programs, and a rule may have 64"),
         ({"programs": [([], 2, 2, [])]}, "uses states that it does not have"),
         ({"programs": [([], 1, 8, [])]}, "uses states that it does not have"),
         ({"programs": [([("column", 8)], 1, 2, [])]}, "looks at columns that its rows do not have"),

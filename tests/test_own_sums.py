@@ -113,7 +113,7 @@ def test_windows_and_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sum can be measured by itself, in a row of its own."""
+    """Each sum is measured in a row of its own, one after the other."""
     with programs().in_use(monkeypatch):
         one, other = two([(7, 11), (2050,), (0,), (1024,)], max_grad_norm=0.5)
         for step in range(3):
@@ -130,11 +130,12 @@ def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             first = runner.sums
             assert first.tolist() == [0 if p.grad is None else sum_of_squares(p.grad).item() for p in one[0]]
             runner.reduce()
+            runner.measure(0)
+            assert runner.sums.data_ptr() == first.data_ptr()
+            assert first.tolist() == [0 if p.grad is None else sum_of_squares(p.detach()).item() for p in one[0]]
             runner.measure(1)
             second = runner.sums
-            runner.measure(0)
-            assert runner.sums.data_ptr() == first.data_ptr() != second.data_ptr()
-            assert first.tolist() == [0 if p.grad is None else sum_of_squares(p.detach()).item() for p in one[0]]
+            assert second.data_ptr() != first.data_ptr()
             assert (second[:2] > 0).all() and second[2] == 0 and (second[3] > 0) == (step != 1)
             with pytest.raises(ValueError, match="the rule asks for no such sum"):
                 runner.measure(2)

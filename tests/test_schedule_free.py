@@ -220,6 +220,21 @@ def test_traced_steps_are_refused_too() -> None:
     assert optimizer.state[params[0]]["step"] == 6
 
 
+def test_an_evaluation_that_raises_has_written_nothing() -> None:
+    params, optimizer = trained(torch.float32)
+    before = [p.detach().clone() for p in params]
+    last = optimizer.state[params[-1]]
+    last["z"] = last["z"].flatten()[:1]
+    with pytest.raises(ValueError, match=r"eval\(\): the state 'z' has shape \(1,\).*nothing was written"):
+        optimizer.eval()
+    group = optimizer.param_groups[0]
+    group["betas"] = (1.5, 0.9)
+    with pytest.raises(ValueError, match="beta"):
+        optimizer.eval()
+    assert group["train_mode"] is True
+    assert_equal(params, before)
+
+
 # ---- sharded models, whose root keeps whole parameters after an evaluation ----
 
 

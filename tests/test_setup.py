@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shutil
@@ -143,3 +144,10 @@ def test_the_version_is_the_packages_also_where_it_cannot_be_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == fusedoptim.__version__, done.stderr
+
+
+def test_every_folder_with_modules_is_a_package_that_is_installed() -> None:
+    listed = re.search(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert listed is not None
+    folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "fusedoptim").rglob("*.py")}
+    assert set(json.loads(listed[1])) == folders

@@ -98,7 +98,7 @@ def change_values(o: torch.optim.Optimizer, ps: list) -> None:
 
 def lists_as_betas(o: torch.optim.Optimizer, ps: list) -> None:
     if "betas" in o.param_groups[0]:
-        o.param_groups[0]["betas"] = [0.5, 0.5]
+        o.param_groups[0]["betas"] = [0.5] * len(o.defaults["betas"])
 
 
 def split_groups(o: torch.optim.Optimizer, ps: list) -> None:

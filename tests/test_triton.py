@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from variants import STATES
+from cases import BY_NAME
 
 import fusedoptim
 from benchmarks import machine_code
 from benchmarks.gpu.toolkit import cuobjdump
-from benchmarks.triton_compile import OWN, generate, kind, own_lines, storages_of, stored
+from benchmarks.triton_compile import OPTIMIZERS, SCHEMES, Code, clipper, figures, generate, kind, printed, stored
 from fusedoptim import _backends, _native
 
 needs_triton = pytest.mark.skipif(_native.triton_problem() is not None, reason=f"Triton: {_native.triton_problem()}")
@@ -77,16 +77,27 @@ def sass(compiled: Any, folder: Path) -> Sass:
     return Sass(int(usage[1]), int(usage[2]), found)
 
 
-VARIANTS = [
-    (name, variant, states) for name in STATES for variant, states in enumerate(STATES[name]) if name != "norm_adaptive"
+def code_of(name: str) -> Code:
+    """Of a row of the registry, or of the clipper."""
+    return clipper() if name == "clip" else printed(BY_NAME[name].optimizer, BY_NAME[name].options)
+
+
+#: One row of the registry for each number of states of every rule that has no sums.
+ELEMENTWISE = [
+    *("clip", "sgd", "sgd_nesterov", "adamw", "adam_amsgrad_decay_max", "adagrad_all"),
+    *("rmsprop", "rmsprop_momentum", "rmsprop_centered", "rmsprop_all"),
 ]
+#: Of every rule, with all the states it can have.
+RULES = ["clip", "adam_amsgrad_decay_max", "sgd_nesterov", "rmsprop_all", "adagrad_all", "norm_adaptive"]
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "variant", "states"), VARIANTS)
-def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, dtype: int, tmp_path: Path) -> None:
-    compiled = generate(name, (kind(dtype, dtype, dtype, variant, states),))
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_the_loop_moves_16_bytes_at_once(name: str, dtype: int, tmp_path: Path) -> None:
+    rule = code_of(name)
+    states = len(rule.used)
+    compiled = generate(rule, (kind(rule, dtype, dtype, dtype),))
     code = sass(compiled, tmp_path)
     per_operand = 2 if dtype == F32 else 1  # 8 elements per thread
     read = states + (1 if name == "clip" else 2)  # which does not look at the parameter
@@ -98,19 +109,19 @@ def test_the_loop_moves_16_bytes_at_once(name: str, variant: int, states: int, d
     assert code.registers * 128 * 4 <= 65536  # four blocks to a multiprocessor
     ptx = compiled.asm["ptx"]
     assert not re.findall(r"\.ftz|\.approx|\bmad\.rn\.f|div\.full", ptx)
-    assert ("div.rn.f32" in ptx) == _native._C.find_rule(name).divides
-    assert ("sqrt.rn.f32" in ptx) == _native._C.find_rule(name).divides
+    assert ("div.rn.f32" in ptx) == rule.handle.divides
+    assert ("sqrt.rn.f32" in ptx) == rule.handle.divides
     # fp64 is for scalars: none of it is in the loop, whose 8 elements would show.
-    assert len(re.findall(r"fma\.rn\.f64", ptx)) <= (12 if name == "adam" else 0)
+    assert len(re.findall(r"fma\.rn\.f64", ptx)) <= (12 if name.startswith("adam") else 0)
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "variant", "states"), [("adam", 1, 3), ("rmsprop", 3, 3), ("clip", 0, 0)])
-def test_the_moving_average_goes_through_the_same_loop(
-    name: str, variant: int, states: int, dtype: int, tmp_path: Path
-) -> None:
-    code = sass(generate(name, (kind(dtype, dtype, dtype, variant, states, True),)), tmp_path)
+@pytest.mark.parametrize("name", ["adam_amsgrad_decay_max", "rmsprop_all", "clip"])
+def test_the_moving_average_goes_through_the_same_loop(name: str, dtype: int, tmp_path: Path) -> None:
+    rule = code_of(name)
+    states = len(rule.used)
+    code = sass(generate(rule, (kind(rule, dtype, dtype, dtype, True),)), tmp_path)
     per_operand, average = 2 if dtype == F32 else 1, 2  # which has fp32
     read = states + (1 if name == "clip" else 2)
     assert code.count(r"LDG\.E\S*\.128") >= per_operand * read + average
@@ -120,16 +131,24 @@ def test_the_moving_average_goes_through_the_same_loop(
 
 
 @needs_triton
-@pytest.mark.parametrize("scheme", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["AdamW", "SGD", "LAMB"])
-def test_what_is_printed_is_no_slower(name: str, scheme: str, tmp_path: Path) -> None:
-    """Than what was written: no more instructions, and as many blocks to a multiprocessor; and sums take four blocks'
-    registers as well."""
-    lines = [x.split("|") for x in own_lines(name, dict(OWN)[name], scheme, 90, tmp_path)]
-    found = [(int(registers), int(spilled), float(each)) for *_, registers, spilled, each, _ in lines]
-    registers, spilled, each = found[-1]
+@pytest.mark.parametrize(
+    ("name", "scheme", "instructions"),
+    [
+        ("AdamW", "fp32", 56.5),
+        ("AdamW", "bf16", 63),
+        ("SGD", "fp32", 19.1),
+        ("SGD", "bf16", 24.2),
+        ("LAMB", "fp32", 65),
+        ("LAMB", "bf16", 71),
+    ],
+)
+def test_what_is_printed_is_no_slower(name: str, scheme: str, instructions: float, tmp_path: Path) -> None:
+    """Than functions that are written by hand: no more instructions of the loop per element, and four blocks to a
+    multiprocessor, with sums as well."""
+    rule = printed(name, OPTIMIZERS[name])
+    registers, spilled, each = figures(generate(rule, (stored(rule, scheme),)), tmp_path)
     assert registers * 128 * 4 <= 65536 and spilled == 0
-    assert len(found) == 1 if name == "LAMB" else each <= found[0][2]
+    assert each <= instructions
 
 
 #: Bytes of an element, and of what is kept beside it, where these are not 2 and none.
@@ -138,23 +157,25 @@ BYTES = {"f32": (4,), "bf16_remainder": (2, 2), "bf16_remainder8": (2, 1), "bf16
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("rule", "scheme", "instructions"),
+    ("name", "scheme", "instructions"),
     [
-        ("adam", "stochastic, bf16", 84),
-        ("adam", "remainder, bf16", 93),
-        ("adam", "stochastic, 8 bits", 136),
+        ("adamw", "stochastic, bf16", 84),
+        ("adamw", "remainder, bf16", 93),
+        ("adamw", "stochastic, 8 bits", 136),
         ("rmsprop", "remainder8, 8 bits", 101),
-        ("sgd", "master, fp32", 40),
+        ("sgd_nesterov", "master, fp32", 40),
     ],
 )
-def test_what_is_stored_in_fewer_bits(rule: str, scheme: str, instructions: int, tmp_path: Path) -> None:
+def test_what_is_stored_in_fewer_bits(name: str, scheme: str, instructions: int, tmp_path: Path) -> None:
     """Goes through the loop without spills, as wide as eight elements are; the largest of a block is found in registers
     and by shuffles among the 16 threads that have it. ``instructions``: of the loop, per element, at most."""
     file = tmp_path / "kernel.cubin"
+    rule = code_of(name)
     file.write_bytes(generate(rule, (stored(rule, scheme),)).asm["cubin"])
     (kernel,) = machine_code.read(file).values()
     (loop,) = kernel.loops()
-    names = storages_of(rule, scheme)
+    param, grad, state, squares = SCHEMES[scheme]
+    names = [param, grad, *(squares if k == rule.squares else state for k in rule.used)]
     sizes = [size for name in names for size in BYTES.get(name, (1,) if name.startswith("q8") else (2,))]
     for access in ("LDG", "STG"):  # also zeros, in the gradient
         assert loop.count(rf"{access}\.E\.EF\.128") == sum(size // 2 for size in sizes)
@@ -169,19 +190,21 @@ def test_what_is_stored_in_fewer_bits(rule: str, scheme: str, instructions: int,
 @needs_triton
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
 def test_the_norm_of_all_gradients_is_summed_without_spills(dtype: int, tmp_path: Path) -> None:
-    compiled = generate(None, (kind(dtype, dtype, dtype, 0, 0),))
+    kinds = (kind(clipper(), dtype, dtype, dtype),)
+    compiled = generate(clipper(), kinds, purpose="measure")
     code = sass(compiled, tmp_path)
     assert code.local_bytes == 0
     assert code.registers * 128 * 4 <= 65536
     assert code.count(r"LDG\.E\S*\.128") >= {F32: 8, F64: 16, BF16: 4}[dtype]
     assert not re.findall(r"\.ftz|\.approx|\bmad\.rn\.f|\bfma\.|div\.full", compiled.asm["ptx"])
-    assert "scratch_store" not in generate(None, (kind(dtype, dtype, dtype, 0, 0),), "hip", "gfx942").asm["amdgcn"]
+    assert "scratch_store" not in generate(clipper(), kinds, "hip", "gfx942", "measure").asm["amdgcn"]
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_the_norm_is_summed_without_spills(dtype: int, tmp_path: Path) -> None:
-    compiled = generate("norm_adaptive", (kind(dtype, dtype, F32, 0, 0),))
+    rule = code_of("norm_adaptive_all")
+    compiled = generate(rule, (kind(rule, dtype, dtype, F32),))
     code = sass(compiled, tmp_path)
     assert code.local_bytes == 0
     assert code.registers * 128 * 3 <= 65536
@@ -193,37 +216,39 @@ def test_the_norm_is_summed_without_spills(dtype: int, tmp_path: Path) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("name", "arch"), [*((name, 90) for name in STATES), ("adam", 80), ("norm_adaptive", 80)])
+@pytest.mark.parametrize(
+    ("name", "arch"), [*((name, 90) for name in RULES), ("adam_amsgrad_decay_max", 80), ("norm_adaptive", 80)]
+)
 def test_every_rule_compiles_with_mixed_dtypes(name: str, arch: int, tmp_path: Path) -> None:
     """For the older kind of GPU the two kernels that there are: with a sum of squares and without."""
-    variant = len(STATES[name]) - 1
-    states = STATES[name][variant]
-    narrow = (kind(F32, F32, F32, variant, states), kind(BF16, F32, BF16, variant, states))
-    assert sass(generate(name, (*narrow, kind(F16, F16, F32, variant, states)), arch=arch), tmp_path)
-    wide = (kind(F64, F64, F64, variant, states), kind(F64, BF16, F32, variant, states))
-    assert sass(generate(name, wide, arch=arch), tmp_path)
+    rule = code_of(name)
+    narrow = (kind(rule, F32, F32, F32), kind(rule, BF16, F32, BF16), kind(rule, F16, F16, F32))
+    assert sass(generate(rule, narrow, arch=arch), tmp_path)
+    wide = (kind(rule, F64, F64, F64), kind(rule, F64, BF16, F32))
+    assert sass(generate(rule, wide, arch=arch), tmp_path)
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, F32) for name in STATES), ("adam", BF16), ("norm_adaptive", BF16)]
+    ("name", "dtype"), [*((name, F32) for name in RULES), ("adam_amsgrad_decay_max", BF16), ("norm_adaptive", BF16)]
 )
 def test_code_for_an_amd_gpu(name: str, dtype: int) -> None:
-    variant = len(STATES[name]) - 1
-    states = STATES[name][variant]
-    asm = generate(name, (kind(dtype, dtype, dtype, variant, states),), "hip", "gfx942").asm
+    rule = code_of(name)
+    states = len(rule.used)
+    asm = generate(rule, (kind(rule, dtype, dtype, dtype),), "hip", "gfx942").asm
     code = asm["amdgcn"]
     assert len(re.findall(r"(?:global|buffer)_load_dwordx4", code)) >= states + (1 if name == "clip" else 2)
     assert len(re.findall(r"(?:global|buffer)_store_dwordx4", code)) >= states + 1
     assert set(re.findall(r"= f(?:mul|add|sub|div) ((?:fast|contract|arcp|afn|reassoc)?)", asm["llir"])) == {""}
     assert "fmuladd" not in asm["llir"]
-    assert "v_div_fixup_f32" in code or name in ("sgd", "norm_adaptive")
+    assert "v_div_fixup_f32" in code or not rule.handle.divides
     assert "scratch_store" not in code
 
 
 @needs_triton
 def test_code_for_an_amd_gpu_with_blocks() -> None:
-    asm = generate("rmsprop", (stored("rmsprop", "remainder, 8 bits"),), "hip", "gfx942").asm
+    rule = code_of("rmsprop")
+    asm = generate(rule, (stored(rule, "remainder, 8 bits"),), "hip", "gfx942").asm
     code = asm["amdgcn"]
     for access in ("load", "store"):
         assert len(re.findall(rf"(?:global|buffer)_{access}_dwordx4", code)) >= 3

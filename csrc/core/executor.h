@@ -45,8 +45,8 @@ class Executor {
   virtual void run(StepTable& table, const LaunchInputs& inputs, const std::function<void()>& on_caller) = 0;
 
   // The parts of a step, for whoever has something to do between them, as adding the sums of other processes:
-  // writes every active entry's sum of squares to its row of table.sums, and 0 for all others; reduces as well, if it
-  // is told to;
+  // writes every active entry's sum of squares to its row of table.sums, and 0 for all others: of gradients, or of that
+  // sum of the rule, in their order from 0 on, as one pass may measure them all; reduces as well, if it is told to;
   virtual void measure(StepTable& table, const LaunchInputs& inputs, int of_rule, bool reduces) = 0;
   // makes the norm of all gradients of the first row of table.sums, and counts a step that is to be skipped for it;
   virtual void reduce(StepTable& table, const LaunchInputs& inputs) = 0;

@@ -31,24 +31,22 @@ using TileSumFn = double (*)(const Entry&, int64_t tile, const GroupTransforms&)
 // The sums of squares that a rule asks for, of the same elements: one behind the other.
 using MeasureFn = void (*)(const Entry&, int64_t tile, const UpdateInputs&, double* sums);
 
-// What a plan looks at in every step comes first, parameter and gradient included: two cache lines.
-struct Entry {
+// Four cache lines. What a plan looks at in every step comes first, parameter and gradient included: two of them.
+struct alignas(64) Entry {
   int64_t numel = 0;
   const Layout* layout = nullptr;      // null: all operands share one dense memory order
-  const Layout* sum_layout = nullptr;  // for sums over the gradient; null: it lies in logical order
+  const Layout* sum_layout = nullptr;  // for sums over a whole tensor; null: its operands lie in logical order
   UpdateFn update = nullptr;
-  TileSumFn tile_sum = nullptr;
   int32_t group = 0;
   DType step_dtype = DType::f32;
   bool active = false;         // has a gradient in this step
   bool first = false;          // its states were created for this step
   bool is_stochastic = false;  // some operand takes random bits
   void* step = nullptr;        // 0-dim, fp32 or fp64; null for a rule without a step
+  Variant variant;             // of its group
+  bool ready = false;          // all that a step needs of it is there
   Operand operand[kOperands] = {};
-  Variant variant;                   // of its group
-  bool ready = false;                // all that a step needs of it is there
   float* numbers[kMaxNumbers] = {};  // the rule's states that are one; null for one that its group does without
-  MeasureFn measure = nullptr;       // null for a rule whose sum is that of the gradient, transformed
   int64_t whole_numel = 0;           // of the whole tensor that this one may be a shard of
   int64_t first_index = 0;           // of its first element, in the whole tensor
   uint64_t id = 0;                   // of the parameter, for its random bits
@@ -62,6 +60,7 @@ struct Entry {
   FUSEDOPTIM_HD const Operand& state(int k) const { return operand[kFirstState + k]; }
   FUSEDOPTIM_HD DType compute_dtype() const { return compute_dtype_of(param().storage); }
 };
+static_assert(sizeof(Entry) == 4 * 64);
 
 struct StepTable {
   std::vector<Entry> entries;

@@ -54,8 +54,6 @@ bool CpuExecutor::prepare(Entry& entry) {
   entry.update = nullptr;
   for (const FindLoop find : program.loops[isa])
     if (!entry.update) entry.update = find(entry);
-  entry.tile_sum = kernels_->tile_sum(entry);
-  entry.measure = program.measure[isa][entry.compute_dtype() == DType::f64];
   scheduled_ = false;
   return entry.update != nullptr;
 }
@@ -66,9 +64,13 @@ bool CpuExecutor::begin_step(const StepTable& table) {
   return schedule_.cost >= tuning::kReleaseCost;
 }
 
+MeasureFn CpuExecutor::measure_of(const Entry& e) const {
+  return rule_.programs[e.variant.program].measure[kernels_->capability][e.compute_dtype() == DType::f64];
+}
+
 void CpuExecutor::reschedule(const StepTable& table) {
   int64_t window = rule_.sums > 0 ? tuning::kWindowElements : INT64_MAX / 2;
-  const auto measures = [](const Entry& e) { return e.measure != nullptr; };
+  const auto measures = [this](const Entry& e) { return measure_of(e) != nullptr; };
   if (std::any_of(table.entries.begin(), table.entries.end(), measures)) window /= kFirstState + rule_.slots();
   schedule_.build(table.entries, torch::stable::get_num_threads(), window);
   first_partial_.clear();  // made when they are needed
@@ -135,20 +137,22 @@ void CpuExecutor::sum_squares(StepTable& table, const Window& w, SumsOf which, C
     for_each_part(entries, chunk, [&](int64_t i, int64_t begin, int64_t end) {
       const Entry& e = entries[i];
       double* out = partial_.data() + first_partial_[i];
-      if (!which.of_rule || !e.measure) {
-        for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = e.tile_sum(e, t, transforms_[e.group]);
+      const MeasureFn measure = which.of_rule ? measure_of(e) : nullptr;
+      if (!measure) {
+        const TileSumFn sum = kernels_->tile_sum(e);
+        for (int64_t t = begin / kTile; t < tiles(end); ++t) out[t] = sum(e, t, transforms_[e.group]);
         return;
       }
       const UpdateInputs in{scalars.of(e), transforms_[e.group], 0};
       for (int64_t t = begin / kTile; t < tiles(end); ++t) {
         double sums[kMaxSums];
-        e.measure(e, t, in, sums);
+        measure(e, t, in, sums);
         for (int k = 0; k < rule_.sums; ++k) out[k * partials_ + t] = sums[k];
       }
     });
   });
   for (int64_t i = w.entry_begin; i < w.entry_end; ++i)
-    for (int k = which.first; k < which.end; ++k) {
+    for (int k = 0; k < which.count; ++k) {
       double* const partial = partial_.data() + k * partials_ + first_partial_[i];
       table.sums_row(k)[i] = entries[i].active ? reduce_tile_sums(partial, tiles(entries[i].numel)) : 0;
     }
@@ -156,9 +160,9 @@ void CpuExecutor::sum_squares(StepTable& table, const Window& w, SumsOf which, C
 
 void CpuExecutor::measure(StepTable& table, const LaunchInputs& inputs, int of_rule, bool reduces) {
   const bool is_rules = of_rule != kOfGradients;
-  const int row = is_rules ? of_rule : 0;
+  if (is_rules && of_rule > 0) return;  // one pass sums all that a rule asks for: the first
   set_transforms(table, inputs, is_rules);
-  for (const Window& w : schedule_.windows) sum_squares(table, w, {is_rules, row, row + 1}, nullptr);
+  for (const Window& w : schedule_.windows) sum_squares(table, w, {is_rules, is_rules ? rule_.sums : 1}, nullptr);
   if (reduces) reduce(table, inputs);
 }
 
@@ -200,7 +204,7 @@ void CpuExecutor::update(StepTable& table, const LaunchInputs& inputs, bool sums
 void CpuExecutor::update_windows(StepTable& table, bool sums, Caller on_caller) {
   for (const Window& w : schedule_.windows) {
     if (sums) {
-      sum_squares(table, w, {true, 0, rule_.sums}, on_caller);
+      sum_squares(table, w, {true, rule_.sums}, on_caller);
       on_caller = nullptr;
     }
     parallel_chunks(w, on_caller, [&](int64_t chunk) { update_chunk(table, chunk); });
@@ -224,9 +228,10 @@ void CpuExecutor::update_chunk(const StepTable& table, int64_t chunk) const {
 // Counts the step, once no thread reads the numbers from before it.
 void CpuExecutor::commit(StepTable& table) const {
   TensorScalars scalars(rule_, table, true);
+  const bool has_numbers = rule_.numbers() > 0;
   for (Entry& e : table.entries) {
     if (!e.active) continue;
-    scalars.step_numbers(e);
+    if (has_numbers) scalars.step_numbers(e);
     store_step(e.step, e.step_dtype, next_step(e.step, e.step_dtype));
     e.first = false;
   }

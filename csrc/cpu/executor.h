@@ -29,10 +29,12 @@ class CpuExecutor : public Executor {
   void reschedule(const StepTable& table);
   bool skips(const LaunchInputs& inputs) const;
   void set_transforms(const StepTable& table, const LaunchInputs& inputs, bool of_rule);
-  struct SumsOf {  // gradients, or what the rule asks for; the rows of sums that are written
+  struct SumsOf {  // gradients, or what the rule asks for
     bool of_rule;
-    int first, end;
+    int count;
   };
+  // Null for a rule whose sum is that of the gradient, transformed.
+  MeasureFn measure_of(const Entry& e) const;
   void sum_squares(StepTable& table, const Window& w, SumsOf which, Caller on_caller);
   // sums: whether the squares that a rule asks for are summed here, window by window.
   void update(StepTable& table, const LaunchInputs& inputs, bool sums, Caller on_caller);

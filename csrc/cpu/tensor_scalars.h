@@ -34,7 +34,6 @@ class TensorScalars {
   // Replaces the tensor's numbers by those after this step.
   void step_numbers(const Entry& e) {
     const Program& program = rule_.programs[e.variant.program];
-    if (!program.next_numbers) return;
     float next[kMaxNumbers];
     program.next_numbers(inputs(e, next_step(e.step, e.step_dtype)), next);
     for (int k = 0; k < rule_.numbers(); ++k)

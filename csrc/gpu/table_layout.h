@@ -7,18 +7,16 @@
 #include <string>
 
 #include "../core/block.h"
+#include "../core/row.h"
 #include "../core/storage_names.h"
-#include "../rules/rule_handle.h"
 #include "table.h"
 
 namespace fusedoptim::gpu {
 
-// As a name in Python: "betas[0]" is BETAS_0.
-inline std::string upper(const std::string& name) {
-  std::string out;
-  for (const char c : name)
-    if (c != ']') out += c == '[' ? '_' : static_cast<char>(std::toupper(c));
-  return out;
+// As a constant's name in Python.
+inline std::string upper(std::string name) {
+  for (char& c : name) c = static_cast<char>(std::toupper(c));
+  return name;
 }
 
 inline std::map<std::string, int64_t> table_layout() {
@@ -109,15 +107,6 @@ inline std::map<std::string, int64_t> table_layout() {
     out[std::string("LR_") + name] = static_cast<int64_t>(lr_dtype_of(d));
   for (const auto& [name, s] : storage_names()) out[upper(name)] = static_cast<int64_t>(s);
   for (int k = 0; k < kOptions; ++k) out[upper(kOptionKeys[k])] = kFirstOption + k;
-  return out;
-}
-
-// The columns of a rule's hyper-parameters, and which of its states, and of those that are numbers, each is, by name.
-inline std::map<std::string, int64_t> rule_layout(const RuleHandle& rule) {
-  std::map<std::string, int64_t> out;
-  for (int k = kFirstRuleHyper; k < rule.hypers(); ++k) out[upper(rule.hyper_names[k - kFirstRuleHyper])] = k;
-  for (int k = 0; k < rule.slots(); ++k) out[upper(rule.state_names[k])] = k;
-  for (int k = 0; k < rule.numbers(); ++k) out[upper(rule.number_names[k])] = k;
   return out;
 }
 

@@ -6,7 +6,7 @@
 
 namespace fusedoptim {
 
-inline constexpr int kMaxPrograms = 16, kMaxScalarBytes = 1024;
+inline constexpr int kMaxPrograms = 64, kMaxScalarBytes = 1024;
 
 // The instruction sets that the CPU's kernels are compiled for, each in a file of its own.
 enum CpuCapability { kPortable, kAvx2, kAvx512, kCpuCapabilities };

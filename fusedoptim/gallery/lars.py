@@ -63,7 +63,7 @@ class LARS(FusedOptimizer):
         nesterov: step along ``r * (g + weight_decay * p) + mu * b``.
         trust_coeff: c.
         eps: added to the denominator.
-        trust_clip: ``lr * r`` is at most lr, and r alone takes lr's place below that.
+        trust_clip: the step's factor is 1 at most: r where r < lr, else lr.
         always_adapt: use r in groups without weight decay, too.
         maximize: go up instead of down.
         options: see :class:`fusedoptim.StepOptions`.

@@ -34,9 +34,9 @@ class Lion(FusedOptimizer):
         p = p (1 - lr \cdot \lambda), \quad p = p - lr \, \mathrm{sign}(\beta_1 m + (1-\beta_1) g), \quad
         m = \beta_2 m + (1-\beta_2) g
 
-    with the bits of lion-pytorch 0.2, whose signature this is. The paper advises a learning rate of a third to a tenth
-    of AdamW's, and a decay that is larger by as much. State per parameter: ``exp_avg``, of its shape, in its dtype or
-    in ``state_dtype``.
+    with the bits of lion-pytorch 0.2, whose first arguments these are. The paper advises a learning rate of a third to
+    a tenth of AdamW's, and a decay that is larger by as much. State per parameter: ``exp_avg``, of its shape, in its
+    dtype or in ``state_dtype``.
 
     Args:
         params: parameters, named parameters or groups.

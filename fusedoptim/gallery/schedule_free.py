@@ -64,12 +64,14 @@ class AdamWScheduleFree(FusedOptimizer):
 
     with c the share of this step's weight, ``t**r * lr_max**weight_lr_power``, in the sum of all. The parameters are y
     in training and x after :meth:`eval`, which they must be for evaluation and in a checkpoint of the model;
-    :meth:`train` makes them y again, and ``step()`` in between raises. Checkpoints carry which it is. Formula and
+    :meth:`train` makes them y again, and ``step()`` in between raises; ``betas[0]`` is to stay what it is in between,
+    as each of the two works with that of its moment. Checkpoints carry which it is. Formula and
     signature are those of the authors' package, schedulefree 1.4; but an optimizer starts as after :meth:`train`,
     because x, y and z are the same then, and a parameter that gets no gradient has a sum of its own.
 
-    State per parameter: ``step``, ``weight_sum`` and ``lr_max`` (0-dim, fp32), ``z`` and ``exp_avg_sq``, each of the
-    parameter's shape, in its dtype or in ``state_dtype``. For 16-bit parameters use ``master="remainder"`` with
+    State per parameter: ``step``, ``weight_sum`` and ``lr_max`` (0-dim, fp32, where schedulefree has Python's doubles:
+    the sum stops growing after 2**24 steps of equal weight), ``z`` and ``exp_avg_sq``, each of the parameter's shape,
+    in its dtype or in ``state_dtype``. For 16-bit parameters use ``master="remainder"`` with
     ``state_dtype={"z": torch.float32}``, so that small steps and both mixes are not rounded away.
 
     Args:
@@ -143,7 +145,8 @@ class AdamWScheduleFree(FusedOptimizer):
             model: needed for FSDP2 (``fully_shard``) and FullyShardedDataParallel, as in :meth:`ema_weights`.
 
         Raises:
-            ValueError: if ``betas[0]`` of a group is 0, as y is z then, and says nothing of x.
+            ValueError: if ``betas[0]`` of a group is 0, as y is z then, and says nothing of x; for values and states
+                with which no step could be made.
             RuntimeError: within :meth:`ema_weights`, and for sharded parameters without their model. Nothing is
                 written then, nor by a ValueError.
         """
@@ -162,6 +165,8 @@ class AdamWScheduleFree(FusedOptimizer):
 
     def _switch(self, train: bool, model: nn.Module | None) -> None:
         groups = [group for group in self.param_groups if group["train_mode"] is not train]
+        for group in groups:
+            self._check_group({**self.defaults, **group})
         if not train and any(number(group["betas"][0]) == 0 for group in groups):
             raise ValueError("eval() finds x from y and z, but with betas[0] = 0 y is z; use a larger betas[0]")
         weights = [1 - (beta1 if train else 1 / beta1) for beta1 in (number(group["betas"][0]) for group in groups)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _doubles
 from .._rule import LR, Group, Hyper, Rule
 from .nodes import Kind
 from .numbers import Condition, Number
@@ -90,6 +92,8 @@ def _column(path: Path, key: str, index: int) -> Number:
 
 
 _patching = threading.Lock()
+#: Modules to which a symbol is nothing but a symbol.
+_TELLS_SYMBOLS_APART = (__package__, _doubles.__name__)
 
 
 def _stands_for(x: Any) -> type | None:
@@ -109,7 +113,9 @@ def traced_builtins() -> Iterator[None]:
 
         def is_or_stands_for(x: Any, of: Any) -> bool:
             what = _stands_for(x)
-            return is_instance(x, of) or (what is not None and issubclass(what, of))
+            if what is None or sys._getframe(1).f_globals.get("__name__", "").startswith(_TELLS_SYMBOLS_APART):
+                return is_instance(x, of)
+            return is_instance(x, of) or issubclass(what, of)
 
         math.sqrt = lambda x: x.sqrt() if type(x) is Number else sqrt(x)  # type: ignore
         builtins.isinstance = is_or_stands_for

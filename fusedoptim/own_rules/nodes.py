@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from .._doubles import divide, power
+
 
 class Kind(Enum):
     NUMBER = "number"
@@ -60,22 +62,6 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def _power(x: float, y: float) -> float:
-    """As C has it: what Python refuses is infinite or NaN."""
-    try:
-        return math.pow(x, y)
-    except OverflowError:
-        return math.inf
-    except ValueError:
-        return math.inf if x == 0 else math.nan
-
-
-def _divide(x: float, y: float) -> float:
-    if y != 0:
-        return x / y
-    return math.nan if x == 0 or math.isnan(x) else math.copysign(math.inf, x) * math.copysign(1.0, y)
-
-
 def _fp32(x: float) -> float:
     from ..rule_functions import to_fp32
 
@@ -86,8 +72,8 @@ ARITHMETIC: dict[str, Callable[..., float]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
-    "div": _divide,
-    "pow": _power,
+    "div": divide,
+    "pow": power,
     "neg": operator.neg,
     "abs": abs,
     "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,

@@ -1,4 +1,4 @@
-"""Steps with what is compiled of a user's rule."""
+"""Steps with what is compiled of rules' functions: of users' own on the CPU, of all in Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._backends import triton_interprets
+from .._backends import is_own, triton_interprets
 from .._members import BoundParam
 from .._native_runner import GpuRunner, NativeRunner
 from .._rule import Rule
@@ -20,7 +20,7 @@ from .trace import Program
 from .verify import Make, gives_the_functions_bits
 
 #: Of one plan (kMaxPrograms in csrc/rules/program_code.h).
-MOST_PROGRAMS = 16
+MOST_PROGRAMS = 64
 
 
 def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> tuple[list[Program], list[float]]:
@@ -71,7 +71,10 @@ class OwnCpuRunner(NativeRunner):
         _verify(self.rule, groups, members, self.device, lambda settings: OwnCpuRunner(self.rule, settings))
 
 
-class OwnTritonRunner(GpuRunner):
+class TritonRunner(GpuRunner):
+    """What the package's own rules are printed as is known to have their functions' bits; users' are run against them
+    first."""
+
     def __init__(self, rule: Rule, settings: StepSettings, device: torch.device) -> None:
         self.rule, self.settings, self.device = rule, settings, device
 
@@ -83,13 +86,16 @@ class OwnTritonRunner(GpuRunner):
         dormant: Sequence[Tensor],
         wide: bool = False,
     ) -> None:
+        from ..triton_kernels.device import TritonDevice
         from .triton_module import functions_of
 
         programs, constants = _programs(self.rule, groups, members)
+        launcher = TritonDevice(self.device, functions_of(programs))
         handle = libraries.handle(self.rule, programs, None)
-        super().__init__(self.rule, self.settings, self.device, "triton", handle, functions_of(programs))
+        super().__init__(self.rule, self.settings, self.device, launcher, handle)
         self.constants = constants
         super().build(groups, state, members, dormant, wide)
-        if not triton_interprets():  # takes a second, and rounds an fma twice before Triton 3.9
-            make: Make = lambda settings: OwnTritonRunner(self.rule, settings, self.device)  # noqa: E731
+        # The interpreter takes a second, and rounds an fma twice before Triton 3.9.
+        if is_own(self.rule) and not triton_interprets():
+            make: Make = lambda settings: TritonRunner(self.rule, settings, self.device)  # noqa: E731
             _verify(self.rule, groups, members, self.device, make)

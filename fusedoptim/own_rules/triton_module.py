@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..triton_kernels.device import RuleFunctions, functions_in
+from ..triton_kernels.device import RuleFunctions
 from . import cache
 from .trace import Program
 from .triton_text import module as text_of
@@ -22,7 +22,7 @@ atexit.register(_kept.close)
 
 
 def functions_of(programs: Sequence[Program]) -> RuleFunctions:
-    """The functions that triton_kernels/rules describes, whose variants are these programs."""
+    """Those of a rule whose variants are these programs."""
     text = text_of(programs)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     with _lock:
@@ -33,7 +33,7 @@ def functions_of(programs: Sequence[Program]) -> RuleFunctions:
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            _made[key] = functions_in(module)
+            _made[key] = RuleFunctions(*(getattr(module, name, None) for name in RuleFunctions._fields))
         return _made[key]
 
 

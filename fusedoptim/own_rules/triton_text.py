@@ -29,6 +29,11 @@ def _constant(x: float) -> str:
     return f"a.double({shown})"
 
 
+def _is_whole(node: Node) -> bool:
+    """Whether it is a whole number that is not negative, whatever the group's values are."""
+    return node.op == "t" or (node.op == "const" and node.data >= 0 and float(node.data).is_integer())
+
+
 class TritonPrinter(Printer):
     def __init__(self, program: Program, variant: int) -> None:
         super().__init__(program)
@@ -60,6 +65,8 @@ class TritonPrinter(Printer):
                 return f"tl.where({', '.join(args)})"
             case "pow" if node.args[1].op == "const" and node.args[1].data == 0.5:
                 return f"tl.sqrt({args[0]})"
+            case "pow" if _is_whole(node.args[1]):
+                return f"a.power({', '.join(args)})"
             case "pow":
                 return f"a.general_power({', '.join(args)})"
             case "add" | "sub" | "mul" | "div" if node.of_lr:

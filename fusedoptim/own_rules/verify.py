@@ -48,8 +48,6 @@ def gives_the_functions_bits(rule: Rule, group: Group, dtype: torch.dtype, devic
             mine = _run(rule, group, dtype, device, make)
             theirs = _run(rule, group, dtype, torch.device("cpu"), lambda settings: ReferenceRunner(rule, settings))
             checked[key] = all(map(_equal, mine, theirs))
-        except ArithmeticError:  # of Python's numbers: where these divide by 0, what is compiled has an infinity
-            checked[key] = True
         finally:
             _busy.checking = False
     return checked[key]

@@ -69,16 +69,18 @@ def _multiply(a_hi, a_lo, b_hi, b_lo):
 
 @triton.jit
 def power(x, n):
-    """x**n for a whole number n >= 0, both fp64."""
+    """x**n for a whole number n >= 0, both fp64. What overflows is infinite."""
     hi, lo = double(1.0), double(0.0)
-    square_hi, square_lo = x, double(0.0)
-    left = n.to(tl.int64)
+    square_hi, square_lo = tl.abs(x), double(0.0)
+    count = n.to(tl.int64)
+    left = count
     while left > 0:
         if left % 2 == 1:
             hi, lo = _multiply(hi, lo, square_hi, square_lo)
         left = left // 2
         square_hi, square_lo = _multiply(square_hi, square_lo, square_hi, square_lo)
-    return hi
+    hi = tl.where((hi != hi) & (x == x), float("inf"), hi)  # the lower part of an infinity is NaN
+    return tl.where((x < 0.0) & (count % 2 == 1), hi * -1.0, hi)
 
 
 @triton.jit
@@ -108,10 +110,7 @@ def general_power(x, y):
     """x**y, both fp64: the whole part of y as above, what is left of it by logarithms. Within four units in the last
     place of fp64: of 10^8 results that are rounded to fp32 one may be another. What overflows is infinite."""
     whole = tl.floor(y + 0.5)
-    count = tl.abs(whole)
-    result = power(tl.abs(x), count)
-    result = tl.where((result != result) & (x == x), float("inf"), result)  # the lower part of an infinity is NaN
-    result = tl.where((x < 0.0) & (count.to(tl.int64) % 2 == 1), result * -1.0, result)
+    result = power(x, tl.abs(whole))
     if whole < 0.0:
         result = 1.0 / result
     rest = y - whole
@@ -126,11 +125,6 @@ def general_power(x, y):
 @triton.jit
 def hyper(row, COLUMN: tl.constexpr):
     return load_f64(row + 8 * COLUMN)
-
-
-@triton.jit
-def flag(row, COLUMN: tl.constexpr):
-    return hyper(row, COLUMN) != 0.0
 
 
 @triton.jit
@@ -157,41 +151,20 @@ def lr_value(row):
 
 
 @triton.jit
-def lr_in_double(dtype):
-    return (dtype == 0) | (dtype == L.LR_F64)
-
-
-@triton.jit
 def _lr_rounded(x, dtype):
     """An fp32 result in the dtype of lr."""
     as_bf16 = bf16_bits(x).to(tl.float32, bitcast=True)
     return tl.where(dtype == L.LR_BF16, as_bf16, tl.where(dtype == L.LR_F16, x.to(tl.float16).to(tl.float32), x))
 
 
-@triton.jit
-def lr_over(row, x):
-    """lr / x. A number computes in double; a tensor rounds to its dtype, as torch does."""
-    lr, dtype = lr_value(row), lr_dtype(row)
-    rounded = _lr_rounded(tl.div_rn(lr.to(tl.float32), x.to(tl.float32)), dtype).to(tl.float64)
-    return tl.where(lr_in_double(dtype), lr / x, rounded)
-
-
-@triton.jit
-def lr_decay(row, weight_decay):
-    """1 - lr * weight_decay, likewise."""
-    lr, dtype = lr_value(row), lr_dtype(row)
-    product = _lr_rounded(lr.to(tl.float32) * weight_decay.to(tl.float32), dtype)
-    rounded = _lr_rounded(1.0 - product, dtype).to(tl.float64)
-    return tl.where(lr_in_double(dtype), 1.0 - lr * weight_decay, rounded)
-
-
-# What is computed with a learning rate that is a tensor, or a number that follows from it.
+# What is computed with a learning rate that is a tensor, or a number that follows from it: rounded to its dtype, as
+# torch does. With one that is a number, rules compute in double.
 
 
 @triton.jit
 def _lr_result(row, in_double, in_fp32):
     dtype = lr_dtype(row)
-    return tl.where(lr_in_double(dtype), in_double, _lr_rounded(in_fp32, dtype).to(tl.float64))
+    return tl.where(dtype == L.LR_F64, in_double, _lr_rounded(in_fp32, dtype).to(tl.float64))
 
 
 @triton.jit
@@ -234,22 +207,3 @@ def lerp(start, end, coefficient, from_start):
 def spread(x, like):
     """A scalar in every element, for functions that do not do it themselves."""
     return tl.broadcast_to(x, like.shape)
-
-
-@triton.jit
-def add_scaled_square(s, a, scale):
-    """torch.addcmul(s, a, a, value=scale)"""
-    return tl.fma(scale * a, a, s)
-
-
-@triton.jit
-def add_scaled_ratio(s, a, b, scale):
-    """torch.addcdiv(s, a, b, value=scale)"""
-    return s + divide(scale * a, b)
-
-
-@triton.jit
-def apply_weight_decay(g, p, weight_decay, decays, maximize):
-    """maximize, then coupled weight decay."""
-    g = tl.where(maximize, g * -1.0, g)  # Triton's -g is 0 - g, which loses the sign of a zero
-    return tl.where(decays, tl.fma(spread(weight_decay, p), p, g), g)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device_memory import DeviceMemory
+from . import clip
 from .codec import INTERPRETED
 from .kernels import measure_kernel, norm_step_kernel, reduce_kernel, step_kernel
 from .layout import BITS, DIGEST, packed
@@ -30,24 +30,30 @@ def block(threads_per_warp: int) -> int:
 
 
 class RuleFunctions(NamedTuple):
-    """The functions of a rule: see rules/__init__.py.
+    """The functions of a rule, as kernels take them.
 
-    ``next_numbers`` is None but for one that has numbers, ``measured`` but for one that says what is summed.
+    ``prepare(row, inputs, T, VARIANT)`` returns its scalars as a tuple, from a group's hyper-parameters and ``inputs``,
+    a tuple: the number of this step, whether the states are to be taken as absent, two sums of squares over the whole
+    tensor and the tensor's three numbers, of which the rule's own come first, and the whole tensor's elements. All but
+    the second are fp64, and 0 where there is none. T is the dtype in which elements are computed.
+
+    ``update(p, g, s, c, VARIANT)`` returns the new parameter and the tuple of the new states, from registers to
+    registers; ``s`` are three states, of which the rule's own come first, and ``c`` the scalars. States that the
+    variant or the rule does not have are to be returned as they are.
+
+    ``next_numbers(row, inputs, VARIANT)`` returns the tuple of the new numbers; None for a rule that has none.
+
+    ``measured(p, g, s, c, VARIANT)`` returns the two whose squares are summed, of the values before the step; ``c`` was
+    made of sums that are NaN. None for a rule that has no sums, or that of its gradient alone.
     """
 
     prepare: Any
     update: Any
-    next_numbers: Any
-    measured: Any
+    next_numbers: Any = None
+    measured: Any = None
 
 
-def functions_of(rule: str) -> RuleFunctions:
-    return functions_in(importlib.import_module(f".rules.{rule}", __package__))
-
-
-def functions_in(module: Any) -> RuleFunctions:
-    some = (getattr(module, name, None) for name in RuleFunctions._fields[2:])
-    return RuleFunctions(module.prepare, module.update, *some)
+CLIP = RuleFunctions(clip.prepare, clip.update)
 
 
 class TritonDevice(DeviceMemory):
@@ -55,11 +61,10 @@ class TritonDevice(DeviceMemory):
     stream."""
 
     compiled = False
-    #: Those of a rule that is not one of the package's own.
-    functions: RuleFunctions | None = None
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, functions: RuleFunctions) -> None:
         super().__init__(device)
+        self.functions = functions
         self._block = block(32 if torch.version.hip is None else 64)
         #: What captured copies read from at every replay.
         self._captured: list[Tensor] = []
@@ -126,17 +131,16 @@ def _constant(kind: int) -> Any:
 
 
 def kernel_for(
-    purpose: str, rule: Any, kinds: tuple[Any, ...], block: int, functions: RuleFunctions | None = None
+    purpose: str, rule: Any, kinds: tuple[Any, ...], block: int, functions: RuleFunctions
 ) -> tuple[Any, tuple[Any, ...]]:
-    """A kernel, and its constants behind the header. functions: those of the rule, unless it is the package's own."""
+    """A kernel, and its constants behind the header."""
     if purpose == "reduce":
         return reduce_kernel, (DIGEST,)
-    if purpose == "measure" and (functions is None or functions.measured is None):
+    prepare, update, next_numbers, measured = functions
+    if purpose == "measure" and measured is None:
         # looks at parameters and gradients alone: one kernel serves every rule
         plain = tuple(_constant(storages[0] | storages[1] << BITS) for storages, *_ in kinds)
         return measure_kernel, (None, 0, 1, None, plain, DIGEST)
-    functions = functions or functions_of(rule.name)
-    prepare, update, next_numbers, measured = functions
     of_kernel = tuple(_constant(packed(kind, rule.halves)) for kind in kinds)
     if not rule.sums:
         return step_kernel, (prepare, update, next_numbers, rule.numbers, 0, of_kernel, block, DIGEST)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from types import ModuleType
 
 import triton.language as tl
 
@@ -11,17 +10,6 @@ from .._native import _C
 
 assert _C is not None
 _LAYOUT = _C.table_layout()
-
-
-def of_rule(name: str) -> ModuleType:
-    """The columns of a compiled rule's hyper-parameters in a group's row, and the numbers of its states, by name:
-    ``BETAS_0`` is that of ``betas[0]``. A module, because kernels may look into nothing else."""
-    rule = _C.find_rule(name)
-    assert rule is not None, name
-    found = ModuleType(name)
-    for key, value in rule.layout.items():
-        setattr(found, key, tl.constexpr(value))
-    return found
 
 
 #: An entry's kind, as kernels take it (update.py): the width of its first fields, and where the others begin.
@@ -34,9 +22,7 @@ WORDS, IN_BLOCKS = (tl.constexpr(HALVES.value + BITS * (_LAYOUT["MAX_SLOTS"] + k
 MAX_WORDS = tl.constexpr((_LAYOUT["MAX_SLOTS"] + 3) // 2)
 _STOCHASTIC = [_LAYOUT[name] for name in ("BF16_STOCHASTIC", "Q8_STOCHASTIC", "Q8_SQUARES_STOCHASTIC")]
 #: An argument of every kernel: Triton's cache on disk sees the names of offsets, but not their values.
-DIGEST = zlib.crc32(
-    repr([sorted(_LAYOUT.items()), [sorted(_C.find_rule(r).layout.items()) for r in _C.rules()]]).encode()
-)
+DIGEST = zlib.crc32(repr(sorted(_LAYOUT.items())).encode())
 
 
 def packed(kind: tuple[tuple[int, ...], int, int, int], halves: list[int], used: int | None = None) -> int:

@@ -99,7 +99,7 @@ def commit(entry, control, number, numbers, NUMBERS: tl.constexpr, STEP_DTYPE: t
 
 @triton.jit
 def inputs_of(entry, grad, sums, KIND: tl.constexpr, NUMBERS: tl.constexpr):
-    """What the rule's scalars follow from, beside the group's row: see rules/__init__.py. sums: a tuple of two."""
+    """What the rule's scalars follow from, beside the group's row: see device.RuleFunctions. sums: a tuple of two."""
     number = next_step(entry, (KIND >> L.STEP) & L.MASK)
     numel = load_i64(entry + L.ENTRY_WHOLE_NUMEL).to(tl.float64)
     return (number, (grad & L.FIRST) != 0) + sums + numbers_of(entry, NUMBERS) + (numel,)
