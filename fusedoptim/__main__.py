@@ -68,7 +68,7 @@ def _check_compiled() -> bool:
     start = time.perf_counter()
     bad = differing("cpu", "cpu", COMPILED)
     result = f"FAILED for {', '.join(bad)}" if bad else "the reference's bits"
-    print(f"rules of one's own: compiled with {compiler.compiler()}, kept in {cache.folder()}")
+    print(f"rules of one's own: compiled with {compiler.compiler()}, {cache.problem() or f'kept in {cache.folder()}'}")
     print(
         f"self-check: {', '.join(COMPILED)}, compiled here, in 4 dtypes: {result} ({time.perf_counter() - start:.1f} s)"
     )

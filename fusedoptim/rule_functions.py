@@ -144,25 +144,26 @@ def calling(call: Call) -> Iterator[None]:
 class _IeeeRoots(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _ROOTS.get(function)
-        if name is None or not (isinstance(args[0], Tensor) and args[0].is_floating_point()):
+        name, x = _ROOTS.get(function), args[0] if args else kwargs.get("input")
+        if name is None or not (isinstance(x, Tensor) and x.is_floating_point()):
             return function(*args, **kwargs)
-        if name == "pow":
+        exponent = {"sqrt": 0.5, "rsqrt": -0.5}.get(name)
+        if exponent is None:
             exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
             if isinstance(exponent, Tensor) or exponent not in (0.5, -0.5):
                 return function(*args, **kwargs)
-        else:
-            exponent = 0.5
-        result = correctly_rounded_sqrt(args[0])
+        result = correctly_rounded_sqrt(x)
         if exponent == -0.5:
             result = result.reciprocal_()
         if function in _IN_PLACE:
-            return args[0].copy_(result)
+            return x.copy_(result)
         out = kwargs.get("out")
         return result if out is None else out.copy_(result)
 
 
-_IN_PLACE = {Tensor.sqrt_, torch.sqrt_, Tensor.pow_, Tensor.__ipow__}
-_ROOTS: dict[Any, str] = {f: "sqrt" for f in (torch.sqrt, Tensor.sqrt, Tensor.sqrt_, torch.sqrt_)} | {
-    f: "pow" for f in (torch.pow, Tensor.pow, Tensor.__pow__, Tensor.pow_, Tensor.__ipow__)
+_ROOTS: dict[Any, str] = {
+    **dict.fromkeys((torch.sqrt, Tensor.sqrt, Tensor.sqrt_, torch.sqrt_), "sqrt"),
+    **dict.fromkeys((torch.rsqrt, Tensor.rsqrt, Tensor.rsqrt_, torch.rsqrt_), "rsqrt"),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__, Tensor.pow_, Tensor.__ipow__), "pow"),
 }
+_IN_PLACE = {Tensor.sqrt_, torch.sqrt_, Tensor.rsqrt_, torch.rsqrt_, Tensor.pow_, Tensor.__ipow__}

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import parameters, set_gradients
+from cases import CAPABILITIES, parameters, set_gradients
 
-from fusedoptim import FusedOptimizer, Rule
+from fusedoptim import FusedOptimizer, Rule, _native
 from fusedoptim.own_rules import cache, compiler, libraries, programs, verify
 
 ROOT = Path(__file__).parent.parent
@@ -47,8 +49,9 @@ def step() -> str:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty one, in a process that has compiled nothing so far."""
-    for module, name in ((compiler, "_loaded"), (libraries, "_loaded"), (programs, "_known"), (verify, "_checked")):
-        monkeypatch.setattr(module, name, {})
+    monkeypatch.setattr(compiler, "_loaded", {})
+    for module, name in ((libraries, "_loaded"), (programs, "_known"), (verify, "_checked")):
+        monkeypatch.setattr(module, name, weakref.WeakKeyDictionary())
     path = tmp_path / "cache"
     monkeypatch.setenv(cache.VARIABLE, str(path))
     return path
@@ -116,6 +119,101 @@ def test_a_link_is_not_followed(folder: Path, tmp_path: Path, compiled: list[str
     (tmp_path / "elsewhere").mkdir()
     folder.symlink_to(tmp_path / "elsewhere")
     assert step() == "OwnCpuRunner" and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_folder_that_was_there_keeps_its_permissions(folder: Path, compiled: list[str]) -> None:
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    assert step() == "OwnCpuRunner" and len(list(folder.iterdir())) == 2
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755 and cache.problem() is None
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(folder: Path, compiled: list[str]) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert step() == "OwnCpuRunner" and compiled and not list(folder.iterdir())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777
+    assert f"chmod go-w {folder}" in (cache.problem() or "")
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_file_system_from_which_nothing_can_be_run(
+    folder: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch, everywhere: bool
+) -> None:
+    load, tried = compiler.ctypes.CDLL, []
+
+    def fails(path: str) -> Any:
+        tried.append(path)
+        if everywhere or path.startswith(str(folder)):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(compiler.ctypes, "CDLL", fails)
+    if everywhere:
+        with pytest.warns(UserWarning, match=f"cannot be loaded from {folder}.*{cache.VARIABLE}, or TMPDIR"):
+            assert step() == "ReferenceRunner"
+    else:
+        assert step() == "OwnCpuRunner"
+    assert len(tried) == 2 and not os.path.exists(tried[1])
+
+
+def test_a_compiler_may_have_arguments(
+    folder: Path, tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\necho called >> {tmp_path}/calls\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{wrapper} {shutil.which('c++')} -DANYTHING")
+    for cached in (compiler.command, compiler._environment):
+        cached.cache_clear()
+    try:
+        assert step() == "OwnCpuRunner"
+        assert compiled and (tmp_path / "calls").read_text() == "called\n"
+        assert compiler.compiler() == f"{wrapper} {shutil.which('c++')} -DANYTHING"
+        compiler.command.cache_clear()
+        monkeypatch.setenv("CXX", "not_there -O2")
+        assert "CXX='not_there -O2' is not found" in (compiler.problem() or "")
+    finally:
+        monkeypatch.delenv("CXX")
+        for cached in (compiler.command, compiler._environment):
+            cached.cache_clear()
+
+
+def test_what_is_kept_goes_with_the_rule(folder: Path) -> None:
+    def rule() -> Any:
+        def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+            p.sub_(g, alpha=h["lr"])
+
+        return type("Own", (Scaled,), {"rule": Rule("own", function)})
+
+    own = rule()
+    params = parameters([(5,)])
+    set_gradients(params, 0)
+    own(params).step()
+    sizes = [len(x) for x in (programs._known, libraries._loaded, verify._checked)]
+    del own, params
+    gc.collect()
+    assert sizes == [1, 1, 1] and [len(x) for x in (programs._known, libraries._loaded, verify._checked)] == [0, 0, 0]
+
+
+def test_each_instruction_set_is_checked(folder: Path) -> None:
+    for capability in CAPABILITIES:
+        _native._C.set_cpu_capability(capability)
+        assert step() == "OwnCpuRunner"
+    (checked,) = verify._checked.values()
+    assert len(checked) == len(CAPABILITIES)
+
+
+def test_more_numbers_than_there_is_room_for(folder: Path) -> None:
+    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        for k in range(300):
+            p.mul_(h["lr"] + k)
+
+    params = parameters([(5,)])
+    set_gradients(params, 0)
+    own: Any = type("Own", (Scaled,), {"rule": Rule("much", function)})
+    with pytest.warns(UserWarning, match=r"take numbers of 1200 bytes, and 1024 are the most: combine numbers"):
+        own(params).step()
 
 
 @pytest.mark.parametrize("fails", ["mkdtemp", "write_text"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 from pathlib import Path
@@ -70,17 +71,47 @@ OPERATIONS: dict[str, Any] = {
     "where number": lambda x, y, z: torch.where(x <= 0, 0.3, y),
     "where method": lambda x, y, z: x.where(y < z, 1.0),
     "masks": lambda x, y, z: torch.where(((x < y) | ~(y >= z)) & (x != z), x, y),
+    "exclusive or": lambda x, y, z: torch.where((x < y) ^ (y >= z), x, z),
+    "logical_xor": lambda x, y, z: torch.where(torch.logical_xor(x < y, ~(y >= z)), x, z),
+    "xor in place": lambda x, y, z: torch.where(_xor_in_place(x < y, y >= z), x, z),
+    "where of masks": lambda x, y, z: torch.where(torch.where(x < y, y < z, x < z), x, y),
+    "masks compared": lambda x, y, z: torch.where((x < y) == (y < z), x, y) + torch.where((x < y) < (y < z), x, y),
+    "mask and elements": lambda x, y, z: (x > 0) / z + torch.addcmul(x, y > 0, z, value=0.3) + torch.maximum(y > 0, z),
     "equal": lambda x, y, z: torch.where(x == y, z, x),
     "mask times": lambda x, y, z: (x * y > 0) * z,
     "mask to": lambda x, y, z: (x > 0).to(x.dtype),
     "masked_fill": lambda x, y, z: x.masked_fill(x.isnan(), 0.5),
     "isfinite": lambda x, y, z: torch.where(x.isfinite(), x, y),
+    "functions in place": lambda x, y, z: torch.neg_(torch.sqrt_(torch.abs_(torch.clamp_(x.clone(), max=2.0)))),
+    "keywords": lambda x, y, z: torch.lerp(
+        input=torch.add(input=x, other=y, alpha=0.3), end=torch.sqrt(input=torch.abs(input=z)), weight=0.3
+    ),
+    "more keywords": lambda x, y, z: torch.addcdiv(
+        input=torch.where(condition=x < y, input=x, other=z), tensor1=y, tensor2=z, value=0.3
+    ),
+    "keywords of roots": lambda x, y, z: torch.rsqrt(input=z.abs()) + torch.pow(input=y, exponent=0.5),
+    "keywords of methods": lambda x, y, z: x.where(condition=y < z, other=y).copysign(other=z).clone().fill_(value=0.1),
+    "rsqrt in place": lambda x, y, z: torch.rsqrt_(x.clone()) + y.clone().rsqrt_() + torch.square(z),
+    "copies": lambda x, y, z: _copies(x.clone(), y),
     "in place": lambda x, y, z: x.clone().mul_(0.9).add_(y, alpha=0.1).sqrt_().clamp_(max=2.0),
     "operators in place": lambda x, y, z: _in_place(x.clone(), y),
     "filled": lambda x, y, z: torch.full_like(x, 0.1) + torch.ones_like(x) - torch.zeros_like(y),
     "copied": lambda x, y, z: x.clone().copy_(y),
 }
 N = 1 << 13
+
+
+def _xor_in_place(x: Any, y: Any) -> Any:
+    x ^= y
+    return x
+
+
+def _copies(x: Any, y: Any) -> Any:
+    """Of which the first has the same memory, and so has no copy of a conversion that asks for one."""
+    copy.copy(x).add_(y)
+    copy.deepcopy(x).add_(y)
+    x.to(x.dtype, copy=True).add_(y)
+    return x
 
 
 def _in_place(x: Any, y: Any) -> Any:

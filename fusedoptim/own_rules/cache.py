@@ -38,17 +38,26 @@ def _usable() -> Path | None:
     """The folder, made if there is none; None if it cannot be used."""
     path = folder()
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(path) and path.lstat().st_uid != os.getuid():
-            return None
-        if path.is_symlink():
-            return None
-        path.chmod(0o700)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # one that was there keeps its permissions
+            path.mkdir(mode=0o700)
     except OSError:
-        with contextlib.suppress(OSError):  # one that is read-only may have been filled before
-            return path if _is_ours(path) else None
-        return None
-    return path
+        pass  # one that is read-only may have been filled before
+    return path if problem() is None else None
+
+
+def problem() -> str | None:
+    """Why the folder is not used; None if it is."""
+    path = folder()
+    try:
+        if _is_ours(path) and path.is_dir():
+            return None
+    except OSError as error:
+        return f"{path} cannot be used ({error})"
+    return (
+        f"{path} is not used: it has to be a folder of the user's own, which nobody else may write to, and no link "
+        f"(chmod go-w {path}, or set {VARIABLE})"
+    )
 
 
 def _digest_of(content: bytes) -> str:

@@ -138,6 +138,13 @@ class CppPrinter(Printer):
         )
 
 
+def scalar_bytes(program: Program, wide: bool) -> int:
+    """At most so many the struct of scalars has."""
+    number = 8 if wide else 4
+    size = {"number": number, "weight": 2 * number, "condition": number}
+    return sum(size[scalar.kind] for scalar in CppPrinter(program).scalars)
+
+
 class Loops(NamedTuple):
     """What a library is compiled for."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .. import _native
 from .._rule import Rule
 from . import compiler
-from .cpp import Loops, library
+from .cpp import Loops, library, scalar_bytes
 from .programs import divides, guard, second_moment, states_mask, summed_mask
 from .trace import Program
 
@@ -27,7 +28,9 @@ class Need(NamedTuple):
 
 
 #: Addresses of what was loaded, by instruction set.
-_loaded: dict[tuple[Program, str], list[int]] = {}
+_loaded: weakref.WeakKeyDictionary[Program, dict[str, list[int]]] = weakref.WeakKeyDictionary()
+#: For the numbers that operations on elements take (kMaxScalarBytes in csrc/rules/program_code.h).
+MOST_BYTES = 1024
 _lock = threading.Lock()
 
 
@@ -48,7 +51,7 @@ def handle(rule: Rule, programs: Sequence[Program], capability: str | None) -> A
     """
     assert _native._C is not None
     with _lock:
-        addresses = [list(_loaded.get((p, capability), ())) if capability else [] for p in programs]
+        addresses = [list(_loaded.get(p, {}).get(capability, ())) if capability else [] for p in programs]
     return _native._C.RuleHandle(
         rule.name,
         [h.key if h.index < 0 else f"{h.key}[{h.index}]" for h in rule.hyper],
@@ -66,16 +69,22 @@ def provide(programs: Sequence[Program], needs: Iterable[Need], capability: str)
     """Compiles and loads what a plan lacks.
 
     Raises:
-        CompilerError: with what the compiler says.
+        CompilerError: with what the compiler says, or for a program with too many numbers.
     """
     by_library: dict[tuple[int, bool], list[Need]] = {}
     for need in needs:
         by_library.setdefault((need.program, need.wide), []).append(need)
     for (index, wide), of_library in by_library.items():
         program = programs[index]
+        size = scalar_bytes(program, wide)
+        if size > MOST_BYTES:
+            raise compiler.CompilerError(
+                f"its operations on elements take numbers of {size} bytes, and {MOST_BYTES} are the most: combine "
+                "numbers before they meet elements"
+            )
         address = compiler.load(library(program, _loops(program, wide, of_library)), capability)
         with _lock:
-            known = _loaded.setdefault((program, capability), [])
+            known = _loaded.setdefault(program, {}).setdefault(capability, [])
             if address not in known:
                 known.append(address)
 

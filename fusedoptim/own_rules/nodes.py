@@ -6,9 +6,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from .._doubles import divide, power
 
 
 class Kind(Enum):
@@ -33,12 +35,16 @@ class Node:
 
     op: str
     kind: Kind
-    args: tuple[Node, ...] = ()
+    args: tuple[Node, ...] = field(default=(), repr=False)  # which may be as many as 2**n, written out
     data: Any = None
     #: When it was made: operands come before what they are operands of.
     order: int = 0
-    #: Whether it follows from the group's values alone, the learning rate left out: schedules change that.
+    #: Whether it follows from the group's values alone, the learning rate left out: schedules change that. What is too
+    #: long for a guard counts as following from more, so that a step chooses by it.
     is_static: bool = False
+    #: Operations of it in postfix order, and how many values they keep at once.
+    length: int = 1
+    height: int = 1
     #: Whether it follows from a sum over whole tensors.
     needs_sums: bool = False
     #: A number that has the arithmetic of a learning rate that is a tensor: each operation rounds to that dtype.
@@ -56,22 +62,6 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def _power(x: float, y: float) -> float:
-    """As C has it: what Python refuses is infinite or NaN."""
-    try:
-        return math.pow(x, y)
-    except OverflowError:
-        return math.inf
-    except ValueError:
-        return math.inf if x == 0 else math.nan
-
-
-def _divide(x: float, y: float) -> float:
-    if y != 0:
-        return x / y
-    return math.nan if x == 0 or math.isnan(x) else math.copysign(math.inf, x) * math.copysign(1.0, y)
-
-
 def _fp32(x: float) -> float:
     from ..rule_functions import to_fp32
 
@@ -82,13 +72,18 @@ ARITHMETIC: dict[str, Callable[..., float]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
-    "div": _divide,
-    "pow": _power,
+    "div": divide,
+    "pow": power,
     "neg": operator.neg,
     "abs": abs,
     "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
     "fp32": _fp32,
 }
+#: How far down a choice goes into operands.
+DEEPEST = 100
+#: Of the operations of a guard's condition; of the values that they keep (kMost in csrc/core/guard.h, which keeps two
+#: more for all conditions).
+LONGEST, HIGHEST = 1000, 60
 _DYNAMIC_LEAVES = ("lr", "t", "number", "sum", "numel", "first")
 
 
@@ -105,26 +100,31 @@ class Graph:
         found = self._nodes.get(key)
         if found is None:
             static = not kind.is_element and op not in _DYNAMIC_LEAVES and all(a.is_static for a in args)
+            length = 1 + sum(a.length for a in args) if static else 1
+            height = max((k + a.height for k, a in enumerate(args)), default=1)
+            static = static and length <= LONGEST and height <= HIGHEST
             sums = op == "sum" or any(a.needs_sums for a in args)
-            found = self._nodes[key] = Node(op, kind, args, data, len(self._nodes), static, sums, of_lr)
+            found = self._nodes[key] = Node(
+                op, kind, args, data, len(self._nodes), static, length, height if static else 1, sums, of_lr
+            )
         return found
 
     def const(self, value: float) -> Node:
         return self.make("const", Kind.NUMBER, data=float(value))
 
-    def select(self, condition: Node, yes: Node, no: Node) -> Node:
+    def select(self, condition: Node, yes: Node, no: Node, depth: int = 0) -> Node:
         """One of two by a condition of numbers. Where both are the same operation, it chooses operands, which are often
         numbers and cost nothing per element."""
         if yes is no:
             return yes
         key = (condition, yes, no)
         if key not in self._selected:
-            self._selected[key] = self._select(condition, yes, no)
+            self._selected[key] = self._select(condition, yes, no, depth)
         return self._selected[key]
 
-    def _select(self, condition: Node, yes: Node, no: Node) -> Node:
-        if yes.op == no.op and yes.args and yes.kind == no.kind and _alike(yes, no):
-            args = [self.select(condition, a, b) for a, b in zip(yes.args, no.args, strict=True)]
+    def _select(self, condition: Node, yes: Node, no: Node, depth: int) -> Node:
+        if depth < DEEPEST and yes.op == no.op and yes.args and yes.kind == no.kind and _alike(yes, no):
+            args = [self.select(condition, a, b, depth + 1) for a, b in zip(yes.args, no.args, strict=True)]
             return self.make(yes.op, yes.kind, *args, data=yes.data, of_lr=yes.of_lr)
         return self.make("choose", yes.kind, condition, yes, no, of_lr=yes.of_lr or no.of_lr)
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from .._rule import SQUARES, Group, Rule
+from .._rule import SQUARES, Group, Reference, Rule
 from .nodes import Kind, in_order, postfix
 from .trace import Program, constants_of, needed, trace
 
-_known: dict[Rule, list[Program]] = {}
+
+def _none(*_: Any) -> None:
+    pass
+
+
+#: By a rule's function, and by all else of the rule: they go with the function, so none of them refers to it.
+_known: weakref.WeakKeyDictionary[Reference, dict[Rule, list[Program]]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -20,11 +28,12 @@ def program_of(rule: Rule, group: Group) -> Program:
     Raises:
         RuleError: for a function that cannot be traced.
     """
+    without = dataclasses.replace(rule, reference=_none)
     with _lock:
-        of_rule = _known.setdefault(rule, [])
+        of_rule = _known.setdefault(rule.reference, {}).setdefault(without, [])
         found = next((p for p in of_rule if p.fits(group)), None)
         if found is None:
-            found = trace(rule, group)
+            found = dataclasses.replace(trace(rule, group), rule=without)
             of_rule.append(found)
         return found
 
@@ -42,16 +51,8 @@ def constants_number(rule: Rule, group: Group) -> float:
     """A number for the values of a group that are none, and for the states it needs: the same for the same.
 
     Raises:
-        ValueError: for values that cannot be compared by their hash.
+        RuleError: for values that can be no constants.
     """
-    for key in rule.constants:
-        try:
-            hash(group.get(key))
-        except TypeError:
-            raise ValueError(
-                f"the group's {key!r} is {group[key]!r}, which has no hash: a rule's function takes numbers, and "
-                "constants such as texts, None and tuples; keep all else outside of the group"
-            ) from None
     return _number_of(constants_of(rule, group), *needed(rule, group))
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
+import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 import torch
 
-#: Frames in these files are not the function's own.
-_OURS = tuple(str(p) for p in (Path(__file__).parent, Path(__file__).parent.with_name("rule_functions.py")))
-_TORCHS = str(Path(torch.__file__).parent)
+#: Frames in these folders and this file are not the function's own.
+_FOLDERS = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent, Path(torch.__file__).parent))
+_FUNCTIONS = str(Path(__file__).parent.with_name("rule_functions.py"))
 
 #: By the name of an operation, what a rule can use in its place.
 INSTEAD = {
@@ -29,6 +36,9 @@ INSTEAD = {
     "randn_like": "a rule has no random numbers of its own: rounding='stochastic' is an option of every optimizer",
     "rand_like": "a rule has no random numbers of its own: rounding='stochastic' is an option of every optimizer",
     "relu": "use x.clamp(min=0)",
+    "relu_": "use x.clamp_(min=0)",
+    "device": "a rule computes the same on every device",
+    "grad": "the gradient is what the function gets as such",
     "numel": "mean_square(x) divides by the elements of the whole tensor",
     "shape": "a rule is elementwise, whatever the shape is",
     "size": "a rule is elementwise, whatever the shape is",
@@ -37,9 +47,12 @@ INSTEAD = {
     "view": "a rule is elementwise, whatever the shape is",
     "reshape": "a rule is elementwise, whatever the shape is",
     "getitem": "a rule is elementwise: an element cannot look at another",
-    "float": "numbers have +, -, *, /, **, abs(), min(), max() and comparisons; double(lr) is the number of a learning "
-    "rate; for roots use x ** 0.5",
-    "int": "numbers are doubles: leave int() out",
+    "float": "a rule computes in one dtype, fp32 or fp64: x.to(g.dtype) for masks",
+    "double": "a rule computes in one dtype, fp32 or fp64: x.to(g.dtype) for masks",
+    "mod": "elements have +, -, *, / and ** with a few exponents",
+    "floordiv": "elements have +, -, *, / and ** with a few exponents",
+    "shift": "elements are no integers: multiply by a power of 2",
+    "round": "elements have no roundings: to_fp32(number) rounds a number",
 }
 
 
@@ -54,7 +67,9 @@ def refuse(what: str, instead: str = "") -> RuleError:
         what: what it does that cannot be traced.
     """
     remedy = f" {instead[0].upper()}{instead[1:]}." if instead else ""
-    return RuleError(f"{what} cannot be traced{_where()}.{remedy} Or pass backend='reference', to run it eagerly")
+    error = RuleError(f"{what} cannot be traced{_where()}.{remedy} Or pass backend='reference', to run it eagerly")
+    _traced.refused = _traced.refused or error
+    return error
 
 
 def refuse_operation(name: str) -> RuleError:
@@ -63,14 +78,94 @@ def refuse_operation(name: str) -> RuleError:
     return refuse(f"{name}()", instead)
 
 
+def refuse_text() -> RuleError:
+    return refuse("the text of a symbol", "a rule's function is not run at each step, so it can print and name nothing")
+
+
+# ---- lines ----
+
+
+class _Traced(threading.local):
+    function: Callable[..., Any] | None = None
+    #: The first error of its present call, which the function may have caught.
+    refused: RuleError | None = None
+
+
+_traced = _Traced()
+
+
+@contextmanager
+def blaming(function: Callable[..., Any]) -> Iterator[None]:
+    """What is refused within, and not by one of the function's lines, is refused with its first."""
+    before, _traced.function = _traced.function, function
+    try:
+        yield
+    finally:
+        _traced.function = before
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's lines are those of what it calls from here.
+
+    Raises:
+        RuleError: where it asks of a symbol what symbols do not have, beside what it raises itself.
+    """
+    _traced.refused = None
+    try:
+        result = function(*args)
+        if _traced.refused is not None:
+            raise _traced.refused
+        return result
+    except (TypeError, AttributeError) as error:
+        if isinstance(error, RuleError) or not any(name in str(error) for name in _SYMBOLS):
+            raise
+        frames = [(f.f_code.co_filename, line) for f, line in _frames_of(error)]
+        file, line = next((at for at in reversed(frames) if not _is_ours(at[0])), frames[-1])
+        raise RuleError(
+            f"what the function does with a symbol cannot be traced{_shown(file, line)}: {error}. Use what the guide "
+            "on rules of one's own lists, or pass backend='reference', to run it eagerly"
+        ) from None
+
+
+#: Words of Python's and torch's own errors, where these get what stands for numbers and tensors.
+_SYMBOLS = ("Elements", "Number", "Condition", "_ComputeDtype")
+
+
+def _frames_of(error: BaseException) -> Iterator[tuple[Any, int]]:
+    at = error.__traceback__
+    while at is not None:
+        yield at.tb_frame, at.tb_lineno
+        at = at.tb_next
+
+
+def _is_ours(file: str) -> bool:
+    return file == _FUNCTIONS or file.startswith(_FOLDERS)
+
+
 def _where() -> str:
-    """The innermost line that is not of this package's tracer or torch's, as far as there is one."""
-    frame = sys._getframe(1)
+    """The innermost line of the function that is traced, or else its first."""
+    frame, found = sys._getframe(1), None
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((*_OURS, _TORCHS)):
-            text = linecache.getline(file, frame.f_lineno).strip()
-            shown = f": {text}" if text else ""
-            return f" ({Path(file).name}, line {frame.f_lineno}{shown})"
+        if frame.f_code is call.__code__:
+            break
+        if found is None and not _is_ours(file):
+            found = (file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    if frame is None and _traced.function is not None:
+        return first_line(_traced.function)
+    return "" if found is None else _shown(*found)
+
+
+def first_line(function: Callable[..., Any]) -> str:
+    """Where it is written; empty where that is not known."""
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return _shown(code.co_filename, code.co_firstlineno) if isinstance(code, CodeType) else ""
+
+
+def _shown(file: str, line: int) -> str:
+    text = linecache.getline(file, line).strip()
+    return f" ({Path(file).name}, line {line}{f': {text}' if text else ''})"

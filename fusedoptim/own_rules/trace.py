@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._rule import LR, Group, Rule
 from .._values import number
 from . import operations  # noqa: F401 - which gives symbols their operators
+from .given import GroupValues, States, traced_builtins
 from .nodes import Graph, Kind, Node, value_of
 from .numbers import Number, node_of
 from .paths import Path, explore
-from .refusals import RuleError, refuse
+from .refusals import RuleError, blaming, call, first_line
 from .tensors import Elements, tensor_node
 
 Columns = Mapping[tuple[str, int], float]
@@ -53,15 +53,27 @@ class Program:
 
 
 def constants_of(rule: Rule, group: Group) -> tuple[Any, ...]:
-    """With their types: True, 1 and 1.0 are equal."""
-    return tuple(_told_apart(group.get(key)) for key in rule.constants)
+    """What stands for the values of a group that are no numbers: equal where a function cannot tell them apart.
+
+    Raises:
+        RuleError: for values that may change within, or of which that is not known.
+    """
+    return tuple(_constant(key, group.get(key)) for key in rule.constants)
 
 
-def _told_apart(x: Any) -> Any:
-    """True is equal to 1 and to 1.0, 0.0 to -0.0, NaN to nothing."""
-    if isinstance(x, tuple):
-        return (type(x), *map(_told_apart, x))
-    return type(x), repr(x) if isinstance(x, float) else x
+def _constant(key: str, value: Any) -> tuple[Any, ...]:
+    """With its types: True, 1 and 1.0 are equal."""
+    if type(value) is tuple:
+        return (tuple, *(_constant(key, x) for x in value))
+    if isinstance(value, float):
+        return (type(value), value.hex())
+    if value is None or isinstance(value, (str, bytes, bool, int, torch.dtype, Enum)):
+        return (type(value), value)
+    raise RuleError(
+        f"the group's {key!r} is {value!r}: a rule's function takes numbers of a group, and as constants texts, None, "
+        "dtypes, members of an Enum and tuples of such. Keep all else outside of the group, or pass "
+        "backend='reference', to run it eagerly"
+    )
 
 
 def needed(rule: Rule, group: Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -82,76 +94,6 @@ def columns_of(rule: Rule, group: Group) -> Columns:
     return found
 
 
-# ---- what the function gets ----
-
-
-class _States(dict[str, Any]):
-    """Says what there is, where a function asks for another."""
-
-    def __contains__(self, name: object) -> bool:
-        raise refuse("the question whether there is a state", "ask for the group's value that says so, or `is None`")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return name in self
-
-    def __missing__(self, name: str) -> Any:
-        raise refuse(
-            f"the state {name!r}, which the rule does not declare for this group,", f"it has {', '.join(self)}"
-        )
-
-
-class _Group(Mapping[str, Any]):
-    """A group's values as symbols."""
-
-    def __init__(self, path: Path, rule: Rule, group: Group) -> None:
-        self._values: dict[str, Any] = {key: group.get(key) for key in rule.constants}
-        for hyper in rule.hyper:
-            if group.get(hyper.key, hyper.off) is None:
-                self._values[hyper.key] = None
-            elif hyper.index < 0:
-                self._values[hyper.key] = _column(path, hyper.key, -1)
-            else:
-                self._values[hyper.key] = tuple(_column(path, hyper.key, i) for i in range(hyper.count))
-        lr_is_tensor = isinstance(group[LR.key], Tensor)
-        self._values[LR.key] = Number(path, path.graph.make("lr", Kind.NUMBER, of_lr=lr_is_tensor))
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._values:
-            raise refuse(f"the group's {key!r}", f"a function can read {', '.join(map(repr, self._values))}")
-        return self._values[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._values.get(key, default)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-def _column(path: Path, key: str, index: int) -> Number:
-    return Number(path, path.graph.make("column", Kind.NUMBER, data=(key, index)))
-
-
-_math = threading.Lock()
-
-
-@contextmanager
-def _traced_roots() -> Iterator[None]:
-    """math.sqrt takes nothing but a float: for as long as a function is traced, it takes a symbol as well."""
-    with _math:
-        before = math.sqrt
-        math.sqrt = lambda x: x.sqrt() if isinstance(x, Number) else before(x)  # type: ignore
-        try:
-            yield
-        finally:
-            math.sqrt = before
-
-
 # ---- one path, and all of them ----
 
 
@@ -170,30 +112,66 @@ def _call(rule: Rule, group: Group, path: Path) -> _Results:
     absent = {s.name for s in rule.states if s.starts_absent} & {*states}
     if absent:
         first = path.decide(make("first", Kind.CONDITION))
-    s = _States({name: Elements(path, make("state", Kind.TENSOR, data=name)) for name in states})
+    s = States({name: Elements(path, make("state", Kind.TENSOR, data=name)) for name in states})
     s.update({name: None for name in absent if first})
     s.update({name: Number(path, make("number", Kind.NUMBER, data=name)) for name in numbers})
     p, g = (Elements(path, make(leaf, Kind.TENSOR)) for leaf in ("param", "grad"))
     t = Number(path, make("t", Kind.NUMBER))
     function: Callable[..., Any] = rule.reference
-    result = function(p, g, s, t, _Group(path, rule, group))
-    who = f"the function of rule {rule.name!r}"
+    with blaming(function):
+        try:
+            result = call(function, p, g, s, t, GroupValues(path, rule, group))
+        except (AttributeError, TypeError) as error:
+            if not first or "None" not in str(error) or isinstance(error, RuleError):
+                raise
+            names = " and ".join(map(repr, sorted(absent)))
+            raise RuleError(
+                f"{_who(rule)} takes {names} for tensors in a step that may be a tensor's first, where they are None "
+                f"({error}): ask `if s[name] is None`"
+            ) from error
+        return _results(rule, path, result, p, s, states, numbers)
+
+
+def _results(
+    rule: Rule,
+    path: Path,
+    result: Any,
+    p: Elements,
+    s: dict[str, Any],
+    states: Sequence[str],
+    numbers: Sequence[str],
+) -> _Results:
+    """Of what a function left."""
+    who = _who(rule)
     if result is not None and result is not p:
         raise RuleError(f"{who} returns something: it has to write the parameter in place, as p.add_(...) does")
     results = _Results(p.node, {}, {}, path.sums)
     for name in states:
+        if name not in set(s):
+            raise RuleError(f"{who} removes the state {name!r}: write it in place, or set it to a tensor")
         if not isinstance(s[name], Elements):
             raise RuleError(f"{who} leaves the state {name!r} as {s[name]!r}: it has to be a tensor")
         results.states[name] = tensor_node(path, s[name])
     for name in numbers:
+        if name not in set(s):
+            raise RuleError(f"{who} removes {name!r}: set it to a number")
         node = node_of(path, s[name])
         if node is None:
             raise RuleError(f"{who} leaves {name!r} as {type(s[name]).__name__}: it is a number, so set it to one")
+        if node.of_lr:
+            raise RuleError(
+                f"{who} leaves {name!r} as a tensor, as a learning rate that is one makes it: use double(lr), which is "
+                "its number"
+            )
         results.numbers[name] = node
     unknown = s.keys() - {*states, *numbers}
     if unknown:
         raise RuleError(f"{who} makes the states {sorted(unknown)}: name them in Rule(states=...)")
     return results
+
+
+def _who(rule: Rule) -> str:
+    return f"the function of rule {rule.name!r}{first_line(rule.reference)}"
 
 
 def _merged(graph: Graph, paths: Sequence[tuple[Path, _Results]], depth: int = 0) -> _Results:
@@ -230,23 +208,21 @@ def trace(rule: Rule, group: Group) -> Program:
     graph, found = Graph(), []
     guards: dict[Node, bool] = {}
     results: list[_Results] = []
-    with _traced_roots():
+    with traced_builtins():
         for path in explore(graph, columns_of(rule, group), lambda path: results.append(_call(rule, group, path))):
             found.append((path, results.pop()))
             guards.update(path.guards)
     merged = _merged(graph, found)
     if merged.param.op == "param":
-        raise RuleError(
-            f"the function of rule {rule.name!r} changes no parameter: it has to write p in place, as p.add_(...) does"
-        )
+        raise RuleError(f"{_who(rule)} changes no parameter: it has to write p in place, as p.add_(...) does")
     if len(merged.sums) > rule.sums:
         raise RuleError(
-            f"the function of rule {rule.name!r} calls norm() or mean_square() {len(merged.sums)} times: say so with "
+            f"{_who(rule)} calls norm() or mean_square() {len(merged.sums)} times: say so with "
             f"Rule(sums={len(merged.sums)})"
         )
     for node in merged.sums:
         if node.needs_sums:
-            raise RuleError(f"the function of rule {rule.name!r} sums what depends on another sum")
+            raise RuleError(f"{_who(rule)} sums what depends on another sum")
     states, numbers = needed(rule, group)
     return Program(
         rule,

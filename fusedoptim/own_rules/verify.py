@@ -4,6 +4,7 @@ parameter."""
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _members
+from .. import _members, _native
 from .._reference_runner import ReferenceRunner
 from .._rule import GROUP_OPTIONS, STORAGE, Group, Rule
 from .._runners import Runner, StepSettings
@@ -20,7 +21,8 @@ from .._states import Changes, move_steps
 from .programs import program_of
 from .trace import Program
 
-_checked: dict[tuple[Program, torch.dtype, str, torch.device], bool] = {}
+#: By what else was compiled for: the dtype, how states are stored, the device, the CPU's instruction set.
+_checked: weakref.WeakKeyDictionary[Program, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
 _busy = threading.local()
 SHAPES, STEPS = ((3, 7), (64,), (1,)), 3
 Make = Callable[[StepSettings], Runner]
@@ -37,16 +39,18 @@ def gives_the_functions_bits(rule: Rule, group: Group, dtype: torch.dtype, devic
     """
     if getattr(_busy, "checking", False) or (dtype == torch.float64 and device.type != "cpu"):
         return True
-    key = (program_of(rule, group), dtype, repr([group.get(key) for key in STORAGE]), device)
-    if key not in _checked:
+    capability = _native._C.cpu_capability() if _native._C is not None and device.type == "cpu" else ""
+    key = (dtype, repr([group.get(key) for key in STORAGE]), device, capability)
+    checked = _checked.setdefault(program_of(rule, group), {})
+    if key not in checked:
         _busy.checking = True
         try:
             mine = _run(rule, group, dtype, device, make)
             theirs = _run(rule, group, dtype, torch.device("cpu"), lambda settings: ReferenceRunner(rule, settings))
-            _checked[key] = all(map(_equal, mine, theirs))
+            checked[key] = all(map(_equal, mine, theirs))
         finally:
             _busy.checking = False
-    return _checked[key]
+    return checked[key]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,125 @@
+"""What a rule's function gets for the duration of a trace: its states, a group's values, and Python's own functions."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .. import _doubles
+from .._rule import LR, Group, Hyper, Rule
+from .nodes import Kind
+from .numbers import Condition, Number
+from .paths import Path
+from .refusals import RuleError, refuse
+from .tensors import Elements
+
+
+class States(dict[str, Any]):
+    """Says what there is, where a function asks for another."""
+
+    def __contains__(self, name: object) -> bool:
+        raise refuse("the question whether there is a state", "ask for the group's value that says so, or `is None`")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return name in self
+
+    def __missing__(self, name: str) -> Any:
+        raise refuse(
+            f"the state {name!r}, which the rule does not declare for this group,", f"it has {', '.join(self)}"
+        )
+
+
+class GroupValues(Mapping[str, Any]):
+    """A group's values as symbols."""
+
+    def __init__(self, path: Path, rule: Rule, group: Group) -> None:
+        self._there = {*group, *rule.constants}
+        self._values: dict[str, Any] = {key: group.get(key) for key in rule.constants}
+        self._path, self._optional = path, {h.key: h for h in rule.hyper if h.optional and h.index < 0}
+        for hyper in rule.hyper:
+            if group.get(hyper.key, hyper.off) is None:
+                self._values[hyper.key] = None
+            elif hyper.index < 0:
+                self._values[hyper.key] = _column(path, hyper.key, -1)
+            else:
+                self._values[hyper.key] = tuple(_column(path, hyper.key, i) for i in range(hyper.count))
+        lr_is_tensor = isinstance(group[LR.key], Tensor)
+        self._values[LR.key] = Number(path, path.graph.make("lr", Kind.NUMBER, of_lr=lr_is_tensor))
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._values:
+            raise refuse(f"the group's {key!r}", f"a function can read {', '.join(map(repr, self._values))}")
+        if key in self._optional:
+            _decide_whether_off(self._path, self._optional[key], self._values[key] is None)
+        return self._values[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._there
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self._there else default
+
+    def __iter__(self) -> Iterator[str]:
+        raise refuse("a loop over a group's keys", f"a function can read {', '.join(map(repr, self._values))}")
+
+    def __len__(self) -> int:
+        return len([*self])
+
+
+def _decide_whether_off(path: Path, hyper: Hyper, is_off: bool) -> None:
+    """A row has -1 for None."""
+    if is_off and hyper.off_number != -1.0:
+        raise RuleError(f"the group's {hyper.key!r} is None, and Hyper({hyper.key!r}, ...) does not say off=None")
+    if hyper.off_number == -1.0:
+        if -1.0 in hyper.accepts:
+            raise RuleError(
+                f"the group's {hyper.key!r} may be None, which -1 stands for, and -1: let "
+                f"Hyper({hyper.key!r}, accepts=...) leave that out"
+            )
+        column = path.graph.make("column", Kind.NUMBER, data=(hyper.key, -1))
+        path.decide(path.graph.make("eq", Kind.CONDITION, column, path.graph.const(-1.0)))
+
+
+def _column(path: Path, key: str, index: int) -> Number:
+    return Number(path, path.graph.make("column", Kind.NUMBER, data=(key, index)))
+
+
+_patching = threading.Lock()
+#: Modules to which a symbol is nothing but a symbol.
+_TELLS_SYMBOLS_APART = (__package__, _doubles.__name__)
+
+
+def _stands_for(x: Any) -> type | None:
+    """What a function gets in a symbol's place where it is not traced; None for what is no symbol."""
+    kind = type(x)
+    if kind is Elements or (kind is Number and x.node.of_lr):
+        return Tensor
+    return float if kind is Number else bool if kind is Condition else None
+
+
+@contextmanager
+def traced_builtins() -> Iterator[None]:
+    """math.sqrt takes nothing but a float, and isinstance() knows no symbol: for as long as a function is traced, they
+    do. A symbol's __class__ must not be Tensor: torch's C++ code asks for that, and takes it for one."""
+    with _patching:
+        sqrt, is_instance = math.sqrt, isinstance
+
+        def is_or_stands_for(x: Any, of: Any) -> bool:
+            what = _stands_for(x)
+            if what is None or sys._getframe(1).f_globals.get("__name__", "").startswith(_TELLS_SYMBOLS_APART):
+                return is_instance(x, of)
+            return is_instance(x, of) or issubclass(what, of)
+
+        math.sqrt = lambda x: x.sqrt() if type(x) is Number else sqrt(x)  # type: ignore
+        builtins.isinstance = is_or_stands_for
+        try:
+            yield
+        finally:
+            math.sqrt, builtins.isinstance = sqrt, is_instance
