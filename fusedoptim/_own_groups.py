@@ -20,8 +20,6 @@ _NUMBERS = (bool, int, float, Tensor)
 _ABOVE_MINUS_1 = Range(
     math.nextafter(-1.0, 0.0), LARGEST, f"above -1 and at most {LARGEST:g}, or else declared with Rule(hyper=...)"
 )
-#: What a rule may have as lists, too.
-_LISTS = ("hyper", "states", "constants", "initial", "numbers")
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,6 @@ def completed(rule: Rule, defaults: Group) -> Rule:
     """The rule with its hyper-parameters: numbers, and several under one key, where it declares none. What is None by
     default is one, too, that is off. Values of other kinds, and what it names as such, are constants to its
     function."""
-    lists: dict[str, Any] = {
-        name: tuple(getattr(rule, name)) for name in _LISTS if isinstance(getattr(rule, name), list)
-    }
-    rule = dataclasses.replace(rule, **lists) if lists else rule
     if LR.key not in defaults:
         raise ValueError(
             f"the defaults of rule {rule.name!r} have no 'lr': give them one, which schedulers set and the function "

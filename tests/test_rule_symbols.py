@@ -89,20 +89,14 @@ def test_what_is_not_right_is_refused(name: str) -> None:
     assert text.endswith("backend='reference', to run it eagerly")
 
 
-def test_isinstance_says_what_a_function_gets() -> None:
-    seen: list[Any] = []
-
+def test_roots_of_math_are_pythons_own_again() -> None:
     def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
-        seen[:] = [torch.is_tensor(p), isinstance(g, Tensor), isinstance(t, float), isinstance(t, (int, str))]
-        seen.extend([isinstance(h["lr"], Tensor), isinstance(t > 1, bool), isinstance(g, float), g is None])
         with torch.no_grad():
-            p.sub_(g)
+            p.sub_(g, alpha=math.sqrt(t))
 
+    before = math.sqrt
     program(function)
-    assert seen == [True, True, True, False, False, True, False, False]
-    program(function, {"lr": torch.tensor(0.1)})
-    assert seen == [True, True, True, False, True, True, False, False]
-    assert isinstance.__module__ == "builtins" and isinstance is not None and math.sqrt(4.0) == 2.0
+    assert math.sqrt is before
 
 
 def test_members_of_a_tuple_are_compared() -> None:

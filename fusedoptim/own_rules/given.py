@@ -1,10 +1,8 @@
-"""What a rule's function gets for the duration of a trace: its states, a group's values, and Python's own functions."""
+"""What a rule's function gets for the duration of a trace: its states, a group's values, and roots of symbols."""
 
 from __future__ import annotations
 
-import builtins
 import math
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _doubles
 from .._rule import LR, Group, Hyper, Rule
 from .nodes import Kind
-from .numbers import Condition, Number
+from .numbers import Number
 from .paths import Path
 from .refusals import RuleError, refuse
-from .tensors import Elements
 
 
 class States(dict[str, Any]):
@@ -92,34 +88,15 @@ def _column(path: Path, key: str, index: int) -> Number:
 
 
 _patching = threading.Lock()
-#: Modules to which a symbol is nothing but a symbol.
-_TELLS_SYMBOLS_APART = (__package__, _doubles.__name__)
-
-
-def _stands_for(x: Any) -> type | None:
-    """What a function gets in a symbol's place where it is not traced; None for what is no symbol."""
-    kind = type(x)
-    if kind is Elements or (kind is Number and x.node.of_lr):
-        return Tensor
-    return float if kind is Number else bool if kind is Condition else None
 
 
 @contextmanager
-def traced_builtins() -> Iterator[None]:
-    """math.sqrt takes nothing but a float, and isinstance() knows no symbol: for as long as a function is traced, they
-    do. A symbol's __class__ must not be Tensor: torch's C++ code asks for that, and takes it for one."""
+def traced_roots() -> Iterator[None]:
+    """math.sqrt takes nothing but a float: for as long as a function is traced, it takes symbols."""
     with _patching:
-        sqrt, is_instance = math.sqrt, isinstance
-
-        def is_or_stands_for(x: Any, of: Any) -> bool:
-            what = _stands_for(x)
-            if what is None or sys._getframe(1).f_globals.get("__name__", "").startswith(_TELLS_SYMBOLS_APART):
-                return is_instance(x, of)
-            return is_instance(x, of) or issubclass(what, of)
-
-        math.sqrt = lambda x: x.sqrt() if type(x) is Number else sqrt(x)  # type: ignore
-        builtins.isinstance = is_or_stands_for
+        sqrt = math.sqrt
+        math.sqrt = lambda x: x.sqrt() if isinstance(x, Number) else sqrt(x)  # type: ignore
         try:
             yield
         finally:
-            math.sqrt, builtins.isinstance = sqrt, is_instance
+            math.sqrt = sqrt

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._rule import LR, Group, Rule
 from .._values import number
 from . import operations  # noqa: F401 - which gives symbols their operators
-from .given import GroupValues, States, traced_builtins
+from .given import GroupValues, States, traced_roots
 from .nodes import Graph, Kind, Node, value_of
 from .numbers import Number, node_of
 from .paths import Path, explore
@@ -208,7 +208,7 @@ def trace(rule: Rule, group: Group) -> Program:
     graph, found = Graph(), []
     guards: dict[Node, bool] = {}
     results: list[_Results] = []
-    with traced_builtins():
+    with traced_roots():
         for path in explore(graph, columns_of(rule, group), lambda path: results.append(_call(rule, group, path))):
             found.append((path, results.pop()))
             guards.update(path.guards)
