@@ -209,7 +209,9 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
     }
     names = ("layout", "staleness", "rounding", "norm", "low_precision", "own_sums")
     tests = [f"tests/test_{name}.py" for name in names]
-    chosen = "not ten_thousand and not allocates and not reference_sum and not shards"
+    # What own rules are compiled to has no checks, but for test_own_sums.py's.
+    gallery = "asgd_all or lamb_clip or lars_all or schedule_free_all"
+    chosen = f"not (ten_thousand or allocates or reference_sum or shards or {gallery})"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600, env=env)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
