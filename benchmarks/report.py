@@ -6,7 +6,8 @@ the second alone, for one file or several. ``--check FILE.md`` exits with 1 if a
 give, so that no number is ever typed by hand.
 
 The mark ``<!-- results: FILE -->`` before a table names a results file, all of ``GPUs``, or ``storages`` everywhere.
-With ``FILE short`` the table has a few rows and columns. ``<!-- end of results -->`` ends it.
+With ``FILE short`` the table has a few rows and columns, with ``FILE all`` every row.
+``<!-- end of results -->`` ends it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = Path("benchmarks", "results")
 #: Those with tables.
 DOCUMENTS = (Path("README.md"), Path("benchmarks", "README.md"))
-MARKED = re.compile(r"<!-- results: (?P<file>\S+)(?P<short> short)? -->\n.*?<!-- end of results -->", re.S)
+MARKED = re.compile(r"<!-- results: (?P<file>\S+)(?: (?P<how>short|all))? -->\n.*?<!-- end of results -->", re.S)
 #: Beyond the goals' rows: how the step behaves with other dtypes, gradients and caches.
 OTHERS = (
     ("AdamW", "bf16+fp32", "gpt2-small", "kept"),
@@ -82,10 +83,10 @@ def short_table(results: Results) -> str:
     return "\n\n".join(filter(None, [summary(rows), other_commits(results, rows), source(results.environment)]))
 
 
-def tables(results: Results) -> str:
-    """Everything about the chosen rows."""
-    rows = chosen(results)
-    parts = [comparison(results, rows, narrow=True) if rows else ""]
+def tables(results: Results, every: bool = False) -> str:
+    """Everything about the chosen rows, or about all, with a column for each peer."""
+    rows = results.rows if every else chosen(results)
+    parts = [comparison(results, rows, narrow=not every) if rows else ""]
     parts += [disturbed(rows), other_commits(results, rows)]
     if results.environment["device"] == "cuda":
         parts = [f"**{results.environment['gpu']}**", *parts, unmeasured("cuda", rows)]
@@ -101,7 +102,7 @@ def row_key(row: Result) -> tuple[str, str, str, str]:
     return row["optimizer"], row["dtype"], row["case"], row["condition"]
 
 
-def section(name: str, short: bool) -> str:
+def section(name: str, how: str | None) -> str:
     """Of a file, of storages on all machines, or of all GPUs; where none has been measured yet, what they are to reach,
     or that none has."""
     paths = [ROOT / name] if name.endswith(".json") else sorted((ROOT / FOLDER).glob("*.json"))
@@ -109,8 +110,9 @@ def section(name: str, short: bool) -> str:
     if name == STORAGES:
         text = storages([r for r in found if r.storages])
         return f"<!-- results: {name} -->\n{text}\n<!-- end of results -->"
-    text = "\n\n".join(map(short_table if short else tables, found)) or (NO_GPU if short else unmeasured("cuda"))
-    return f"<!-- results: {name}{' short' if short else ''} -->\n{text}\n<!-- end of results -->"
+    parts = [short_table(r) if how == "short" else tables(r, how == "all") for r in found]
+    text = "\n\n".join(parts) or (NO_GPU if how == "short" else unmeasured("cuda"))
+    return f"<!-- results: {name}{f' {how}' if how else ''} -->\n{text}\n<!-- end of results -->"
 
 
 def renewed(path: Path) -> tuple[str, str]:
@@ -118,7 +120,7 @@ def renewed(path: Path) -> tuple[str, str]:
     text = read(path)
     if not MARKED.search(text):
         raise UsageError(f"{path} has no <!-- results: FILE --> ... <!-- end of results --> to fill")
-    return text, MARKED.sub(lambda m: section(m["file"], m["short"] is not None), text)
+    return text, MARKED.sub(lambda m: section(m["file"], m["how"]), text)
 
 
 def renew(path: Path) -> None:

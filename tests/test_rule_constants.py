@@ -18,7 +18,11 @@ from fusedoptim.own_rules.refusals import RuleError
 from fusedoptim.own_rules.trace import constants_of
 
 
-@pytest.mark.parametrize("value", [[1], {"a": 1}, object(), (1, [2]), OUTSIDE, len], ids=["list", "dict", "object", "list in a tuple", "tensor", "function"])
+@pytest.mark.parametrize(
+    "value",
+    [[1], {"a": 1}, object(), (1, [2]), OUTSIDE, len],
+    ids=["list", "dict", "object", "list in a tuple", "tensor", "function"],
+)
 def test_constants_that_may_change_are_refused(value: Any) -> None:
     with pytest.raises(RuleError, match=r"the group's 'mode' is .*Keep all else outside of the group"):
         program(lambda p, g, s, t, h: p.sub_(g), {"mode": "x", "none": None}, mode=value)
