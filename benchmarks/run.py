@@ -69,7 +69,8 @@ def _rough(args: argparse.Namespace) -> bool:
 
 
 def selected_rows(args: argparse.Namespace) -> list[Row]:
-    optimizers = chosen_settings(args.optimizer)
+    with_goals = list(dict.fromkeys(optimizer for optimizer, _, _ in GOALS[args.device]))
+    optimizers = chosen_settings(args.optimizer or (with_goals if args.goals else None))
     cases = arguments.known("--case", args.case, CASES)
     dtypes = arguments.known("--dtype", args.dtype, DTYPES)
     conditions = arguments.known("--condition", args.condition or ["kept"], CONDITIONS)

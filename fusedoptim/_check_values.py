@@ -122,7 +122,7 @@ def _number(hyper: Hyper, value: Any) -> float:
     except OverflowError:
         raise ValueError(f"must be {_wanted(hyper)}") from None
     except (TypeError, ValueError, ArithmeticError):
-        raise ValueError("must be a number") from None
+        raise ValueError(f"must be a number{hyper.instead}") from None
 
 
 def _wanted(hyper: Hyper) -> str:

@@ -61,7 +61,7 @@ for _name, _of_one in _UNARY.items():
 
 
 def doubles(x: Any) -> Any:
-    """A number, or a tuple of numbers, as doubles; anything else as it is."""
+    """A number, or a tuple of numbers, as doubles; a tensor, or None, as it is."""
     if isinstance(x, tuple):
         return tuple(map(doubles, x))
     return Double(x) if isinstance(x, float) else x

@@ -28,6 +28,7 @@ class OrNone(Hyper):
 
     accepts: Range = _ABOVE_MINUS_1
     optional: bool = True
+    instead: str = "; if its values are none, name it in Rule(constants=...)"
 
     @property
     def off_number(self) -> float:

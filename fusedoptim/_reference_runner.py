@@ -54,7 +54,8 @@ class ReferenceRunner:
         self.groups = [numbers(group, self.rule) for group in groups]
         self.of_function = self.groups
         if self.own:
-            self.of_function = [{key: doubles(value) for key, value in group.items()} for group in self.groups]
+            keys = {hyper.key for hyper in self.rule.row}
+            self.of_function = [{**group, **{key: doubles(group[key]) for key in keys}} for group in self.groups]
         self.state, self.members = state, members
         self.places = [0, *accumulate(len(group["params"]) for group in groups)]
         self.numbers = torch.zeros(self.places[-1] + 1, dtype=torch.float64, device=self.settings.norm_stats.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,8 @@ class Hyper:
     absent: Any = REQUIRED
     #: How many there are under the key.
     count: int = 2
+    #: In the message for what is no number: what to do.
+    instead: str = ""
 
     @property
     def off_number(self) -> float | None:
@@ -176,12 +179,23 @@ class Rule:
 
     def __post_init__(self) -> None:
         for name in ("hyper", "states", "constants", "initial", "numbers"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise TypeError(f"Rule({self.name!r}, {name}={value!r}): several of them are a tuple, ({value!r},)")
+            object.__setattr__(self, name, tuple(value))
         if not callable(self.reference):
             raise TypeError(
                 f"Rule({self.name!r}, {self.reference!r}): the second argument is the function of the update, called "
                 "with p, g, s, t, h"
             )
+        try:
+            hash(self.reference)
+            weakref.ref(self.reference)
+        except TypeError as error:
+            raise TypeError(
+                f"Rule({self.name!r}, {self.reference!r}): programs are known by their function, and this one has no "
+                f"hash, or no weak reference ({error}): pass a plain one"
+            ) from None
         wrong = [x for x in (*self.states, *self.numbers) if not isinstance(x, State)]
         if wrong:
             raise TypeError(f"rule {self.name!r} has the state {wrong[0]!r}: write State({str(wrong[0])!r})")

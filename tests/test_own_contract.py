@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import warnings
+import weakref
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -227,3 +231,101 @@ def test_the_function_has_norms_of_whole_tensors_behind_norms() -> None:
         optimizer.step()
     for (found,) in run(2, on_ranks):
         assert_same_bits(found, param.detach())
+
+
+# ---- what a trace must not know, and must not keep ----
+
+
+def test_whether_a_group_has_another_key_is_not_to_be_asked() -> None:
+    """A scheduler adds initial_lr: a program that was made without would be used with it."""
+
+    def base(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.sub_(g, alpha=h.get("initial_lr", h["lr"]))
+
+    def asks(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.sub_(g, alpha=0.5 if "initial_lr" in h else 1.0)
+
+    def known(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.sub_(g, alpha=h.get("momentum", 0.5) if "momentum" in h else 1.0)
+
+    for function in (base, asks):
+        for scheduled in (False, True):
+            optimizer = optimizer_class(function)(parameters([(3,)]))
+            if scheduled:
+                torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1)
+            set_gradients(optimizer.param_groups[0]["params"], 0)
+            with pytest.raises(TypeError, match=r"the group's 'initial_lr' cannot be traced.*can read 'lr'"):
+                optimizer.step()
+    is_equal(optimizer_class(known, {"momentum": 0.9}), [{}])
+
+
+def test_a_refusal_keeps_no_parameter_alive() -> None:
+    def refused(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.sub_(g.exp())
+
+    params = parameters([(3,)])
+    optimizer = optimizer_class(refused)(params)
+    set_gradients(params, 0)
+    with pytest.raises(TypeError, match="exp"):
+        optimizer.step()
+    kept = weakref.ref(params[0])
+    del optimizer, params
+    gc.collect()
+    assert kept() is None
+
+
+def test_numbers_of_pythons_own_are_errors_in_the_function_alone() -> None:
+    def root(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.add_(g, alpha=-h["lr"] * min(1.0, 1 / math.sqrt(t - 1)))
+
+    def literal(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.sub_(g, alpha=1.0 / max(h["lr"] - t, 0.0))
+
+    params = parameters([(3,)])
+    expected = params[0].detach() - 0.1 * torch.ones(3)
+    optimizer = optimizer_class(root)(params)
+    params[0].grad = torch.ones(3)
+    optimizer.step()  # 1 / 0 is infinite
+    assert_same_bits(params[0].detach(), expected)
+    with pytest.raises(ZeroDivisionError):
+        stepped(optimizer_class(root), [{}], "reference")
+    with pytest.raises(TypeError, match=r"test_own_contract.py, line \d+: p.sub_.*division by zero. Ask .*if d > 0"):
+        stepped(optimizer_class(literal), [{}], None)
+
+
+def test_constants_are_what_they_are_in_the_function() -> None:
+    pair = namedtuple("pair", "x y")
+
+    def named(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
+        p.sub_(g, alpha=h["lr"] * h["mode"].x)
+
+    stepped(optimizer_class(named, {"mode": pair(2.0, "a")}), [{}], "reference")
+    with pytest.raises(TypeError, match="the group's 'mode' is pair"):
+        stepped(optimizer_class(named, {"mode": pair(2.0, "a")}), [{}], None)
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, *arguments: Any) -> None: ...
+
+
+class Slotted:
+    __slots__ = ()
+
+    def __call__(self, *arguments: Any) -> None: ...
+
+
+@pytest.mark.parametrize("function", [Unhashable(), Slotted()], ids=["no hash", "no weak reference"])
+def test_functions_that_no_program_can_be_known_by_are_refused(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"programs are known by their function, .* pass a plain one"):
+        Rule("mine", function)
+
+
+def test_a_text_is_not_several_names() -> None:
+    with pytest.raises(TypeError, match=r"constants='mode'\): several of them are a tuple, \('mode',\)"):
+        Rule("mine", momentum, constants="mode")  # type: ignore[arg-type]
+    cls = optimizer_class(chosen, {"letters": None})
+    with pytest.raises(ValueError, match=r"Invalid letters: 'abc' .*if its values are none, name it in Rule\(con"):
+        cls([{"params": parameters([(3,)]), "letters": "abc"}])
+    is_equal(optimizer_class(chosen, {"letters": None}, constants=["letters"]), [{"letters": "abc"}])

@@ -169,13 +169,6 @@ def test_files_beside_the_tracers_and_torchs_folder_are_the_functions() -> None:
         assert refusals._is_ours(f"{folder}x.py") and not refusals._is_ours(f"{folder[:-1]}_more/x.py")
 
 
-def test_a_group_is_asked_for_what_it_may_not_have() -> None:
-    def function(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
-        p.sub_(g, alpha=h.get("beta", 0.0) if "beta" in h and "other" not in h else h.get("other", 1.0))
-
-    assert [n.data for n in in_order([program(function).param]) if n.op == "column"] == [("beta", -1)]
-
-
 def clipped(p: Any, g: Any, s: Any, t: Any, h: Any) -> None:
     p.sub_(g if h["clip"] is None else g.clamp(max=h["clip"]), alpha=h["lr"])
 

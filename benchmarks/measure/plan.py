@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .cases import CASES, Case
-from .goals import OWN
 from .optimizers import DTYPES, SETTINGS, Work, setting
 from .results import Result
 
@@ -74,7 +73,6 @@ def chosen() -> list[Key]:
     keys += [(o, d, MODEL, "kept") for d in DTYPES for o in SETTINGS]
     keys += [(o, "fp32", case, "kept") for case in (LARGE, MEDIUM) for o in SETTINGS]
     keys += [("AdamW", d, LARGE, "kept") for d in DTYPES]
-    keys += [(o, "fp32", case, "kept") for o in OWN for case in (MODEL, LARGE)]
     keys += [("AdamW", "fp32", case, c) for c in ("recreated", "warm") for case in (*SMALL, "5000-odd", MODEL)]
     keys += [("SGD", "fp32", SMALL[0], "warm")]
     keys += [("AdamW", d, case, "kept") for d in ("fp32", "bf16") for case in CASES]

@@ -1,5 +1,5 @@
 // What printed rules call (fusedoptim/own_rules/cpp.py), beside common.h: operations on lanes that no built-in rule
-// has, with the compiler's own vectors, and numbers as Python has them.
+// has, with the compiler's own vectors, and numbers.
 #pragma once
 
 #include <cstring>

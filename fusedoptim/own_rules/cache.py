@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .._warnings import warn
+
 #: Names the folder.
 VARIABLE = "FUSEDOPTIM_CACHE"
+#: Folders of which was said that they are not used.
+_told: set[Path] = set()
 
 
 def folder() -> Path:
@@ -87,6 +91,9 @@ def added(name: str, make: Callable[[Path], None]) -> Iterator[Path]:
         make: writes a file.
     """
     path = _usable()
+    if path is None and folder().is_dir() and folder() not in _told:
+        _told.add(folder())
+        warn(f"{problem()}. Until then every process compiles rules anew")
     entry = None if path is None else _kept(path, name, make)
     if entry is not None:
         yield entry

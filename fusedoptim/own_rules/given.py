@@ -36,7 +36,6 @@ class GroupValues(Mapping[str, Any]):
     """A group's values as symbols."""
 
     def __init__(self, path: Path, rule: Rule, group: Group) -> None:
-        self._there = {*group, *rule.constants}
         self._values: dict[str, Any] = {key: group.get(key) for key in rule.constants}
         self._path, self._optional = path, {h.key: h for h in rule.hyper if h.optional and h.index < 0}
         for hyper in rule.hyper:
@@ -50,17 +49,22 @@ class GroupValues(Mapping[str, Any]):
         self._values[LR.key] = Number(path, path.graph.make("lr", Kind.NUMBER, of_lr=lr_is_tensor))
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._values:
-            raise refuse(f"the group's {key!r}", f"a function can read {', '.join(map(repr, self._values))}")
+        self._check_known(key)
         if key in self._optional:
             _decide_whether_off(self._path, self._optional[key], self._values[key] is None)
         return self._values[key]
 
+    def _check_known(self, key: object) -> None:
+        """Whether a group has another key is not known from one step to the next, so it is not to be asked either."""
+        if key not in self._values:
+            raise refuse(f"the group's {key!r}", f"a function can read {', '.join(map(repr, self._values))}")
+
     def __contains__(self, key: object) -> bool:
-        return key in self._there
+        self._check_known(key)
+        return True
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self._there else default
+        return self[key]
 
     def __iter__(self) -> Iterator[str]:
         raise refuse("a loop over a group's keys", f"a function can read {', '.join(map(repr, self._values))}")

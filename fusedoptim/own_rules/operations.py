@@ -171,7 +171,7 @@ def _same(path: Path, input: Any, *, memory_format: Any = None) -> Node:
 
 
 def _check_new(name: str, dtype: Any, others: dict[str, Any]) -> None:
-    if dtype is not None and dtype is not COMPUTE_DTYPE:
+    if dtype is not None:
         raise refuse(f"{name}(dtype={dtype})", "a rule computes in one dtype, fp32 or fp64: leave dtype= out")
     told = [key for key, value in others.items() if value and key != "memory_format"]
     if told:

@@ -110,7 +110,6 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         RuleError: where it asks of a symbol what symbols do not have, beside what it raises itself.
     """
-    _traced.refused = None
     try:
         result = function(*args)
         if _traced.refused is not None:
@@ -119,16 +118,29 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     except (TypeError, AttributeError) as error:
         if isinstance(error, RuleError) or not any(name in str(error) for name in _SYMBOLS):
             raise
-        frames = [(f.f_code.co_filename, line) for f, line in _frames_of(error)]
-        file, line = next((at for at in reversed(frames) if not _is_ours(at[0])), frames[-1])
+        instead = "Leave dtype= out" if _DTYPE in str(error) else "Use what the guide on rules of one's own lists"
         raise RuleError(
-            f"what the function does with a symbol cannot be traced{_shown(file, line)}: {error}. Use what the guide "
-            "on rules of one's own lists, or pass backend='reference', to run it eagerly"
+            f"what the function does with a symbol cannot be traced{_line_of(error)}: {error}. {instead}, or pass "
+            "backend='reference', to run it eagerly"
         ) from None
+    except ArithmeticError as error:
+        raise RuleError(
+            f"what the function computes of its own numbers fails on one of its paths, all of which are traced"
+            f"{_line_of(error)}: {error}. Ask before whether it can be computed: `1 / d if d > 0 else 0.0`"
+        ) from None
+    finally:
+        _traced.refused = None  # which holds on to everything there is, by the frames of its traceback
 
 
 #: Words of Python's and torch's own errors, where these get what stands for numbers and tensors.
-_SYMBOLS = ("Elements", "Number", "Condition", "_ComputeDtype")
+_DTYPE = "_ComputeDtype"
+_SYMBOLS = ("Elements", "Number", "Condition", _DTYPE)
+
+
+def _line_of(error: BaseException) -> str:
+    """Where the function's own code raised it."""
+    frames = [(f.f_code.co_filename, line) for f, line in _frames_of(error)]
+    return _shown(*next((at for at in reversed(frames) if not _is_ours(at[0])), frames[-1]))
 
 
 def _frames_of(error: BaseException) -> Iterator[tuple[Any, int]]:

@@ -25,8 +25,9 @@ MOST_PROGRAMS = 64
 
 def _programs(rule: Rule, groups: Groups, members: Sequence[BoundParam]) -> tuple[list[Program], list[float]]:
     """The programs of the groups that have members, and for each group what guards know of its constants."""
-    constants = [constants_number(rule, group) for group in groups]
-    found = programs_of(rule, [numbers(groups[k], rule) for k in sorted({m.group for m in members})])
+    values = [numbers(group, rule) for group in groups]
+    constants = [constants_number(rule, group) for group in values]
+    found = programs_of(rule, [values[k] for k in sorted({m.group for m in members})])
     if len(found) > MOST_PROGRAMS:
         raise CannotCompile(f"its groups need {len(found)} programs, and {MOST_PROGRAMS} are the most")
     return found, constants
