@@ -63,10 +63,15 @@ FLAGS = [
 # For the tests: memory errors and undefined behaviour in the kernels end the process. -O1, as -O0, takes half as long
 # again to compile.
 LINK_FLAGS: list[str] = []
-if os.environ.get("FUSEDOPTIM_SANITIZE") == "1":
+#: "1", or the instruction set whose loops are compiled beside the portable ones: those of each take minutes.
+SANITIZE = os.environ.get("FUSEDOPTIM_SANITIZE", "")
+if SANITIZE:
     FLAGS = [f for f in FLAGS if f != "-g0"] + ["-Og", "-g1", "-fno-omit-frame-pointer"]
     LINK_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     FLAGS += LINK_FLAGS
+    for name in {"avx2", "avx512"} - {SANITIZE} if SANITIZE != "1" else ():
+        SOURCES.remove(str(Path("csrc", "cpu", f"kernels_{name}.cpp")))
+        FLAGS.append(f"-DFUSEDOPTIM_WITHOUT_{name.upper()}")
 
 
 # ---- the CUDA kernels: a library of its own, which needs nothing of torch ----

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES
+from cases import CAPABILITIES, CASES
 from cuda_host import CHECKS_AS_CALLS, sanitizers
 
 from fusedoptim import __main__ as main_module
@@ -190,7 +190,7 @@ def test_kernels_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: 
         timeout=3600,  # against one that hangs, however busy the machine is
         env={
             **os.environ,
-            "FUSEDOPTIM_SANITIZE": "1",
+            "FUSEDOPTIM_SANITIZE": CAPABILITIES[0] if CAPABILITIES else "1",
             "FUSEDOPTIM_BUILD_CUDA": "0",
             "CXX": "g++",  # whose runtime is preloaded
             "CFLAGS": f"{os.environ.get('CFLAGS', '')} {CHECKS_AS_CALLS}",

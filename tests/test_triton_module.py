@@ -75,4 +75,3 @@ def test_tritons_own_cache_is_hit_wherever_the_file_is(tmp_path: Path) -> None:
     first = entries("AdamW", "here")
     assert any(path.suffix == ".cubin" for path in first)
     assert entries("AdamW", "there") == first
-    assert entries("SGD", "here") > first

@@ -24,8 +24,10 @@ Program program_of(int variant, int rule) {
   p.prepare_f64 = prepare_into<Rule, double>;
   p.next_numbers = next_numbers_of<Rule>();
   p.loops[kPortable] = {kPortableUpdates.of[rule][variant]};
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FUSEDOPTIM_WITHOUT_AVX2)
   p.loops[kAvx2] = {kAvx2Updates.of[rule][variant]};
+#endif
+#if defined(__x86_64__) && !defined(FUSEDOPTIM_WITHOUT_AVX512)
   p.loops[kAvx512] = {kAvx512Updates.of[rule][variant]};
 #endif
   return p;

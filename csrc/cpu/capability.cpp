@@ -12,8 +12,12 @@ std::vector<const Kernels*> runnable() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if !defined(FUSEDOPTIM_WITHOUT_AVX512)
   if (avx2 && avx512) found.push_back(&kAvx512Kernels);
+#endif
+#if !defined(FUSEDOPTIM_WITHOUT_AVX2)
   if (avx2) found.push_back(&kAvx2Kernels);
+#endif
 #endif
   found.push_back(&kPortableKernels);
   return found;
