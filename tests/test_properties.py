@@ -69,9 +69,11 @@ def ways_to_store(draw: st.DrawFn, case: Case) -> tuple[dict[str, Any], list[tor
     # Of these errors of a few percent would be too many: a maximum only rises, and of two a difference is taken.
     maximum, centered = (case.options.get(key, False) for key in ("amsgrad", "centered"))
     wide = {name for name, kind in states.items() if kind == MAXIMUM or (centered and name != "momentum_buffer")}
+    free = case.optimizer == "AdamWScheduleFree"  # whose z is where the parameters go
+    wide |= {"z"} if free else set()
     master = draw(st.sampled_from([None, "remainder", "remainder8", torch.float32]))
     of_states = {name: dtypes + ["int8"] * (name not in wide) for name in states}
-    state_dtype = draw(one_or_by_name(dtypes + ["int8"] * (not maximum and not centered), of_states))
+    state_dtype = draw(one_or_by_name(dtypes + ["int8"] * (not maximum and not centered and not free), of_states))
     of_all = {name: roundings[: 2 if kind == MAXIMUM else 3] for name, kind in states.items()}
     of_all["param"] = roundings[: 3 if master is None else 2]
     rounding = draw(one_or_by_name(roundings, of_all))
