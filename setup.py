@@ -2,6 +2,7 @@
 left out, said here and, with its cause, by ``python -m fusedoptim``.
 
 Environment: FUSEDOPTIM_BUILD_CUDA=0 leaves the CUDA kernels out, 1 builds them for a torch without CUDA, too;
+or the path of a _C_cuda.so takes that one;
 TORCH_CUDA_ARCH_LIST says for which GPUs, MAX_JOBS how many processes compile at once."""
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ except ImportError as error:
     missing = f"torch could not be imported while building ({error}): install it first (pip install torch)"
 
 HERE = Path(__file__).parent.absolute()
-SOURCES = sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").rglob("*.cpp"))
+#: The CUDA kernels are a library of their own, which needs nothing of torch.
+CUDA_SOURCES = [HERE / "csrc" / "cuda" / name for name in ("launch.cu", "old_glibc.cpp")]
+SOURCES = sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").rglob("*.cpp") if p not in CUDA_SOURCES)
 FLAGS = [
     "-O3",
     "-g0",
@@ -74,15 +77,15 @@ if SANITIZE:
         FLAGS.append(f"-DFUSEDOPTIM_WITHOUT_{name.upper()}")
 
 
-# ---- the CUDA kernels: a library of its own, which needs nothing of torch ----
+# ---- the CUDA kernels ----
 
-CUDA_SOURCE = HERE / "csrc" / "cuda" / "launch.cu"
 #: Unless the environment says otherwise, they are built where torch is a CUDA build.
 BUILD_CUDA = os.environ.get("FUSEDOPTIM_BUILD_CUDA", "")
-if BUILD_CUDA not in ("", "0", "1"):
+if BUILD_CUDA not in ("", "0", "1") and not Path(BUILD_CUDA).is_file():
     raise SystemExit(
         f"FUSEDOPTIM_BUILD_CUDA={BUILD_CUDA!r} is unknown: 0 leaves the CUDA kernels out, 1 builds them in any case, "
-        "and without it they are built where torch is a CUDA build and nvcc is found"
+        "the path of a _C_cuda.so that was built from the same sources takes that, and without it they are built where "
+        "torch is a CUDA build and nvcc is found"
     )
 NVCC_FLAGS = [
     *("-shared", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
@@ -101,9 +104,9 @@ def find_nvcc() -> str | None:
     return next((found for c in (*candidates, f"{homes[2]}/bin/nvcc") if c and (found := shutil.which(c))), None)
 
 
-#: Machine code for GPUs from the A100 on, as far as the compiler knows them; it serves later ones of the same major
+#: Machine code for GPUs from Turing on, as far as the compiler knows them; it serves later ones of the same major
 #: version, too. Those of other versions get theirs from PTX, by the driver's compiler.
-EVERYWHERE = "8.0;9.0+PTX;10.0;12.0"
+EVERYWHERE = "7.5;8.0;9.0+PTX;10.0;12.0"
 
 
 def architectures(nvcc: str) -> list[str]:
@@ -150,6 +153,10 @@ def build_cuda(target: Path, memory: Path) -> str | None:
     """Builds target/_C_cuda.so; returns why that was not possible. ``memory`` keeps the command of the last build."""
     if BUILD_CUDA == "0":
         return "FUSEDOPTIM_BUILD_CUDA=0 left them out: unset it"
+    library = target / "_C_cuda.so"
+    if BUILD_CUDA not in ("", "1"):
+        shutil.copy(BUILD_CUDA, library)
+        return None
     if torch_version is None or missing is not None:
         return missing
     if torch.version.cuda is None and BUILD_CUDA != "1":
@@ -157,9 +164,9 @@ def build_cuda(target: Path, memory: Path) -> str | None:
     nvcc = find_nvcc()
     if nvcc is None:
         return "no nvcc was found: install the CUDA toolkit or set CUDA_HOME"
-    library = target / "_C_cuda.so"
-    command = [nvcc, *NVCC_FLAGS, *architectures(nvcc), str(CUDA_SOURCE), "-o", str(library)]
-    newest = max(p.stat().st_mtime for p in (HERE / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu"))
+    command = [nvcc, *NVCC_FLAGS, *architectures(nvcc), *map(str, CUDA_SOURCES), "-o", str(library)]
+    read = [*CUDA_SOURCES, *(p for p in (HERE / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))]
+    newest = max(p.stat().st_mtime for p in read)
     line = " ".join(command)
     unchanged = memory.exists() and memory.read_text() == line
     if unchanged and library.exists() and library.stat().st_mtime > newest:

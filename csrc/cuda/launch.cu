@@ -223,6 +223,19 @@ const Api kApi = {kApiVersion, kOnHost, sizeof(StepArgs), sizeof(TableEntry), ch
 }  // namespace
 }  // namespace fusedoptim::cuda
 
+#define FUSEDOPTIM_TEXT_OF(...) #__VA_ARGS__
+#define FUSEDOPTIM_TEXT(...) FUSEDOPTIM_TEXT_OF(__VA_ARGS__)
+
+// The GPUs that the library has code for and the release of CUDA, as "750,800;13.0": for people to read.
+extern "C" __attribute__((visibility("default"))) const char* fusedoptim_cuda_targets() {
+#if defined(FUSEDOPTIM_CUDA_ON_HOST)
+  return "";
+#else
+  return FUSEDOPTIM_TEXT(__CUDA_ARCH_LIST__) ";" FUSEDOPTIM_TEXT(__CUDACC_VER_MAJOR__) "." FUSEDOPTIM_TEXT(
+      __CUDACC_VER_MINOR__);
+#endif
+}
+
 extern "C" __attribute__((visibility("default"))) const fusedoptim::cuda::Api* fusedoptim_cuda_api() {
   return &fusedoptim::cuda::kApi;
 }
