@@ -78,6 +78,7 @@ PYBIND11_MODULE(_C, m) {
       }))
       .def("at", py::overload_cast<const py::list&>(&Look::at))
       .def("all_apart", &Look::all_apart);
+  m.def("compiled_cpu_capabilities", &compiled_cpu_capabilities);
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("cpu_capability", [] { return std::string(cpu_kernels().name); });
   m.def("set_cpu_capability", &set_cpu_capability);

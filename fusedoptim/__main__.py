@@ -20,13 +20,16 @@ def main() -> int:
     print(
         f"fusedoptim {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
-    kind = "installed" if _installation.SOURCE_FOLDER is None else "a source folder"
+    wheel = _installation.wheel()
+    installed = f"installed from the wheel {wheel}" if wheel else "installed"
+    kind = installed if _installation.SOURCE_FOLDER is None else "a source folder"
     print(f"package: {_installation.PACKAGE} ({kind})")
     if _native._C is not None:
         c = _native._C
         print(f"library: built with torch {c.torch_version} and compiler {c.compiler}, for torch >= 2.10")
         others = ", ".join(n for n in c.cpu_capabilities() if n != c.cpu_capability())
         print(f"CPU: {c.cpu_capability()} (also here: {others or 'none'}), {torch.get_num_threads()} threads")
+        print(f"kernels that came with it: CPU: {', '.join(c.compiled_cpu_capabilities())}; CUDA: {_cuda_kernels()}")
     else:
         print(f"library: not available: {_native.problem}")
     print("backends:")
@@ -57,6 +60,11 @@ def main() -> int:
     if slow:
         print(f"Parameters on {' and '.join(slow)} are stepped by the eager reference, slowly. The causes stand above.")
     return int(failed or bool(slow))
+
+
+def _cuda_kernels() -> str:
+    path = _native.cuda_library()
+    return (_native.cuda_targets(path) or "a library that does not say for what") if path.exists() else "none"
 
 
 def _check_compiled() -> bool:

@@ -90,6 +90,15 @@ def _origin() -> str | None:
     return None
 
 
+def wheel() -> str | None:
+    """The tag of the wheel that this copy was installed from, such as cp311-cp311-manylinux_2_28_x86_64; None if it was
+    built where it is, which makes a wheel for linux_x86_64 or the like."""
+    for distribution in importlib.metadata.distributions(name=NAME, path=[str(PACKAGE.parent)]):
+        found = re.search(r"^Tag: (\S+-manylinux\S+)$", distribution.read_text("WHEEL") or "", re.M)
+        return found[1] if found else None
+    return None
+
+
 def other_copy() -> Path | None:
     """Another copy of the package, which Python would import if this one did not come before it."""
     folders = [folder for folder in sys.path if Path(folder).resolve() != PACKAGE.parent.resolve()]

@@ -35,6 +35,21 @@ def cuda_library() -> Path:
     return Path(os.environ.get("FUSEDOPTIM_CUDA_LIBRARY") or Path(__file__).with_name("_C_cuda.so"))
 
 
+def cuda_targets(path: Path) -> str | None:
+    """For which GPUs a library of CUDA kernels was compiled, and by what; None for one that does not say. Loads it."""
+    try:
+        says = ctypes.CDLL(str(path)).fusedoptim_cuda_targets
+    except (OSError, AttributeError):
+        return None
+    says.restype = ctypes.c_char_p
+    kinds, _, release = says().decode().partition(";")
+    if not release:
+        return None
+    capabilities = ", ".join(f"{int(kind) // 100}.{int(kind) // 10 % 10}" for kind in kinds.split(","))
+    # A driver runs what was compiled with its own major release of CUDA and with earlier ones.
+    return f"compute capability {capabilities}; CUDA {release}, needs a driver of CUDA {release.partition('.')[0]}.0 on"
+
+
 def load_cuda(path: Path) -> None:
     """Has every step from now on take its CUDA kernels from a library.
 

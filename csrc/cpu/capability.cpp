@@ -5,21 +5,29 @@
 namespace fusedoptim {
 namespace {
 
-std::vector<const Kernels*> runnable() {
-  std::vector<const Kernels*> found;
+// The best first, and whether this processor can run them.
+std::vector<std::pair<const Kernels*, bool>> compiled() {
+  std::vector<std::pair<const Kernels*, bool>> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if !defined(FUSEDOPTIM_WITHOUT_AVX512)
-  if (avx2 && avx512) found.push_back(&kAvx512Kernels);
+  found.push_back({&kAvx512Kernels, avx512});
 #endif
 #if !defined(FUSEDOPTIM_WITHOUT_AVX2)
-  if (avx2) found.push_back(&kAvx2Kernels);
+  found.push_back({&kAvx2Kernels, avx2});
 #endif
 #endif
-  found.push_back(&kPortableKernels);
+  found.push_back({&kPortableKernels, true});
+  return found;
+}
+
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
+  for (const auto& [kernels, runs] : compiled())
+    if (runs) found.push_back(kernels);
   return found;
 }
 
@@ -45,6 +53,12 @@ const Kernels*& current() {
 std::vector<std::string> cpu_capabilities() {
   std::vector<std::string> names;
   for (const Kernels* k : runnable()) names.push_back(k->name);
+  return names;
+}
+
+std::vector<std::string> compiled_cpu_capabilities() {
+  std::vector<std::string> names;
+  for (const auto& [kernels, runs] : compiled()) names.push_back(kernels->name);
   return names;
 }
 

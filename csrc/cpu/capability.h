@@ -9,6 +9,7 @@
 
 namespace fusedoptim {
 
+std::vector<std::string> compiled_cpu_capabilities();
 std::vector<std::string> cpu_capabilities();  // those this processor can run, best first
 const Kernels& cpu_kernels();
 bool set_cpu_capability(const std::string& name);  // false if there is none of that name here

@@ -1,0 +1,1 @@
+"""What makes and tries the wheels that users install. Not part of the package."""
