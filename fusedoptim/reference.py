@@ -81,7 +81,8 @@ def sgd(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
 
 
 def rmsprop(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
-    """RMSprop (Hinton, 2012), centered (Graves, arXiv:1308.0850), with momentum."""
+    """RMSprop (Hinton, 2012), centered (Graves, arXiv:1308.0850), with momentum. eps is added to the root, or before it
+    as in TensorFlow."""
     lr, alpha = scalar_lr(h), h["alpha"]
     if h["maximize"]:
         g = -g
@@ -92,7 +93,10 @@ def rmsprop(p: Tensor, g: Tensor, s: States, t: float, h: Group) -> None:
     if h["centered"]:
         s["grad_avg"].lerp_(g, 1 - alpha)
         variance = variance.addcmul(s["grad_avg"], s["grad_avg"], value=-1)
-    denom = correctly_rounded_sqrt(variance).add_(h["eps"])
+    if h.get("eps_inside_root", False):
+        denom = correctly_rounded_sqrt(variance.add(h["eps"]))
+    else:
+        denom = correctly_rounded_sqrt(variance).add_(h["eps"])
     if h["momentum"] > 0:
         s["momentum_buffer"].mul_(h["momentum"]).addcdiv_(g, denom)
         p.add_(s["momentum_buffer"], alpha=-lr)

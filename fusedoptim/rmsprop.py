@@ -33,6 +33,15 @@ class RMSprop(FusedOptimizer):
 
     .. math:: v = \alpha v + (1-\alpha) g^2, \quad p = p - lr \cdot \frac{g}{\sqrt{v} + \epsilon}
 
+    Centered, the root is that of ``v - m**2``, where m is the average gradient. Where rounding makes that negative the
+    root is a NaN, and so is the parameter from then on, as in torch.optim.
+
+    With ``eps_inside_root=True`` the denominator is ``sqrt(v + eps)``, or ``sqrt(v - m**2 + eps)``, as in TensorFlow's
+    ``tf.keras.optimizers.RMSprop`` and ``tf.compat.v1.train.RMSPropOptimizer``. It is a NaN only where ``m**2 - v`` is
+    more than eps. The latter starts with a ``v`` of ones instead of zeros: so does this with
+    ``optimizer.state[p] = {"step": torch.tensor(0.0), "square_avg": torch.ones_like(p)}`` before the first step. With
+    momentum both keep lr in the buffer, so that a change of lr acts later.
+
     State per parameter: ``step`` (0-dim, fp32), ``square_avg``, with momentum ``momentum_buffer``, centered
     ``grad_avg``, each of the parameter's shape, in its dtype or in ``state_dtype``. Bits:
     :func:`fusedoptim.reference.rmsprop`.
@@ -49,6 +58,7 @@ class RMSprop(FusedOptimizer):
         foreach, differentiable: only None or False; they exist for torch.optim's signature.
         maximize: go up instead of down.
         fused: accepted (torch.optim.RMSprop has no fused form); the step is always fused.
+        eps_inside_root: add eps before the root is taken, not after; see above.
         options: see :class:`fusedoptim.StepOptions`.
 
     Raises:
@@ -65,6 +75,7 @@ class RMSprop(FusedOptimizer):
             at_least_0("momentum", absent=0),
             Flag("centered"),
             Flag("maximize"),
+            Flag("eps_inside_root", off=False),
         ),
         states=(
             State("square_avg", kind=SQUARES),
@@ -92,6 +103,7 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
+        eps_inside_root: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
@@ -105,5 +117,6 @@ class RMSprop(FusedOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,
+            "eps_inside_root": eps_inside_root,
         }
         super().__init__(params, defaults, options)

@@ -94,6 +94,8 @@ CASES = [
     Case("rmsprop_momentum", "RMSprop", {"momentum": 0.9, "lr": 1e-3}),
     Case("rmsprop_centered", "RMSprop", {"centered": True}),
     Case("rmsprop_all", "RMSprop", {"centered": True, "momentum": 0.5, "weight_decay": 0.01, "alpha": 0.4}),
+    _other("rmsprop_inside", "RMSprop", eps=1e-3, eps_inside_root=True),
+    _other("rmsprop_inside_all", "RMSprop", eps=1e-4, eps_inside_root=True, centered=True, momentum=0.5, maximize=True),
     Case("adagrad", "Adagrad"),
     Case("adagrad_lr_decay", "Adagrad", {"lr_decay": 0.01, "lr": 0.1}),
     Case(

@@ -24,7 +24,7 @@ from fusedoptim._options import StepOptions
 NAMES = sorted({case.optimizer for case in IN_TORCH})
 #: With the arguments that torch.optim's optimizers have beside their rules'.
 AS_TORCHS = [case for case in FULL if "foreach" in inspect.signature(case.cls).parameters]
-EXTRA = {"bias_correction", "fused", "capturable", *StepOptions.__annotations__}
+EXTRA = {"bias_correction", "eps_inside_root", "fused", "capturable", *StepOptions.__annotations__}
 
 
 @pytest.mark.parametrize("name", NAMES)

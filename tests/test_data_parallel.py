@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 WORLD, STEPS, ROWS = 2, 5, 8
+#: Those that nothing has to be compiled for, in another dtype than the others' tests have.
+COMPILED = [case for case in FULL if not case.own]
 
 
 class Product(nn.Module):
@@ -153,6 +156,38 @@ def test_otherwise_the_whole_batchs_gradients_differ_by_the_rounding_of_a_sum(re
         difference = (model.weight.grad.double() - theirs.double()).abs()
         assert (difference <= bound).all()
         assert (theirs.double() - rows.double().mean(0)).abs().max() < 1e-6  # a mean it is
+
+
+def train_by_hand(case: Case, parts: list[int], averages: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """With the mean loss of each part of a batch, in fp64."""
+    model = make_model().double()
+    optimizer = case.make(two_groups(model, case))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = (t.double() for t in batch(step, ROWS))
+        for rank in parts:
+            (nn.functional.mse_loss(model(part(x, rank)), part(y, rank)) / WORLD).backward()
+        for p in model.parameters():
+            p.grad = averages(p.grad)
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def all_reduced(gradient: Tensor) -> Tensor:
+    dist.all_reduce(gradient)
+    return gradient
+
+
+def work_by_hand() -> dict[str, list[Tensor]]:
+    return {case.name: train_by_hand(case, [dist.get_rank()], all_reduced) for case in COMPILED}
+
+
+def test_gradients_averaged_by_hand_are_those_of_one_process() -> None:
+    """Each halves its loss and all_reduce() adds. Where one process adds the same two halves, the bits are the same."""
+    torch.set_num_threads(1)
+    for of_rank in run(WORLD, work_by_hand):
+        for case in COMPILED:
+            assert_same(of_rank[case.name], train_by_hand(case, [0, 1], lambda gradient: gradient), str(case))
 
 
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--eval-every", "5"]

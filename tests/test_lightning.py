@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import BY_NAME, FULL, Case, assert_same_bits, assert_same_optimizers
 from stacks import batch, make_model, two_groups
+from test_own_rules import Lion
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -120,6 +121,33 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(case: Case, precisio
     assert_same_bits(torch.stack(first.losses + second.losses), torch.stack(straight.losses), "losses")
     assert_same_optimizers(trainer.optimizers[0], expected)
     assert first.rates + second.rates == straight.rates
+
+
+class OfAUser(Regression):
+    """With two groups of a user's own class."""
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = Lion(two_groups(self.model, self.case), lr=0.002, weight_decay=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)}
+
+
+def test_a_users_rule_with_two_groups_and_a_schedule(tmp_path: Path) -> None:
+    """The Trainer makes the same steps as a loop by hand, with the learning rates that StepLR says."""
+    module, model = OfAUser(BY_NAME["lion"]), make_model()
+    trained = fit(module, tmp_path, gradient_clip_val=None)
+    optimizer = Lion(two_groups(model, module.case), lr=0.002, weight_decay=0.1)
+    expected = []
+    for epoch in range(EPOCHS):
+        expected.append([lr * 0.1 ** (epoch // 2) for lr in (0.003, 0.002)])
+        for group, lr in zip(optimizer.param_groups, expected[-1], strict=True):
+            group["lr"] = lr
+        for x, y in data():
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    assert type(trained) is Lion and module.rates == expected
+    assert_same_optimizers(trained, optimizer)
+    assert module.losses[-1] < module.losses[0]
 
 
 class Manual(lightning.LightningModule):

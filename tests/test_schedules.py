@@ -157,6 +157,37 @@ def test_warmup_cosine_without_warmup_or_minimum() -> None:
         assert of_group == [0.1, pytest.approx(0.05), 0.0, 0.0]
 
 
+def by_lambda(o: Optimizer, rise: Callable[[int], float], warmup: int, total: int) -> lr_scheduler.LambdaLR:
+    def factor(t: int) -> float:
+        return rise(t) if t < warmup else (1 + math.cos(math.pi * min(1.0, (t - warmup) / (total - warmup)))) / 2
+
+    return lr_scheduler.LambdaLR(o, factor)
+
+
+def in_sequence(o: Optimizer, rise: Callable[[int], float], warmup: int, total: int) -> lr_scheduler.SequentialLR:
+    cosine = lr_scheduler.CosineAnnealingLR(o, total - warmup)
+    return lr_scheduler.SequentialLR(o, [lr_scheduler.LambdaLR(o, rise), cosine], [warmup])
+
+
+@pytest.mark.parametrize("theirs", [by_lambda, in_sequence])
+@pytest.mark.parametrize("start", [None, 0.0])
+def test_warmup_cosine_is_what_torchs_schedules_make_together(start: float | None, theirs: Any) -> None:
+    """``lr * t / warmup``, or one part above, then a cosine. SequentialLR's goes from one rate to the next, which adds
+    their roundings."""
+    warmup, total = 4, 12
+    rise = (lambda t: t / warmup) if start == 0 else (lambda t: (t + 1) / (warmup + 1))
+    found = []
+    for schedule in (
+        lambda o: warmup_cosine(o, warmup, total, start_lr=start),
+        lambda o: theirs(o, rise, warmup, total),
+    ):
+        o = fusedoptim.AdamW(groups(parameters([(5,), (6,)])), lr=0.5)
+        found.append(rates(o, schedule(o), total + 1))
+    for mine, others in zip(*found, strict=True):
+        assert mine == pytest.approx(others, rel=1e-13, abs=1e-15)
+    assert found[0][0][0] == (0.0 if start == 0 else 0.1)
+
+
 @pytest.mark.parametrize("start", [None, 0.0])
 def test_the_guides_table_of_rates(start: float | None) -> None:
     guide = (Path(__file__).parent.parent / "fusedoptim" / "guides" / "schedules.md").read_text()

@@ -33,6 +33,7 @@ CONDITIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "momentum": (0.0, 0.9),
         "centered": (False, True),
         "maximize": (False, True),
+        "eps_inside_root": (False, True),
     },
     "adagrad": {"weight_decay": (0.0, 0.1), "maximize": (False, True)},
     "norm_adaptive": {"weight_decay": (0.0, 0.1), "maximize": (False, True)},

@@ -1,5 +1,6 @@
 // RMSprop (Hinton, lecture 6e of Neural Networks for Machine Learning, 2012), its centered form (Graves,
-// arXiv:1308.0850) and its momentum, with the roundings of torch.optim's own eager code.
+// arXiv:1308.0850) and its momentum, with the roundings of torch.optim's own eager code; eps inside the root as
+// TensorFlow has it.
 #pragma once
 
 #include "common.h"
@@ -9,8 +10,9 @@ namespace fusedoptim {
 struct RMSprop : ElementwiseRule {
   static constexpr const char* name = "rmsprop";
   static constexpr bool has_step = true, divides = true;
-  enum Hyper { kAlpha = kFirstRuleHyper, kEps, kWeightDecay, kMomentum, kCentered, kMaximize, kHypers };
-  static constexpr const char* hyper_names[] = {"alpha", "eps", "weight_decay", "momentum", "centered", "maximize"};
+  enum Hyper { kAlpha = kFirstRuleHyper, kEps, kWeightDecay, kMomentum, kCentered, kMaximize, kEpsInsideRoot, kHypers };
+  static constexpr const char* hyper_names[] = {"alpha",    "eps",      "weight_decay",   "momentum",
+                                                "centered", "maximize", "eps_inside_root"};
   enum Slot { kSquareAvg, kMomentumBuffer, kGradAvg, kSlots };
   static constexpr int second_moment = kSquareAvg;
   static constexpr const char* state_names[] = {"square_avg", "momentum_buffer", "grad_avg"};
@@ -26,7 +28,7 @@ struct RMSprop : ElementwiseRule {
   struct Scalars {
     WeightDecay<T> weight_decay;
     LerpWeight<T> toward_grad;
-    T alpha, one_minus_alpha, eps, momentum, neg_lr;
+    T alpha, one_minus_alpha, eps_inside, eps_outside, momentum, neg_lr;
   };
 
   template <class T>
@@ -37,7 +39,10 @@ struct RMSprop : ElementwiseRule {
     c.toward_grad = LerpWeight<T>::of(1.0 - h[kAlpha]);
     c.alpha = static_cast<T>(h[kAlpha]);
     c.one_minus_alpha = static_cast<T>(1.0 - h[kAlpha]);
-    c.eps = static_cast<T>(h[kEps]);
+    // One of the two is -0, which changes no number that it is added to, not even -0.
+    const bool inside = h[kEpsInsideRoot] != 0;
+    c.eps_inside = inside ? static_cast<T>(h[kEps]) : T(-0.0);
+    c.eps_outside = inside ? T(-0.0) : static_cast<T>(h[kEps]);
     c.momentum = static_cast<T>(h[kMomentum]);
     c.neg_lr = static_cast<T>(-h[kLr]);
     return c;
@@ -54,7 +59,7 @@ struct RMSprop : ElementwiseRule {
       s[kGradAvg] = lerp<M>(s[kGradAvg], g, c.toward_grad);
       variance = add_scaled_square<M>(variance, s[kGradAvg], T(-1));
     }
-    const typename M::V denom = M::sqrt(variance) + M::set(c.eps);
+    const typename M::V denom = M::sqrt(variance + M::set(c.eps_inside)) + M::set(c.eps_outside);
     if constexpr ((variant & 1) != 0) {
       s[kMomentumBuffer] = add_scaled_ratio<M>(s[kMomentumBuffer] * M::set(c.momentum), g, denom, T(1));
       p = M::fma(M::set(c.neg_lr), s[kMomentumBuffer], p);
