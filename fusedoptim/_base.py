@@ -47,7 +47,8 @@ class FusedOptimizer(Optimizer):
     """Steps all parameters of all groups in one pass.
 
     A subclass declares its :class:`Rule` and has a constructor with a signature. A line of its docstring that
-    reads as that on options below is replaced by a text for each option.
+    reads as that on options below is replaced by a text for each option. ``fusedoptim/guides/own_rules.md`` begins with
+    an empty file; ``inspect.getsource(fusedoptim.Lion)`` is a whole example.
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim.

@@ -17,6 +17,16 @@ BLOCKS = (256, 2048)
 TWO = ["exp_avg", "exp_avg_sq"]
 
 
+def group_of_bitsandbytes(group: dict[str, Any], rule: Rule) -> dict[str, Any]:
+    """The group under this rule's names: there ``betas`` is a pair for every optimizer, whose first number is SGD's and
+    LARS' ``momentum``, and RMSprop's ``alpha``. Any other group is returned as it is."""
+    keys = [hyper.key for hyper in rule.hyper]
+    name = next((key for key in ("alpha", "momentum") if key in keys), None)
+    if name is None or name in group or "betas" in keys or not isinstance(group.get("betas"), tuple | list):
+        return group
+    return {**{k: v for k, v in group.items() if k != "betas"}, name: group["betas"][0]}
+
+
 def of_bitsandbytes(values: dict[str, Any], rule: Rule, who: str) -> dict[str, Any]:
     """The states under this rule's names: ``state1`` and ``state2`` are an optimizer's first and second one, in fp32 or
     in codes of 8 bits, then each with the 256 numbers that these stand for, ``qmap1``, and the maximum of every block

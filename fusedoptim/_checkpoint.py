@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from . import _masters
-from ._bitsandbytes import of_bitsandbytes
+from ._bitsandbytes import group_of_bitsandbytes, of_bitsandbytes
 from ._blocks import CODES, can_be_in_blocks, format_in_blocks, names_in_blocks, slot_of
 from ._check_tensors import check_states, describe, is_materialised
 from ._dtensor import is_dtensor, local, whole
@@ -135,7 +135,7 @@ class Loader:
     def _filled(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found = []
         for index, (saved, group) in enumerate(zip(saved_groups, self.groups, strict=True)):
-            found.append(completed(saved, group, self.defaults, self.rule))
+            found.append(completed(group_of_bitsandbytes(saved, self.rule), group, self.defaults, self.rule))
             try:
                 check_storage(found[-1], self.rule)
             except ValueError as error:

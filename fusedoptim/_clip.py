@@ -40,7 +40,7 @@ def clip_grad_norm_(
     backend, from sums in fp64 (:func:`fusedoptim.reference.sum_of_squares`, added in the order of the parameters), and
     is rounded once; torch's own depends on the device, and in 16 bits is rounded to them. Gradients are
     scaled in fp32 (fp64 if they have it) and rounded once, as torch does it. ``max_grad_norm=`` of an optimizer does
-    the same within its step, without writing gradients.
+    the same within its step, without writing gradients. ``norm = clip_grad_norm_(model.parameters(), 1.0)``.
 
     Args:
         parameters: one or many; those without a gradient are left out. Of DTensors the norm is that of the whole
@@ -125,7 +125,13 @@ def clip_grad_value_(
     """Holds every element of the gradients within ``[-clip_value, clip_value]``, in place; NaN stays.
 
     A drop-in for :func:`torch.nn.utils.clip_grad_value_`, in one pass. ``clip_grad_value=`` of an optimizer does the
-    same within its step.
+    same within its step. ``clip_grad_value_(model.parameters(), 0.5)``.
+
+    Args:
+        parameters: one or many; those without a gradient are left out.
+        clip_value: the largest absolute value of an element.
+        foreach: for torch's function, where that is called.
+        backend: as for optimizers; None chooses.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     clip_value = number(clip_value)

@@ -126,19 +126,26 @@ SQUARES, MAXIMUM = "squares", "maximum"
 
 @dataclass(frozen=True)
 class State:
-    """A state with the parameter's shape, and in its dtype unless the group's ``state_dtype`` says otherwise."""
+    """A state with the parameter's shape, and in its dtype unless the group's ``state_dtype`` says otherwise; or, among
+    a rule's ``numbers``, one number. ``State("exp_avg")`` starts as zeros.
+
+    Args:
+        name: its key in ``optimizer.state[p]`` and in what the function gets.
+        needed: the groups that need it: a function of the group; all of them if None.
+        starts_absent: on a tensor's first step it counts as absent, None, instead of as zeros.
+        initial: the value that it starts with: a number, the key of one in the optimizer's defaults, or a function of
+            the group.
+        kind: ``"squares"`` of averages or sums of squares, ``"maximum"`` of maxima of such, else empty.
+    """
 
     name: str
-    #: The groups that need it; all of them if None.
     needed: Callable[[Group], bool] | None = None
-    #: On a tensor's first step it counts as absent instead of as zeros.
     starts_absent: bool = False
-    #: The value that it starts with: a number, the key of one in the optimizer's defaults, or a function of the group.
     initial: float | str | Callable[[Group], float] = 0.0
-    #: SQUARES, MAXIMUM, or neither.
     kind: str = ""
 
     def needed_in(self, group: Group) -> bool:
+        """Whether parameters of a group have it."""
         return self.needed is None or bool(self.needed(group))
 
 
@@ -150,6 +157,24 @@ class Rule:
     their order, which whoever makes a plan compares. For any other rule they are made of ``reference``, which is run on
     symbols for it, once for a combination of conditions on the group's values. What it reads from elsewhere, such as a
     module's variable, has in them the value of that moment: what may change belongs into the group.
+    ``Rule("lion", lion, states=(State("exp_avg"),))`` is one; most need no more.
+
+    Args:
+        name: of the rule, in messages.
+        reference: the function of the update, ``reference(p, g, s, t, h)``, as fusedoptim/guides/own_rules.md
+            explains.
+        hyper: the numbers of a group, with their ranges. Where neither they nor ``constants`` are declared, both follow
+            from the optimizer's defaults.
+        states: those with the parameter's shape.
+        constants: keys of a group whose values are no numbers: the function gets them as they are.
+        initial: numbers that are read where states are made, and by no step.
+        check: raises ValueError for values of a group that are in their ranges, but do not go together.
+        has_step: whether a 0-dim tensor ``step`` per parameter counts the steps.
+        numbers: states that are one number per parameter, in a 0-dim fp32 tensor: the function gets and sets them as
+            numbers.
+        sums: how many sums of squares over whole tensors the function asks for, with norm() or mean_square().
+        states_at_construction: whether an optimizer has its states before its first step.
+        sparse_alternative: the optimizer of torch.optim that takes the sparse gradients which this one does not.
 
     Raises:
         TypeError: for states that are no :class:`State`, and a function that is none.
@@ -159,22 +184,13 @@ class Rule:
     reference: Reference
     hyper: tuple[Hyper, ...] = ()
     states: tuple[State, ...] = ()
-    #: Keys of a group whose values are no numbers: the function gets them as they are. Where neither they nor ``hyper``
-    #: are declared, both follow from the optimizer's defaults.
     constants: tuple[str, ...] = ()
-    #: Numbers that are read where states are made, and by no step.
     initial: tuple[Hyper, ...] = ()
-    #: Raises ValueError for values of a group that are in their ranges, but do not go together.
     check: Callable[[Group], None] = lambda group: None
-    #: Whether a 0-dim tensor ``step`` per parameter counts the steps.
     has_step: bool = True
-    #: States that are one number per parameter, in a 0-dim fp32 tensor: the function gets and sets them as numbers.
     numbers: tuple[State, ...] = ()
-    #: How many sums of squares over whole tensors the function asks for, with norm() or mean_square().
     sums: int = 0
-    #: Whether an optimizer has its states before its first step.
     states_at_construction: bool = False
-    #: The optimizer of torch.optim that takes the sparse gradients which this one does not.
     sparse_alternative: str = "SGD"
 
     def __post_init__(self) -> None:
@@ -212,6 +228,7 @@ class Rule:
 
     @property
     def flags(self) -> list[str]:
+        """The keys of groups that are on or off."""
         return [hyper.key for hyper in self.hyper if isinstance(hyper, Flag)]
 
     @property
@@ -228,6 +245,7 @@ class Rule:
 
     @property
     def number_names(self) -> list[str]:
+        """Of the states that are one number for a parameter."""
         return [s.name for s in self.numbers]
 
     def signature(self) -> set[str]:

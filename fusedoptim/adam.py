@@ -106,12 +106,30 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(Adam):
-    """AdamW (arXiv:1711.05101): :class:`Adam` with ``decoupled_weight_decay=True`` and a decay of 0.01.
+    r"""AdamW (arXiv:1711.05101): :class:`Adam` with ``decoupled_weight_decay=True`` and a decay of 0.01.
+
+    .. math::
+        p = p (1 - lr \cdot \lambda), \quad m = \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2, \quad
+        p = p - \frac{lr}{1-\beta_1^t} \cdot \frac{m}{\sqrt{v} / \sqrt{1-\beta_2^t} + \epsilon}
+
+    ``AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)``, and for bf16 models
+    ``AdamW(model.named_parameters(), lr=3e-4, master="remainder")``.
+
+    State per parameter: ``step`` (0-dim, fp32), ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``, each
+    of the parameter's shape, in its dtype or in ``state_dtype``. Bits: :func:`fusedoptim.reference.adam`.
 
     Args:
-        params, lr, betas, eps, amsgrad: as in :class:`Adam`.
+        params: parameters, named parameters or groups.
+        lr: the learning rate, a float or a one-element tensor.
+        betas: the decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator.
         weight_decay: the decay, ``p = p * (1 - lr * weight_decay)``.
-        maximize, foreach, capturable, differentiable, fused, bias_correction: as in :class:`Adam`.
+        amsgrad: divide by the largest second moment so far.
+        maximize: go up instead of down.
+        foreach, differentiable: only None or False; they exist for torch.optim's signature.
+        capturable: accepted; every step can be captured in a CUDA graph, but for the first.
+        fused: accepted; the step is always fused.
+        bias_correction: False leaves the moments uncorrected, as if both ``1 - beta**t`` were 1.
         options: see :class:`fusedoptim.StepOptions`.
 
     Raises:

@@ -30,6 +30,7 @@ __all__ = ["StepInBackward", "step_in_backward"]
 
 def step_in_backward(optimizer: FusedOptimizer, *, ddp: DistributedDataParallel | None = None) -> StepInBackward:
     """Steps every parameter in the backward pass, as soon as its gradient is complete, and sets the gradient to None.
+    ``handle = step_in_backward(optimizer)``, and from then on ``loss.backward()`` alone.
 
     Parameters and states get the bits that ``backward()`` and then ``optimizer.step()`` would give them. States are in
     ``optimizer.state``, hyper-parameters are read from ``optimizer.param_groups`` at every pass, and

@@ -23,6 +23,7 @@ def decay_groups(
     model: nn.Module, weight_decay: float, *, no_decay: Iterable[str] = (), decay_embeddings: bool = True
 ) -> Groups:
     """Two groups, of the parameters that decay and of those that do not.
+    ``AdamW(decay_groups(model, weight_decay=0.1), lr=3e-4)``.
 
     Without decay are biases (``bias`` is a word of the parameter's own name, as in ``in_proj_bias``), the parameters of
     normalisation layers (whose class has a name that ends with ``Norm``, ``Norm1d``, ``Norm2d`` or ``Norm3d``), the
@@ -34,8 +35,8 @@ def decay_groups(
     is not known yet, is judged by its name and module. The order is that of ``model.named_parameters()``.
 
     Args:
-        model: the model, before or after DistributedDataParallel or ``fully_shard`` (whose DTensors torch's optimizers
-            step, and this package's do not), before FullyShardedDataParallel.
+        model: the model, after ``fully_shard``, which makes new parameters; before or after DistributedDataParallel;
+            before FullyShardedDataParallel.
         weight_decay: the first group's. The second has 0.
         no_decay: patterns of names, as in a shell (``"*.pos_embed"``, ``"head"``), of parameters or of modules with all
             that is in them, for further parameters that do not decay.
@@ -75,6 +76,7 @@ def layerwise_groups(
     decay_embeddings: bool = True,
 ) -> Groups:
     r"""Groups with learning rates that fall by a factor from layer to layer, from the output to the input.
+    ``AdamW(layerwise_groups(model, lr=1e-3, layer_decay=0.75, weight_decay=0.05))``.
 
     As in the fine-tuning of ELECTRA (arXiv:2003.10555), BEiT (arXiv:2106.08254) and MAE (arXiv:2111.06377): a parameter
     of depth d learns with

@@ -24,10 +24,10 @@ class NormAdaptive(FusedOptimizer):
         a = \beta a + (1-\beta) \lVert g \rVert_2, \quad
         p = p (1 - lr \cdot \lambda) - \frac{lr}{a + \epsilon} g
 
-    with a from 0 and no bias correction, so that the first steps are longer by up to ``1/(1-beta)``. State per
-    parameter: ``step`` and ``avg_grad_norm``, both 0-dim and fp32. The norm has one definition, whose bits depend on
-    neither backend, threads nor memory layout (:func:`fusedoptim.reference.sum_of_squares`). Bits:
-    :func:`fusedoptim.reference.norm_adaptive`.
+    It is this package's own; NovoGrad (arXiv:1905.11286) is its nearest relative. a starts at 0, without bias
+    correction, so that the first steps are longer by up to ``1/(1-beta)``. State per parameter: ``step`` and
+    ``avg_grad_norm``, both 0-dim and fp32. The norm has one definition, whose bits depend on neither backend, threads
+    nor memory layout (:func:`fusedoptim.reference.sum_of_squares`). Bits: :func:`fusedoptim.reference.norm_adaptive`.
 
     Args:
         params: parameters, named parameters or groups.

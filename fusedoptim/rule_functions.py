@@ -22,9 +22,13 @@ __all__ = ["correctly_rounded_sqrt", "double", "mean_square", "norm", "sum_of_sq
 def norm(x: Tensor) -> float:
     """The 2-norm of a whole tensor, the shards that other processes have included: a number, the fp64 square root of
     :func:`sum_of_squares`. A rule that calls it says in ``Rule.sums`` how often it calls this or :func:`mean_square`.
+    ``ratio = norm(p) / norm(g)``, with ``Rule(..., sums=2)``.
 
     Args:
         x: fp32 or fp64, of the parameter's shape.
+
+    Returns:
+        The number, in double.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(norm, (x,), x)
@@ -32,8 +36,15 @@ def norm(x: Tensor) -> float:
 
 
 def mean_square(x: Tensor) -> float:
-    """The mean of the squares of a whole tensor, likewise: of a mask, the share of elements where it holds. Of no
-    elements it is 0."""
+    """The mean of the squares of a whole tensor, as :func:`norm` measures it: of a mask, the share of elements where
+    it holds. ``share = mean_square((g * p > 0).to(g.dtype))``, with ``Rule(..., sums=1)``.
+
+    Args:
+        x: fp32 or fp64, of the parameter's shape.
+
+    Returns:
+        The number, in double; 0 of no elements.
+    """
     if has_torch_function_unary(x):
         return handle_torch_function(mean_square, (x,), x)
     total, numel = _whole_sum(x)
@@ -41,7 +52,15 @@ def mean_square(x: Tensor) -> float:
 
 
 def to_fp32(x: float) -> float:
-    """A number rounded to the nearest fp32 value."""
+    """A number rounded to the nearest fp32 value, infinite beyond fp32's range. ``rate = to_fp32(h["lr"] / t)`` rounds
+    where fp32 arithmetic would.
+
+    Args:
+        x: a number of the group, of the step or made of such.
+
+    Returns:
+        The number, in double.
+    """
     if has_torch_function_unary(x):
         return handle_torch_function(to_fp32, (x,), x)
     try:
@@ -52,14 +71,29 @@ def to_fp32(x: float) -> float:
 
 def double(x: Any) -> float:
     """The number that a learning rate stands for, which may be a tensor and then rounds to its dtype what is computed
-    with it."""
+    with it. ``double(h["lr"]) * t``.
+
+    Args:
+        x: a number, or a tensor of one element.
+
+    Returns:
+        The number, in double.
+    """
     if has_torch_function_unary(x):
         return handle_torch_function(double, (x,), x)
     return Double(x)
 
 
 def correctly_rounded_sqrt(x: Tensor) -> Tensor:
-    """The square root rounded to nearest, as IEEE 754 asks, for fp32 and fp64."""
+    """The square root rounded to nearest, as IEEE 754 asks. Within a rule ``x.sqrt()`` and
+    ``correctly_rounded_sqrt(x)`` are the same when compiled.
+
+    Args:
+        x: fp32 or fp64, of any shape.
+
+    Returns:
+        A new tensor of that dtype and shape.
+    """
     if has_torch_function_unary(x):
         return handle_torch_function(correctly_rounded_sqrt, (x,), x)
     if x.dtype != torch.float64:
@@ -82,6 +116,13 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
     Elements in logical order, squares in fp64; tiles of 1024, padded with zeros, summed by halving (i with i+512, then
     i with i+256, ...); the tile sums in the same way, until one number is left.
+    ``sum_of_squares(g).sqrt()`` is the norm.
+
+    Args:
+        x: of any shape and float dtype; of no elements the sum is 0.
+
+    Returns:
+        A 0-dim tensor, fp64, on its device.
     """
     x = x.detach().reshape(-1).to(torch.float64)
     if x.numel() == 0:

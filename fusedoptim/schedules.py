@@ -38,6 +38,7 @@ def warmup_cosine(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr: float = 0.0, start_lr: float | None = None
 ) -> LambdaLR:
     r"""Linear warm-up, then a cosine down to ``min_lr``: call its ``step()`` after every step of the optimizer.
+    ``schedule = warmup_cosine(optimizer, warmup_steps=2000, total_steps=100000)``.
 
     With a group's own learning rate ``lr``, warm-up ``w`` and total ``T``, step ``t`` (counted from 0) is taken with
 

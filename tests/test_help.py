@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pydoc
 import re
@@ -29,6 +30,44 @@ def entries(text: str) -> dict[str, str]:
     assert section is not None
     found = re.findall(rf"^{section[1]}    (\w[\w, ]*): (.*(?:\n{section[1]}     +\S.*)*)", section[2], re.M)
     return {name: explained for names, explained in found for name in names.split(", ")}
+
+
+def public_functions() -> dict[str, Any]:
+    modules = (fusedoptim, fusedoptim.rule_functions)
+    return {n: f for m in modules for n in m.__all__ if inspect.isfunction(f := getattr(m, n))}
+
+
+def examples(name: str, text: str) -> list[str]:
+    """Code within a docstring that calls what it is of."""
+    return [code for code in re.findall(r"``([^`]+)``", text) if f"{name}(" in code]
+
+
+@pytest.mark.parametrize("name", public_functions())
+def test_a_function_explains_its_arguments_and_what_it_returns_and_shows_a_call(name: str) -> None:
+    function = public_functions()[name]
+    text, signature = inspect.getdoc(function) or "", inspect.signature(function)
+    assert set(entries(text)) == set(signature.parameters)
+    assert ("Returns:" in text) == (signature.return_annotation != "None")
+    calls = examples(name, text)
+    assert calls and all(ast.parse(code) for code in calls)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
+def test_an_optimizer_says_its_formula_its_source_its_states_and_its_errors(cls: Any) -> None:
+    text = inspect.getdoc(cls) or ""
+    assert ".. math::" in text and "ValueError: for values out of range" in text
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|\([A-Z][^()]*\b(19|20)\d\d\)", text), "a source"
+    states = re.search(r"State per\s+parameter(.*?)\n\n", text, re.S)
+    assert states
+    named = set(re.findall(r"``(\w+)``", states[1]))
+    rule = cls.rule
+    assert {s.name for s in (*rule.states, *rule.numbers)} | ({"step"} if rule.has_step else set()) <= named
+    assert not any(what.startswith("as in") for what in entries(text).values()), "help() of one class is enough"
+
+
+@pytest.mark.parametrize("cls", [fusedoptim.Rule, fusedoptim.State])
+def test_what_a_rule_is_made_of_explains_its_fields(cls: Any) -> None:
+    assert list(entries(inspect.getdoc(cls) or "")) == list(inspect.signature(cls).parameters)
 
 
 def test_every_option_has_a_text() -> None:

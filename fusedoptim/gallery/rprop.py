@@ -43,6 +43,12 @@ class Rprop(FusedOptimizer):
     r"""Rprop (Riedmiller and Braun, ICNN 1993), in place of torch.optim.Rprop: steps by the gradient's sign, each
     element with a step size of its own, which grows while the sign stays and shrinks where it turns.
 
+    .. math::
+        \eta = \mathrm{clip}(\eta \cdot f), \quad p = p - \eta \, \mathrm{sign}(g)
+
+    with f of ``etas``: the second where ``g`` has the sign of the gradient before, the first where it has the other,
+    and 1 where one of them is 0. A gradient whose sign turned counts as 0.
+
     State per parameter: ``step`` (0-dim, fp32), ``prev``, the gradient before, and ``step_size``, which starts as lr,
     each of the parameter's shape, in its dtype or in ``state_dtype``. Bits: torch.optim's for-loop code.
 

@@ -69,6 +69,8 @@ class AdamWScheduleFree(FusedOptimizer):
     signature are those of the authors' package, schedulefree 1.4; but an optimizer starts as after :meth:`train`,
     because x, y and z are the same then, and a parameter that gets no gradient has a sum of its own.
 
+    ``optimizer.eval(); evaluate(model); optimizer.train()`` is an evaluation.
+
     State per parameter: ``step``, ``weight_sum`` and ``lr_max`` (0-dim, fp32, where schedulefree has Python's doubles:
     the sum stops growing after 2**24 steps of equal weight), ``z`` and ``exp_avg_sq``, each of the parameter's shape,
     in its dtype or in ``state_dtype``. For 16-bit parameters use ``master="remainder"`` with
