@@ -37,12 +37,12 @@ def site(folder: Path) -> Path:
     return folder
 
 
-def run(*command: str, cwd: Path, path: Path | str = "") -> subprocess.CompletedProcess[str]:
+def run(*command: str, cwd: Path, path: Path | str = "", **more: str) -> subprocess.CompletedProcess[str]:
     # `python` is this one. Warnings are torch's own, on machines without NumPy or a driver. Threads that wait for each
     # other take many times as long where others keep the cores busy.
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     settings = {"PYTHONPATH": str(path), "PATH": programs, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    env = {**os.environ, **settings}
+    env = {**os.environ, **settings, **more}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=3600)
 
 
@@ -72,13 +72,20 @@ def test_the_readmes_last_command_finds_the_installed_copy_from_within_the_sourc
     source, installed = clone(tmp_path / "fusedoptim", *BUILT), site(tmp_path / "site")
     # An installed copy has no sources to look at, and spends no time on that.
     (installed / "fusedoptim" / "_digest.py").write_text("def sources(root): raise AssertionError('not needed')")
-    done = run("bash", "-c", last, cwd=source, path=installed)
+    programs = tmp_path / "bin"  # and no compiler, as where a wheel is installed
+    programs.mkdir()
+    (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (programs / "python").chmod(0o755)
+    done = run("/bin/bash", "-c", last, cwd=source, path=installed, PATH=str(programs))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"torch {torch.__version__}" in done.stdout
     assert f"package: {installed / 'fusedoptim'} (installed)" in done.stdout
     for name in ("cuda", "triton", "cpu", "reference"):
         assert re.search(rf"^  {name} +(available|not available: .+)$", done.stdout, re.M)
     assert "self-check: cpu, 7 optimizers in 4 dtypes: the reference's bits" in done.stdout
+    came = ", ".join(_native._C.compiled_cpu_capabilities())
+    assert f"kernels that came with it: CPU: {came}; CUDA: " in done.stdout and came.endswith("portable")
+    assert "stepped by their functions, slowly: there is no C++ compiler: install one" in done.stdout
 
 
 @needs_library

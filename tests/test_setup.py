@@ -65,6 +65,16 @@ def test_cuda_is_built_for_a_torch_without_it_if_asked(
     assert "FUSEDOPTIM_BUILD_CUDA=0 leaves them out" in shown and re.search(r"nvcc took \d+ s\n", shown)
 
 
+def test_cuda_kernels_that_were_built_before_are_taken(
+    definitions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tmp_path / "before.so"
+    before.write_bytes(b"kernels")
+    monkeypatch.setenv("FUSEDOPTIM_BUILD_CUDA", str(before))
+    assert definitions()["build_cuda"](tmp_path, tmp_path / "command") is None
+    assert (tmp_path / "_C_cuda.so").read_bytes() == b"kernels"
+
+
 @pytest.mark.parametrize("value", ["2", "yes", "off"])
 def test_another_value_is_refused(definitions: Any, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FUSEDOPTIM_BUILD_CUDA", value)
