@@ -19,6 +19,7 @@ from pathlib import Path
 from .common import arguments
 from .common.arguments import UsageError
 from .common.files import write_atomically
+from .finetune.table import table as of_finetuning
 from .lowprec.table import table as of_schemes
 from .measure.environment import source
 from .measure.goals import GOALS
@@ -83,6 +84,10 @@ def short_table(results: Results) -> str:
     return "\n\n".join(filter(None, [summary(rows), other_commits(results, rows), source(results.environment)]))
 
 
+def of_runs(runs: list[Result]) -> str:
+    return of_finetuning(runs) if "accuracy" in runs[0] else of_schemes(runs)
+
+
 def tables(results: Results, every: bool = False) -> str:
     """Everything about the chosen rows, or about all, with a column for each peer."""
     rows = results.rows if every else chosen(results)
@@ -91,7 +96,7 @@ def tables(results: Results, every: bool = False) -> str:
     if results.environment["device"] == "cuda":
         parts = [f"**{results.environment['gpu']}**", *parts, unmeasured("cuda", rows)]
     parts += [device_details(rows), flat(results.host), scaling(results)]
-    parts += [of_schemes(results.runs)] if results.runs else []
+    parts += [of_runs(results.runs)] if results.runs else []
     parts += [storages([results])] if results.storages else []
     if not results.finished:
         parts.append(f"(The run was interrupted: {len(results.rows) + len(results.runs)} of {results.planned} rows.)")
