@@ -24,6 +24,7 @@ from .lowprec.table import table as of_schemes
 from .measure.environment import source
 from .measure.goals import GOALS
 from .measure.results import Result, Results, load
+from .rl.table import table as of_agents
 from .tables import (
     comparison,
     device_details,
@@ -98,8 +99,10 @@ def tables(results: Results, every: bool = False) -> str:
     parts += [device_details(rows), flat(results.host), scaling(results)]
     parts += [of_runs(results.runs)] if results.runs else []
     parts += [storages([results])] if results.storages else []
+    parts += [of_agents(results.agents)] if results.agents else []
     if not results.finished:
-        parts.append(f"(The run was interrupted: {len(results.rows) + len(results.runs)} of {results.planned} rows.)")
+        made = sum(map(len, (results.rows, results.runs, results.agents, results.experts)))
+        parts.append(f"(The run was interrupted: {made} of {results.planned} rows.)")
     return "\n\n".join([p for p in parts if p] + [source(results.environment)])
 
 

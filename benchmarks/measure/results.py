@@ -14,6 +14,8 @@ FORMAT = 2
 Result = dict[str, Any]
 #: Contenders that every row has; the others are peers.
 OURS, COPY, STREAM = "fusedoptim", "copy", "stream"
+#: Lists of rows that a file has only where there are any.
+OPTIONAL = ("host", "runs", "storages", "agents", "experts")
 
 
 class Results:
@@ -29,6 +31,10 @@ class Results:
         self.runs: list[Result] = []
         #: Steps with states in fewer bits, if there are any: see benchmarks.storages.
         self.storages: list[Result] = []
+        #: Agents that learned, if there are any: see rl.
+        self.agents: list[Result] = []
+        #: Trainings of a mixture of experts, if there are any: see moe.
+        self.experts: list[Result] = []
         self.finished = False
 
     def save(self) -> None:
@@ -40,8 +46,7 @@ class Results:
         """A line per row, so that a change of results can be read."""
         head = {"format": FORMAT, "finished": self.finished, "planned": self.planned, "environment": self.environment}
         parts = [f' "{key}": {_dump(value)}' for key, value in head.items()]
-        more = {"host": self.host, "runs": self.runs, "storages": self.storages}
-        some = [(key, rows) for key, rows in more.items() if rows]
+        some = [(key, rows) for key in OPTIONAL if (rows := getattr(self, key))]
         for key, rows in (("rows", self.rows), ("scaling", self.scaling), *some):
             lines = ",\n".join(f"  {_dump(row)}" for row in rows)
             parts.append(f' "{key}": [\n{lines}\n ]' if rows else f' "{key}": []')
@@ -78,7 +83,7 @@ def load(path: Path) -> Results:
     try:
         results = Results(content["environment"], content["planned"], path)
         results.rows, results.scaling, results.finished = content["rows"], content["scaling"], content["finished"]
-        for name in ("host", "runs", "storages"):
+        for name in OPTIONAL:
             setattr(results, name, content.get(name, []))
     except KeyError as error:
         raise UsageError(f"{path} is damaged: it has no {error}") from error
