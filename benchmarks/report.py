@@ -85,10 +85,6 @@ def short_table(results: Results) -> str:
     return "\n\n".join(filter(None, [summary(rows), other_commits(results, rows), source(results.environment)]))
 
 
-def of_runs(runs: list[Result]) -> str:
-    return of_finetuning(runs) if "accuracy" in runs[0] else of_schemes(runs)
-
-
 def tables(results: Results, every: bool = False) -> str:
     """Everything about the chosen rows, or about all, with a column for each peer."""
     rows = results.rows if every else chosen(results)
@@ -97,11 +93,12 @@ def tables(results: Results, every: bool = False) -> str:
     if results.environment["device"] == "cuda":
         parts = [f"**{results.environment['gpu']}**", *parts, unmeasured("cuda", rows)]
     parts += [device_details(rows), flat(results.host), scaling(results)]
-    parts += [of_runs(results.runs)] if results.runs else []
+    parts += [of_schemes(results.runs)] if results.runs else []
     parts += [storages([results])] if results.storages else []
+    parts += [of_finetuning(results.finetuning)] if results.finetuning else []
     parts += [of_agents(results.agents)] if results.agents else []
     if not results.finished:
-        made = sum(map(len, (results.rows, results.runs, results.agents, results.experts)))
+        made = sum(map(len, (results.rows, results.runs, results.finetuning, results.agents, results.experts)))
         parts.append(f"(The run was interrupted: {made} of {results.planned} rows.)")
     return "\n\n".join([p for p in parts if p] + [source(results.environment)])
 

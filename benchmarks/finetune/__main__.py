@@ -56,7 +56,7 @@ CHOSEN = {
 @dataclass(frozen=True)
 class Settings:
     batch: int = 64
-    epochs: int = 2
+    epochs: int = 1
     lr: float = 1e-4
     #: Of training and of testing at most; None for all.
     batches: int | None = None
@@ -120,16 +120,19 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(about, len(names) * args.seeds + len(LOOPS), args.out)
     for seed in range(args.seeds):
         for name in names:
-            results.runs.append(run(CHOSEN[name], settings, seed))
+            results.finetuning.append(run(CHOSEN[name], settings, seed))
             results.save()
-            print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in list(results.runs[-1].items())[2:]))
-    results.runs.sort(key=lambda r: names.index(r["scheme"]))
-    results.runs += compare_loops(settings)
+            print(
+                f"seed {seed}, {name}: "
+                + ", ".join(f"{k} {v:.4g}" for k, v in list(results.finetuning[-1].items())[2:])
+            )
+    results.finetuning.sort(key=lambda row: names.index(row["scheme"]))
+    results.finetuning += compare_loops(settings)
     results.finished = True
     results.save()
-    print(f"\n{table(results.runs)}\n\n{source(results.environment)}")
+    print(f"\n{table(results.finetuning)}\n\n{source(results.environment)}")
     if args.out is not None:
-        draw(args.out.with_suffix(".png"), results.runs)
+        draw(args.out.with_suffix(".png"), results.finetuning)
     return 0
 
 

@@ -15,7 +15,7 @@ Result = dict[str, Any]
 #: Contenders that every row has; the others are peers.
 OURS, COPY, STREAM = "fusedoptim", "copy", "stream"
 #: Lists of rows that a file has only where there are any.
-OPTIONAL = ("host", "runs", "storages", "agents", "experts")
+OPTIONAL = ("host", "runs", "storages", "finetuning", "agents", "experts")
 
 
 class Results:
@@ -31,6 +31,8 @@ class Results:
         self.runs: list[Result] = []
         #: Steps with states in fewer bits, if there are any: see benchmarks.storages.
         self.storages: list[Result] = []
+        #: Fine-tuning of a pretrained model, if there is any: see finetune.
+        self.finetuning: list[Result] = []
         #: Agents that learned, if there are any: see rl.
         self.agents: list[Result] = []
         #: Trainings of a mixture of experts, if there are any: see moe.
