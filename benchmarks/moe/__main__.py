@@ -22,20 +22,26 @@ from .contenders import ALWAYS, CONTENDERS, OURS
 from .table import model, table
 from .training import Settings, Training, summary
 
-QUICK = Settings(layers=1, width=16, heads=2, experts=12, hidden=4, context=4, batch=2, steps=8, few=2, warmup=2)
+QUICK = Settings(layers=1, width=16, heads=2, experts=12, hidden=4, context=4, batch=2, steps=8, few=1, warmup=2)
+
+
+def guests_of(settings: Settings) -> dict[int, str]:
+    """At which steps, at the start and at the end, those take part that do not take all; no two at the same."""
+    names = [name for name in CONTENDERS if name not in ALWAYS for _ in range(settings.few)]
+    return dict(enumerate(names)) | dict(enumerate(names, settings.steps - len(names)))
 
 
 def trained(settings: Settings) -> list[Result]:
     """A row per contender."""
     text = load_text(None, settings.context)
     trainings = {name: Training(settings, make) for name, make in CONTENDERS.items()}
-    end = settings.steps - settings.few
+    guests = guests_of(settings)
     for step in range(settings.steps):
-        if step == end:
-            for name, training in trainings.items():
-                if name not in ALWAYS:
-                    training.adopt(trainings[OURS])
-        turns = [t for name, t in trainings.items() if name in ALWAYS or step < settings.few or step >= end]
+        turns = [trainings[name] for name in ALWAYS]
+        if step in guests:
+            turns.append(guest := trainings[guests[step]])
+            if guests.get(step - 1) != guests[step]:
+                guest.adopt(trainings[OURS])
         first = step % len(turns)
         for training in turns[first:] + turns[:first]:
             training.step(text, step)

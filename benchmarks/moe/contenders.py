@@ -53,6 +53,6 @@ CONTENDERS: dict[str, Make] = {
     FUSED: _torch(fused=True),
     WITNESS: _torch(fusedoptim.clip_grad_norm_, witness.witness_step, foreach=False),
 }
-#: Those that take every step. The others' steps take seconds each: they take a few at the start, and a few at the end
-#: from fusedoptim's numbers.
+#: Those that take every step. The others' take seconds each: they take a few at the start and a few at the end, from
+#: fusedoptim's numbers. No two take the same: the second one would find the first one's lists in DTensor's cache.
 ALWAYS = (OURS, WITNESS)

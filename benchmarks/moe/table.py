@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from ..common.units import duration, number
 from ..measure.results import Result
 from ..tables import header, line
-from .contenders import WITNESS
 
 
 def _time(row: Result, key: str) -> str:
-    """None of the witness: its root is made of many operations."""
-    return duration(row[key] * 1e-3) if row[key] is not None and row["contender"] != WITNESS else ""
+    return "" if row[key] is None else duration(row[key] * 1e-3)
 
 
 def _same(row: Result) -> str:
@@ -26,7 +24,7 @@ def table(experts: Sequence[Result]) -> str:
     names = ["AdamW", "steps", "clip + step, first gradients", "later", "share, later", "states", "same losses"]
     lines = header(names, 1)
     for i, row in enumerate(experts):
-        share = row["later_share"] if row["contender"] != WITNESS else None
+        share = row["later_share"]
         cells = [row["contender"], str(row["steps"]), _time(row, "first_ms"), _time(row, "later_ms")]
         cells += ["" if share is None else f"{share:.1%}", f"{number(row['state_bytes'] / 1e6)} MB"]
         lines.append(line([*cells, _same(row) if i else ""]))

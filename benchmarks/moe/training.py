@@ -30,7 +30,7 @@ class Settings:
     context: int = 32
     batch: int = 4
     steps: int = 120
-    #: Of those contenders that do not take all, at either end.
+    #: That a contender takes which does not take all, at the start and at the end.
     few: int = 2
     warmup: int = 10
     seed: int = 0
