@@ -24,6 +24,8 @@ from .lowprec.table import table as of_schemes
 from .measure.environment import source
 from .measure.goals import GOALS
 from .measure.results import Result, Results, load
+from .moe.table import model as of_model
+from .moe.table import table as of_experts
 from .rl.table import table as of_agents
 from .tables import (
     comparison,
@@ -97,6 +99,7 @@ def tables(results: Results, every: bool = False) -> str:
     parts += [storages([results])] if results.storages else []
     parts += [of_finetuning(results.finetuning)] if results.finetuning else []
     parts += [of_agents(results.agents)] if results.agents else []
+    parts += [of_experts(results.experts), of_model(results.experts)] if results.experts else []
     if not results.finished:
         made = sum(map(len, (results.rows, results.runs, results.finetuning, results.agents, results.experts)))
         parts.append(f"(The run was interrupted: {made} of {results.planned} rows.)")
