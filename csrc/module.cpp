@@ -71,10 +71,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Look>(m, "Look")
       .def(py::init([](py::dict state, std::vector<py::object> slots, std::vector<py::object> optional,
                        std::vector<py::object> numbers, std::vector<py::object> optional_numbers, py::object step,
-                       py::object ema, bool writes_grads) {
+                       py::object ema, bool writes_grads,
+                       std::optional<std::tuple<py::object, py::object, py::object>> shards) {
         Look::Names names{std::move(slots), std::move(optional), std::move(numbers), std::move(optional_numbers),
                           std::move(step),  std::move(ema)};
-        return Look(std::move(state), std::move(names), writes_grads);
+        std::optional<Look::Shards> of_shards;
+        if (shards) of_shards = {std::get<0>(*shards), std::get<1>(*shards), std::get<2>(*shards)};
+        return Look(std::move(state), std::move(names), writes_grads, std::move(of_shards));
       }))
       .def("at", py::overload_cast<const py::list&>(&Look::at))
       .def("all_apart", &Look::all_apart);

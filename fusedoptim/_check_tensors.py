@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._blocks import format_in_blocks, names_in_blocks, slot_of
-from ._dtensor import is_dtensor, local, same_layout, same_placements
+from ._dtensor import has_no_partial, is_dtensor, local, same_layout, same_placements
 from ._dtypes import DTYPES, NAMES, compute_dtype
 from ._fakes import is_fake
 from ._overlap import overlaps_itself
@@ -43,7 +43,7 @@ def check_param(p: Tensor, who: str, optimizer: str) -> None:
         raise ValueError(f"{who} has an unsupported dtype: it must be {NAMES}")
     if p.layout != torch.strided:
         raise ValueError(f"{who} has layout {p.layout}: only dense (torch.strided) parameters can be updated")
-    if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
+    if is_dtensor(p) and not has_no_partial(p):
         raise ValueError(f"{who} is a DTensor with Partial placements, hence a sum to come: use redistribute()")
     p = local(p)
     if is_traceable_wrapper_subclass(p):

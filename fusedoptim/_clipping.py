@@ -141,7 +141,7 @@ def _check(p: Tensor, g: Tensor, i: int, sharded: bool) -> None:
 def _check_memory(grads: list[Tensor]) -> None:
     """Raises ValueError if two elements are at one place."""
     if _native._C is not None:  # which sees in a tenth of the time that nothing is unusual
-        look = _native._C.Look({}, [], [], [], [], None, EMA, False)
+        look = _native._C.Look({}, [], [], [], [], None, EMA, False, None)
         if False not in look.at(grads) and look.all_apart():
             return
     if any(g.is_neg() or overlaps_itself(g) for g in grads) or sharing(grads) is not None:

@@ -49,6 +49,16 @@ def same_layout(a: Any, b: Any) -> bool:
     return bool(getattr(of_a, "shard_order", None) == getattr(of_b, "shard_order", None))
 
 
+def has_shape_and_layout(a: Any, b: Any) -> bool:
+    """Of two DTensors."""
+    return bool(a.shape == b.shape) and same_layout(a, b)
+
+
+def has_no_partial(p: Any) -> bool:
+    """Whether a DTensor has its numbers, and no sum of them that is still to be made."""
+    return not any(placement.is_partial() for placement in p.placements)
+
+
 def same_placements(a: Any, b: Any) -> bool:
     """The same of DTensors of different shapes, by what they say."""
     return bool(a.placements == b.placements and a.device_mesh == b.device_mesh)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _check_tensors, _native
 from ._check_values import check_lists, check_step_values
-from ._dtensor import aligned, is_dtensor, local
+from ._dtensor import aligned, dtensor_class, has_no_partial, has_shape_and_layout, is_dtensor, local
 from ._ema import is_early, new_average
 from ._fakes import is_fake
 from ._masters import loses_number
@@ -203,7 +203,9 @@ def _make_look(optimizer: HasStates) -> Any:
             names[2 * k + (state.needed is not None)].append(state.name)
     step = "step" if rule.has_step else None
     zero_grad = optimizer._options["zero_grad_in_step"]
-    return _native._C.Look(optimizer.state, *names, step, EMA, zero_grad)
+    cls = dtensor_class()
+    shards = None if cls is None else (cls, has_no_partial, has_shape_and_layout)
+    return _native._C.Look(optimizer.state, *names, step, EMA, zero_grad, shards)
 
 
 def _check(optimizer: HasStates, index: int, i: int) -> Conversion:

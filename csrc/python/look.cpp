@@ -34,22 +34,51 @@ bool Look::all_apart() {
 }
 
 PyObject* Look::at(PyObject* param) {
-  if (!reader_.is_plain(param) || !dense_tensor(param, param_) || param_.ndim > kMaxDims) return Py_False;
+  PyObject* const own = own_tensor(param);
+  if (!own || !dense_tensor(own, param_) || param_.ndim > kMaxDims) return Py_False;
   writes(param_);
   PyObject* values = PyDict_GetItem(state_.ptr(), param);
-  if (!grad(param) || (values && !states(values))) return Py_False;
+  if (!grad() || (values && !states(values))) return Py_False;
   return values ? values : Py_None;
 }
 
-bool Look::grad(PyObject* param) {
-  const py::object g = py::reinterpret_steal<py::object>(reader_.grad(param));
+PyObject* Look::own_tensor(PyObject* param) {
+  object_ = param;
+  spec_ = alike_ = nullptr;
+  if (reader_.is_plain(param)) return param;
+  if (!shard_reader_.is_plain_dtensor(param)) return nullptr;
+  spec_ = shard_reader_.peek_spec(param);
+  PyObject* const shard = shard_reader_.peek_local(param);
+  const bool readable = spec_ && shard && reader_.is_plain(shard);
+  return readable && shards_->can_be_stepped(py::handle(param)).cast<bool>() ? shard : nullptr;
+}
+
+PyObject* Look::its_tensor(PyObject* tensor) {
+  if (!spec_) return reader_.is_plain(tensor) ? tensor : nullptr;
+  if (!shard_reader_.is_plain_dtensor(tensor)) return nullptr;
+  PyObject* const shard = shard_reader_.peek_local(tensor);
+  PyObject* const spec = shard_reader_.peek_spec(tensor);
+  if (!shard || !reader_.is_plain(shard) || !spec) return nullptr;
+  if (spec != spec_ && spec != alike_) {
+    if (!shards_->is_alike(py::handle(object_), py::handle(tensor)).cast<bool>()) return nullptr;
+    alike_ = spec;
+  }
+  return shard;
+}
+
+bool Look::grad() {
+  const py::object g =
+      py::reinterpret_steal<py::object>(spec_ ? reader_.grad_of_dtensor(object_) : reader_.grad(object_));
   if (!g) {
     forget_python_error();
     return false;
   }
   if (g.is_none()) return true;
   TensorView v;
-  if (!reader_.is_plain(g.ptr()) || !reader_.view(g.ptr(), v) || negated(g.ptr(), v)) return false;
+  PyObject* const own = its_tensor(g.ptr());
+  if (!own || !reader_.view(own, v) || negated(own, v)) return false;
+  // A shard need not have the dtype that its DTensor says.
+  if (spec_ && v.dtype != param_.dtype) return false;
   if (!same_shape(v) || (!v.data && numel(v) > 0)) return false;
   if (!writes_grads_) return true;
   writes(v);
@@ -70,20 +99,20 @@ bool Look::states(PyObject* values) {
   };
   int there = 0, missing = 0, any = 0;
   for (const py::object& name : names_.slots)
-    if (!state(values, name, there, missing, shaped)) return false;
+    if (!state(values, name, there, missing, true, shaped)) return false;
   for (const py::object& name : names_.optional)
-    if (!state(values, name, any, any, shaped)) return false;
-  if (!state(values, names_.ema, any, any, average)) return false;
-  if (!names_.step.is_none() && !state(values, names_.step, there, missing, step)) return false;
+    if (!state(values, name, any, any, true, shaped)) return false;
+  if (!state(values, names_.ema, any, any, true, average)) return false;
+  if (!names_.step.is_none() && !state(values, names_.step, there, missing, false, step)) return false;
   for (const py::object& name : names_.numbers)
-    if (!state(values, name, there, missing, number)) return false;
+    if (!state(values, name, there, missing, false, number)) return false;
   for (const py::object& name : names_.optional_numbers)
-    if (!state(values, name, any, any, number)) return false;
+    if (!state(values, name, any, any, false, number)) return false;
   return there == 0 || missing == 0;
 }
 
 template <class Fits>
-bool Look::state(PyObject* values, const py::object& name, int& there, int& missing, const Fits& fits) {
+bool Look::state(PyObject* values, const py::object& name, int& there, int& missing, bool placed, const Fits& fits) {
   PyObject* value = PyDict_GetItem(values, name.ptr());
   if (!value || value == Py_None) {
     ++missing;
@@ -91,7 +120,8 @@ bool Look::state(PyObject* values, const py::object& name, int& there, int& miss
   }
   ++there;
   TensorView v;
-  if (!reader_.is_plain(value) || !dense_tensor(value, v) || !fits(v)) return false;
+  PyObject* const own = placed ? its_tensor(value) : reader_.is_plain(value) ? value : nullptr;
+  if (!own || !dense_tensor(own, v) || !fits(v)) return false;
   writes(v);
   return true;
 }

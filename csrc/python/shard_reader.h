@@ -75,6 +75,11 @@ class ShardReader {
     PyObject* const own = spec_.peek(dtensor);
     return own && (own == spec || own == other) ? local_.peek(dtensor) : nullptr;
   }
+  // A DTensor itself, not one of a class made from it.
+  bool is_plain_dtensor(PyObject* x) const { return type_ && Py_TYPE(x) == type_; }
+  // Borrowed, for as long as the DTensor keeps it; null if slots are no slots.
+  PyObject* peek_local(PyObject* dtensor) const { return local_.peek(dtensor); }
+  PyObject* peek_spec(PyObject* dtensor) const { return spec_.peek(dtensor); }
   // Whether a DTensor still has what these gave.
   bool has(PyObject* dtensor, PyObject* local, PyObject* spec) const {
     return local_.is(dtensor, local) && spec_.is(dtensor, spec);
