@@ -28,6 +28,8 @@ MIXES = {"fp32": DTYPES[:1], "bf16": DTYPES[2:3], "fp64": DTYPES[1:2], "16 and 3
 def test_what_surrounds_the_rule(kernels: Kernels, case: Case, around: str, mix: str) -> None:
     if kernels.slow and (mix not in ("fp32", "mixed") or (around != "all" and case.optimizer != "AdamW")):
         pytest.skip("takes too long where programs take milliseconds")
+    if kernels.slow and mix == "fp32" and case.own:
+        pytest.skip("the mix has fp32 as well")
     shapes = [(0,), (), (3,), (7, 11), (1025,)] if kernels.slow else [*SHAPES, (20_000,)]
     if kernels.slow and len(MIXES[mix]) > 1:
         shapes = [(3,), (40, 27)]
