@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "tensor_table.h"
+#include "step_table.h"
 
 namespace fusedoptim {
 

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <vector>
 
 #include "layout.h"
 #include "operand.h"
@@ -61,31 +59,5 @@ struct alignas(64) Entry {
   FUSEDOPTIM_HD DType compute_dtype() const { return compute_dtype_of(param().storage); }
 };
 static_assert(sizeof(Entry) == 4 * 64);
-
-struct StepTable {
-  std::vector<Entry> entries;
-  std::vector<HyperRow> rows;
-  // Of squares, in memory on the device: rows with a number for each entry, 0 where it has no gradient. The first is of
-  // gradients, or the first sum of a rule that asks for some; the second its second.
-  double* sums = nullptr;
-  int64_t sums_stride = 0;  // from one row to the next
-  std::shared_ptr<void> sums_owner;
-  bool wide = false;  // whether a tensor that is elsewhere, on another device or rank, has fp64
-
-  double* sums_row(int k) const { return sums + k * sums_stride; }
-  // Whether the norm of all gradients is kept in fp64.
-  bool norm_in_f64() const {
-    if (wide) return true;
-    for (const Entry& e : entries)
-      if (e.active && e.compute_dtype() == DType::f64) return true;
-    return false;
-  }
-  // Whether a step has to know the norm of all gradients before it updates anything.
-  bool needs_global_norm(const StepSettings& settings) const {
-    bool any = settings.skip_nonfinite;
-    for (const HyperRow& row : rows) any = any || row.value[kMaxGradNorm] >= 0;
-    return any;
-  }
-};
 
 }  // namespace fusedoptim
