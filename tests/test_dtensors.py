@@ -13,6 +13,7 @@ from sharded_models import MODELS, Sharded, built, is_dtensor, mesh, shard, whol
 from torch import Tensor
 
 from benchmarks.witness import witness_step
+from fusedoptim import _members, _native
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 STEPS = 4
@@ -195,3 +196,37 @@ def check_bf16_parameters() -> None:
 
 def test_parameters_of_16_bits() -> None:
     run(2, check_bf16_parameters)
+
+
+def looked_at_closely(model: str) -> list[int]:
+    """How many parameters Python looks at in a first step, and in one in which the last parameter is met first."""
+    sharded, count = built(model), 0
+    optimizer = BY_NAME["adamw_amsgrad"].make(sharded.params, backend="cpu")
+    check = _members._check
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return check(*args)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_members, "_check", counted)
+        for step in range(2):
+            sharded.backward(step)
+            if step == 0:
+                sharded.params[-1].grad = None
+            count = 0
+            optimizer.step()
+            found.append(count)
+    return found
+
+
+@pytest.mark.skipif(_native._C is None, reason=f"no compiled library: {_native.problem}")
+@pytest.mark.parametrize(
+    ("model", "closely"), [("fsdp2", False), ("tensor_parallel", False), ("sequence_parallel", True)]
+)
+def test_python_looks_at_unusual_shards_alone(model: str, closely: bool) -> None:
+    """It takes a hundred times as long. Unusual are gradients that are placed otherwise than their parameters."""
+    for counts in run(MODELS[model][0], looked_at_closely, model):
+        assert any(counts) == closely, counts
