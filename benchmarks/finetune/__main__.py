@@ -20,10 +20,10 @@ from ..common import arguments
 from ..common.arguments import UsageError, known
 from ..lowprec.schemes import ADAMW, SCHEMES, Scheme, bytes_of
 from ..measure.devices import DEVICES
-from ..measure.environment import environment, source
-from ..measure.results import Result, Results
+from ..measure.environment import environment
+from ..measure.results import Result, Results, check_target, finish
 from .loops import LOOPS, plain, timed
-from .table import draw, table
+from .table import table
 from .task import accuracy, make_model, make_task, missing
 
 
@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     names = known("--scheme", args.scheme, CHOSEN)
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, but is {args.seeds}")
+    if args.out is not None:
+        check_target(args.out)
     if missing():
         raise UsageError(f"install what this trains on: pip install {' '.join(missing())}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -120,18 +122,16 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(about, len(names) * args.seeds + len(LOOPS), args.out)
     for seed in range(args.seeds):
         for name in names:
-            results.finetuning.append(run(CHOSEN[name], settings, seed))
+            found = run(CHOSEN[name], settings, seed)
+            results.finetuning.append(found)
             results.save()
-            print(
-                f"seed {seed}, {name}: "
-                + ", ".join(f"{k} {v:.4g}" for k, v in list(results.finetuning[-1].items())[2:])
-            )
+            print(f"seed {seed}, {name}: loss {found['loss']:.4f}, accuracy {found['accuracy']:.3f}", flush=True)
     results.finetuning.sort(key=lambda row: names.index(row["scheme"]))
     results.finetuning += compare_loops(settings)
-    results.finished = True
-    results.save()
-    print(f"\n{table(results.finetuning)}\n\n{source(results.environment)}")
+    finish(results, table(results.finetuning))
     if args.out is not None:
+        from .picture import draw
+
         draw(args.out.with_suffix(".png"), results.finetuning)
     return 0
 

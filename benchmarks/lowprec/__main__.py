@@ -19,8 +19,8 @@ import torch
 from ..common import arguments
 from ..common.arguments import UsageError, known
 from ..measure.devices import DEVICES
-from ..measure.environment import environment, source
-from ..measure.results import Result, Results, load
+from ..measure.environment import environment
+from ..measure.results import Result, Results, finish, load
 from .finetuning import QUICK, Outcome, Settings, distance, finetuned, pretrained, texts
 from .schemes import EXACT, SCHEMES, Scheme, rounded
 from .table import schemes as schemes_of
@@ -70,8 +70,6 @@ def run(results: Results, settings: Settings, names: list[str], seeds: int) -> N
                 says = {key: results.runs[-1][key] for key in ("distance", "loss_above_exact")}
                 print(f"seed {seed}, {'burst, ' if burst else ''}{name}: {says}", flush=True)
     results.runs.sort(key=lambda r: [EXACT.name, *SCHEMES].index(r["scheme"]))
-    results.finished = True
-    results.save()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UsageError(f"--resume: {args.out} has {key} {before.environment.get(key)}, this run {about[key]}")
         results.runs = before.runs
     run(results, settings, names, args.seeds)
-    print(f"\n{table(results.runs)}\n\n{source(results.environment)}")
+    finish(results, table(results.runs))
     if args.out is not None and schemes_of(results.runs):
         from .picture import draw
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..common.arguments import UsageError
 from ..common.files import write_atomically
+from .environment import source
 
 FORMAT = 2
 Result = dict[str, Any]
@@ -53,6 +54,13 @@ class Results:
             lines = ",\n".join(f"  {_dump(row)}" for row in rows)
             parts.append(f' "{key}": [\n{lines}\n ]' if rows else f' "{key}": []')
         return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def finish(results: Results, text: str) -> None:
+    """At the end of a run: saves, and prints the tables with where they are from."""
+    results.finished = True
+    results.save()
+    print(f"\n{text}\n\n{source(results.environment)}")
 
 
 def key_of(row: Result) -> tuple[str, str, str, str]:

@@ -14,8 +14,8 @@ import torch
 from ..common import arguments
 from ..common.arguments import UsageError
 from ..measure.devices import DEVICES
-from ..measure.environment import environment, source
-from ..measure.results import Result, Results, check_target, rounded
+from ..measure.environment import environment
+from ..measure.results import Result, Results, check_target, finish, rounded
 from ..text import load_text
 from ..train import parallel
 from .contenders import ALWAYS, CONTENDERS, OURS
@@ -70,9 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     if not parallel.is_first():
         return 0
     results = Results(about, len(CONTENDERS), args.out)
-    results.experts, results.finished = rounded(found), True
-    results.save()
-    print(f"\n{table(results.experts)}\n\n{model(results.experts)}\n\n{source(results.environment)}")
+    results.experts = rounded(found)
+    finish(results, f"{table(results.experts)}\n\n{model(results.experts)}")
     if args.out is not None:
         from .picture import draw
 

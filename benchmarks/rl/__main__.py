@@ -15,8 +15,8 @@ import torch
 from ..common import arguments
 from ..common.arguments import UsageError
 from ..measure.devices import DEVICES
-from ..measure.environment import environment, source
-from ..measure.results import Result, Results, check_target, rounded
+from ..measure.environment import environment
+from ..measure.results import Result, Results, check_target, finish, rounded
 from .agent import Agent, Settings, summary
 from .contenders import CONTENDERS, OURS
 from .table import table
@@ -65,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         results.agents += rounded(learned(settings, seed))
         results.save()
         print(f"seed {seed}:", *(f"{a['contender']}: {a['return']:.0f}" for a in results.agents[-len(CONTENDERS) :]))
-    results.finished = True
-    results.save()
-    print(f"\n{table(results.agents)}\n\n{source(results.environment)}")
+    finish(results, table(results.agents))
     if args.out is not None:
         from .picture import draw
 
