@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ BLOCKS = (256, 2048)
 TWO = ["exp_avg", "exp_avg_sq"]
 
 
-def group_of_bitsandbytes(group: dict[str, Any], rule: Rule) -> dict[str, Any]:
+def group_of_bitsandbytes(group: dict[str, Any], states: Mapping[Any, Any], rule: Rule) -> dict[str, Any]:
     """The group under this rule's names: there ``betas`` is a pair for every optimizer, whose first number is SGD's and
-    LARS' ``momentum``, and RMSprop's ``alpha``. Any other group is returned as it is."""
+    LARS' ``momentum``, and RMSprop's ``alpha``. Any other group is returned as it is, and one without states, of which
+    nothing says whose it is."""
     keys = [hyper.key for hyper in rule.hyper]
     name = next((key for key in ("alpha", "momentum") if key in keys), None)
     if name is None or name in group or "betas" in keys or not isinstance(group.get("betas"), tuple | list):
+        return group
+    if not any("state1" in _own(states[k]) for k in group["params"] if isinstance(states.get(k), dict)):
         return group
     return {**{k: v for k, v in group.items() if k != "betas"}, name: group["betas"][0]}
 
@@ -35,7 +39,7 @@ def of_bitsandbytes(values: dict[str, Any], rule: Rule, who: str) -> dict[str, A
     Raises:
         ValueError: for codes that cannot be read, and states that are those of another optimizer.
     """
-    own = {**{k: v for k, v in values.items() if k != WRAPPED}, **values.get(WRAPPED, {})}
+    own = _own(values)
     if not isinstance(own.get("state1"), Tensor):
         return values
     count = 2 if "state2" in own else 1
@@ -50,6 +54,11 @@ def of_bitsandbytes(values: dict[str, Any], rule: Rule, who: str) -> dict[str, A
     for k, name in enumerate(names, 1):
         found[name] = _decoded(own[f"state{k}"], own.get(f"qmap{k}"), own.get(f"absmax{k}"), f"state{k}", who)
     return found
+
+
+def _own(values: dict[str, Any]) -> dict[str, Any]:
+    """A state, with what is wrapped."""
+    return {**{k: v for k, v in values.items() if k != WRAPPED}, **values.get(WRAPPED, {})}
 
 
 def _decoded(state: Tensor, numbers: Tensor | None, maxima: Tensor | None, name: str, who: str) -> Tensor:

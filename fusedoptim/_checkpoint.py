@@ -101,7 +101,7 @@ class Loader:
             raise ValueError(  # in torch's words, which say so once its hooks are through
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
-        filled = self._filled(saved_groups)
+        filled = self._filled(saved_groups, state_dict["state"])
         ids = [k for group in saved_groups for k in group["params"]]
         owners = dict(zip(ids, members, strict=True))
         kept, states = {}, state_dict["state"]
@@ -132,10 +132,10 @@ class Loader:
             self._check_groups(saved_groups)
         return {**state_dict, "state": kept, "param_groups": filled}
 
-    def _filled(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _filled(self, saved_groups: list[dict[str, Any]], states: Mapping[Any, Any]) -> list[dict[str, Any]]:
         found = []
         for index, (saved, group) in enumerate(zip(saved_groups, self.groups, strict=True)):
-            found.append(completed(group_of_bitsandbytes(saved, self.rule), group, self.defaults, self.rule))
+            found.append(completed(group_of_bitsandbytes(saved, states, self.rule), group, self.defaults, self.rule))
             try:
                 check_storage(found[-1], self.rule)
             except ValueError as error:
