@@ -23,6 +23,9 @@ def _restore_global_settings() -> Iterator[None]:
     _backends._warned.clear()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # or what one test compiled would count for the next one's limit
+    if accelerate := sys.modules.get("accelerate.state"):  # Accelerators and Trainers share settings until this
+        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.GradientState._reset_state()
     if capability:
         _native._C.set_cpu_capability(capability)
 

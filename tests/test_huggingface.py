@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,8 @@ STEPS, HALF = 6, 3
 
 
 @pytest.fixture(autouse=True)
-def one_accelerator() -> Iterator[None]:
-    """Accelerators share settings until this is called."""
+def one_thread() -> None:
     torch.set_num_threads(1)  # models as tiny as these gain nothing from two
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 # ---- Trainer ----
