@@ -155,7 +155,10 @@ def build_cuda(target: Path, memory: Path) -> str | None:
         return "FUSEDOPTIM_BUILD_CUDA=0 left them out: unset it"
     library = target / "_C_cuda.so"
     if BUILD_CUDA not in ("", "1"):
-        shutil.copy(BUILD_CUDA, library)
+        memory.unlink(missing_ok=True)  # of a library that was compiled here
+        if not (library.exists() and library.samefile(BUILD_CUDA)):
+            shutil.copy(BUILD_CUDA, copy := library.with_suffix(".new"))
+            os.replace(copy, library)  # a process that runs the old one keeps it
         return None
     if torch_version is None or missing is not None:
         return missing

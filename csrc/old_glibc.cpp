@@ -1,6 +1,4 @@
 // What _C would need of a glibc beyond 2.14: see core/old_glibc.h.
-#include <cstdlib>
-
 #include "core/old_glibc.h"
 
 #ifdef FUSEDOPTIM_OLD_GLIBC

@@ -7,6 +7,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -64,7 +65,10 @@ def main() -> int:
 
 def _cuda_kernels() -> str:
     path = _native.cuda_library()
-    return (_native.cuda_targets(path) or "a library that does not say for what") if path.exists() else "none"
+    if not path.exists():
+        return "none"
+    for_what = _native.cuda_targets(path) or "a library that does not load, or say for what"
+    return for_what + (f" (not its own: {path})" if path.parent != Path(__file__).parent else "")
 
 
 def _check_compiled() -> bool:

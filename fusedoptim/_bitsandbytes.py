@@ -20,15 +20,16 @@ TWO = ["exp_avg", "exp_avg_sq"]
 
 def group_of_bitsandbytes(group: dict[str, Any], states: Mapping[Any, Any], rule: Rule) -> dict[str, Any]:
     """The group under this rule's names: there ``betas`` is a pair for every optimizer, whose first number is SGD's and
-    LARS' ``momentum``, and RMSprop's ``alpha``. Any other group is returned as it is, and one without states, of which
-    nothing says whose it is."""
+    LARS' ``momentum``, and RMSprop's ``alpha``; SGD and LARS have an ``eps`` there that means nothing. Any other group
+    is returned as it is, and that of a checkpoint without states, of which nothing says whose it is."""
     keys = [hyper.key for hyper in rule.hyper]
     name = next((key for key in ("alpha", "momentum") if key in keys), None)
     if name is None or name in group or "betas" in keys or not isinstance(group.get("betas"), tuple | list):
         return group
-    if not any("state1" in _own(states[k]) for k in group["params"] if isinstance(states.get(k), dict)):
+    if not any("state1" in _own(values) for values in states.values() if isinstance(values, dict)):
         return group
-    return {**{k: v for k, v in group.items() if k != "betas"}, name: group["betas"][0]}
+    unknown = {"betas", "eps"} if name == "momentum" else {"betas"}
+    return {**{k: v for k, v in group.items() if k not in unknown}, name: group["betas"][0]}
 
 
 def of_bitsandbytes(values: dict[str, Any], rule: Rule, who: str) -> dict[str, Any]:

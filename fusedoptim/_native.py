@@ -36,7 +36,7 @@ def cuda_library() -> Path:
 
 
 def cuda_targets(path: Path) -> str | None:
-    """For which GPUs a library of CUDA kernels was compiled, and by what; None for one that does not say. Loads it."""
+    """For which GPUs a library of CUDA kernels was compiled, and by what; None for one that does not load or say so."""
     try:
         says = ctypes.CDLL(str(path)).fusedoptim_cuda_targets
     except (OSError, AttributeError):

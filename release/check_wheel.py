@@ -13,10 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+#: What pip is told of the network.
+NETWORK = ("http_proxy", "https_proxy", "no_proxy", "ssl_cert_file", "requests_ca_bundle")
 #: A model that learns to add, with each optimizer. Those of the gallery on the CPU are stepped by their functions here,
 #: with one warning that says that they want a compiler.
 TRAINING = """
-import math, warnings
+import warnings
 import torch
 import fusedoptim
 from fusedoptim import gallery
@@ -66,7 +68,9 @@ def main() -> int:
         folder = Path(temporary)
         inside = folder / "venv" / "bin"
         environment = {"PATH": str(inside), "HOME": temporary, "PYTHONWARNINGS": "ignore"}
-        environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        environment |= {
+            name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.lower() in NETWORK
+        }
 
         def run(*command: str | Path) -> None:
             print("+", *command, flush=True)

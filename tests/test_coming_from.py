@@ -4,6 +4,7 @@ are not installed have their checkpoints made here, as their code makes them."""
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -144,10 +145,14 @@ def test_masters_of_transformer_engine_come_along() -> None:
     ],
 )
 def test_the_first_beta_of_bitsandbytes_is_momentum_or_alpha(made: Any, name: str) -> None:
-    optimizer = made([torch.nn.Parameter(torch.ones(4))])
     group = {"lr": 1e-3, "betas": (0.75, 0.0), "eps": 0.0, "weight_decay": 0.0, "params": [0]}
-    optimizer.load_state_dict({"state": {0: {"step": 3, "state1": torch.ones(4)}}, "param_groups": [group]})
-    assert optimizer.param_groups[0][name] == 0.75 and "betas" not in optimizer.param_groups[0]
+    optimizer = made([{"params": [torch.nn.Parameter(torch.ones(4))]} for _ in range(2)])
+    eps = optimizer.defaults.get("eps")
+    groups = [group, {**group, "params": [1]}]  # the second one's parameter has had no gradient yet
+    optimizer.load_state_dict({"state": {0: {"step": 3, "state1": torch.ones(4)}}, "param_groups": groups})
+    for own in optimizer.param_groups:
+        assert own[name] == 0.75 and "betas" not in own
+        assert own.get("eps") == (eps if name == "momentum" else 0.0), "theirs is a placeholder"
     without_states = made([torch.nn.Parameter(torch.ones(4))])  # anyone's, as torch.optim.Adam's before its first step
     with pytest.warns(UserWarning, match="It is probably another optimizer's"):
         without_states.load_state_dict({"state": {}, "param_groups": [group]})
@@ -171,6 +176,31 @@ def test_the_first_beta_of_bitsandbytes_is_momentum_or_alpha(made: Any, name: st
 def test_from_bitsandbytes(name: str, options: dict[str, Any], here: Any, near: float) -> None:
     there = getattr(pytest.importorskip("bitsandbytes").optim, name)
     assert goes_on(lambda p: there(p, lr=1e-3, **options), here, as_it_is) < near
+
+
+@pytest.mark.parametrize(
+    ("row", "module", "name"),
+    [
+        ("apex", "apex.optimizers", "FusedAdam"),
+        ("apex", "transformer_engine.pytorch.optimizers", "FusedAdam"),
+        ("DeepSpeed `FusedAdam", "deepspeed.ops.adam", "FusedAdam"),
+        ("DeepSpeed `DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam"),
+        ("bitsandbytes `AdamW(", "bitsandbytes.optim", "AdamW"),
+        ("bitsandbytes `AdamW8bit", "bitsandbytes.optim", "AdamW8bit"),
+        ("bitsandbytes `AdamW8bit", "torchao.optim", "AdamW8bit"),
+        ("torchao", "torchao.optim", "_AdamW"),
+        ("optimi `AdamW", "optimi", "AdamW"),
+        ("optimi, bf16", "optimi", "AdamW"),
+    ],
+)
+def test_what_the_table_says_to_write_has_their_defaults(row: str, module: str, name: str) -> None:
+    there = inspect.signature(getattr(pytest.importorskip(module), name)).parameters
+    written = re.search(rf"^\| {re.escape(row)}.*?\| `AdamW\((?:\.\.\.(?:, )?)?(.*?)\)`", GUIDE.read_text(), re.M)
+    assert written
+    here = eval(f"dict({written[1]})", {"torch": torch})
+    own = fusedoptim.AdamW([torch.nn.Parameter(torch.ones(1, dtype=BF16))], **here).defaults
+    for option in ("betas", "eps", "weight_decay"):
+        assert own[option] == there[option].default, option
 
 
 def test_from_optimi() -> None:

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 WORLD, STEPS, ROWS = 2, 5, 8
-#: Those that nothing has to be compiled for, in another dtype than the others' tests have.
-COMPILED = [case for case in FULL if not case.own]
+#: For which nothing has to be compiled.
+BUILT_IN = [case for case in FULL if not case.own]
 
 
 class Product(nn.Module):
@@ -179,14 +179,14 @@ def all_reduced(gradient: Tensor) -> Tensor:
 
 
 def work_by_hand() -> dict[str, list[Tensor]]:
-    return {case.name: train_by_hand(case, [dist.get_rank()], all_reduced) for case in COMPILED}
+    return {case.name: train_by_hand(case, [dist.get_rank()], all_reduced) for case in BUILT_IN}
 
 
 def test_gradients_averaged_by_hand_are_those_of_one_process() -> None:
     """Each halves its loss and all_reduce() adds. Where one process adds the same two halves, the bits are the same."""
     torch.set_num_threads(1)
     for of_rank in run(WORLD, work_by_hand):
-        for case in COMPILED:
+        for case in BUILT_IN:
             assert_same(of_rank[case.name], train_by_hand(case, [0, 1], lambda gradient: gradient), str(case))
 
 
@@ -203,5 +203,5 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
     for name, value in {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert main([*TINY, "--batch", "3", "--out", str(tmp_path)]) == 2
-    error = "error: --batch 3 must be a multiple of the number of processes, 2\n"
+    error = "error: a batch of 3 must be a multiple of the number of processes, 2\n"
     assert capsys.readouterr().err == (error if rank == 0 else "")

@@ -3,19 +3,17 @@ complete."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import multiprocessing
 import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from ranks import context
 
 import fusedoptim
 
@@ -65,28 +63,21 @@ def _launched(file: Path) -> tuple[int, str]:
     return result.returncode, result.stdout + (result.stderr if result.returncode else "")
 
 
-@functools.cache
-def _forkserver() -> Any:
-    """Makes processes that have imported the package, which is most of what a snippet waits for, and nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fusedoptim"])
-    return context
-
-
 def _forked(file: Path) -> tuple[int, str]:
-    process = _forkserver().Process(target=_as_program, args=(file,))
+    """In a process that comes with the package and torch, whose import is most of what a snippet waits for."""
+    process = context().Process(target=_as_program, args=(file,))
     process.start()
     process.join(300)
     process.kill()
-    return process.exitcode, (file.parent / "output").read_text()
+    out, err = ((file.parent / name).read_text() for name in ("out", "err"))
+    return process.exitcode, out + (err if process.exitcode else "")
 
 
 def _as_program(file: Path) -> None:
     """In a process of its own, as if Python had been started with the file."""
     os.chdir(file.parent)
-    output = os.open("output", os.O_WRONLY | os.O_CREAT)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(output, stream.fileno())
+    for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.environ["TMPDIR"] = str(file.parent)
     torch.set_num_threads(1)
     runpy.run_path(str(file), run_name="__main__")

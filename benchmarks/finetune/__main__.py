@@ -1,7 +1,8 @@
 """``python -m benchmarks.finetune``: a pretrained model is fine-tuned with AdamW, in 32, 16 and 8 bits, by fusedoptim
 and by others: what it learns, what memory that takes, and what part of the time the optimizer has.
 
-Schemes take turns, seed by seed. Then the same fine-tuning runs in other people's loops, which should change no bit.
+Schemes take turns, each seed beginning with another one. Then the same fine-tuning runs in other people's loops, which
+should change no bit.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def run(scheme: Scheme, settings: Settings, seed: int) -> Result:
     task, model = make_task(seed, settings.batch, settings.batches), make_model(seed, scheme.dtype)
     batches = task.training * settings.epochs
     optimizer, schedule = optimizer_and_schedule(scheme, model, settings, seed, len(batches))
-    losses, shares = timed(model, optimizer, schedule, batches)
+    losses, times = timed(model, optimizer, schedule, batches)
     elements = sum(p.numel() for p in model.parameters())
     last = losses[-max(1, len(losses) // 5) :]
     return {
@@ -85,7 +86,9 @@ def run(scheme: Scheme, settings: Settings, seed: int) -> Result:
         "loss": fmean(last),
         "accuracy": accuracy(model, task.test),
         "bytes": bytes_of(optimizer) / elements,
-        "share": median(shares),
+        "step_ms": median(step for step, _ in times) * 1e3,
+        "iteration_ms": median(all_of_it for _, all_of_it in times) * 1e3,
+        "share": median(step / all_of_it for step, all_of_it in times),
     }
 
 
@@ -121,12 +124,13 @@ def main(argv: list[str] | None = None) -> int:
     about = {**environment(DEVICES["cpu"]()), "settings": asdict(settings)}
     results = Results(about, len(names) * args.seeds + len(LOOPS), args.out)
     for seed in range(args.seeds):
-        for name in names:
+        begin = seed * len(names) // args.seeds
+        for name in names[begin:] + names[:begin]:
             found = run(CHOSEN[name], settings, seed)
             results.finetuning.append(found)
             results.save()
             print(f"seed {seed}, {name}: loss {found['loss']:.4f}, accuracy {found['accuracy']:.3f}", flush=True)
-    results.finetuning.sort(key=lambda row: names.index(row["scheme"]))
+    results.finetuning.sort(key=lambda row: (names.index(row["scheme"]), row["seed"]))
     results.finetuning += compare_loops(settings)
     finish(results, table(results.finetuning))
     if args.out is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from ..measure.results import Result
 from ..plot import plt, write_picture
-from .table import mean, names, of
+from .table import names, of
 
 
 def draw(path: Path, runs: Sequence[Result]) -> None:
@@ -26,7 +27,7 @@ def draw(path: Path, runs: Sequence[Result]) -> None:
             if key == "accuracy":
                 ax.scatter(values, [y] * len(values), color=colour, s=26)
             else:
-                ax.barh(y, mean(values), color=colour, height=0.6)
+                ax.barh(y, fmean(values), color=colour, height=0.6)
         ax.set_xlabel(label)
         ax.grid(axis="x", alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)

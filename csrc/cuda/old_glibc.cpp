@@ -1,7 +1,5 @@
 // What CUDA's static runtime would need of a glibc beyond 2.17: threads, libraries and shared memory, which moved into
 // libc with 2.34. See core/old_glibc.h. A runtime that needs more of it: python -m release.wheels names what.
-#include <cstdlib>
-
 #include "../core/old_glibc.h"
 
 #ifdef FUSEDOPTIM_OLD_GLIBC

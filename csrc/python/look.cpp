@@ -16,14 +16,28 @@ int64_t numel(const TensorView& v) {
 
 bool is_dense(const TensorView& v) { return dense(v.ndim, v.sizes, v.strides) || numel(v) == 0; }
 
+// What others refer to, or nothing. Held, since the functions that are asked are Python's, beside which another thread
+// may replace it.
+py::object borrowed(PyObject* p) { return py::reinterpret_borrow<py::object>(p); }
+
+// Python looks closely, and says what is wrong, where the answer is an error.
+template <class... Args>
+bool asked(const py::object& function, Args... args) {
+  try {
+    return function(py::handle(args)...).template cast<bool>();
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 py::list Look::at(const py::list& params) {
   py::list found(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    PyObject* values = at(py::handle(params[i]).ptr());
-    all_ = all_ && values != Py_False;
-    found[i] = py::handle(values);
+    py::object values = at(py::handle(params[i]).ptr());
+    all_ = all_ && values.ptr() != Py_False;
+    found[i] = std::move(values);
   }
   return found;
 }
@@ -33,37 +47,39 @@ bool Look::all_apart() {
   return all_ && ranges_.apart_from(MemoryRanges());
 }
 
-PyObject* Look::at(PyObject* param) {
-  PyObject* const own = own_tensor(param);
-  if (!own || !dense_tensor(own, param_) || param_.ndim > kMaxDims) return Py_False;
+py::object Look::at(PyObject* param) {
+  own_ = own_tensor(param);
+  if (!own_ || !dense_tensor(own_.ptr(), param_) || param_.ndim > kMaxDims) return py::bool_(false);
   writes(param_);
-  PyObject* values = PyDict_GetItem(state_.ptr(), param);
-  if (!grad() || (values && !states(values))) return Py_False;
-  return values ? values : Py_None;
+  const py::object values = borrowed(PyDict_GetItem(state_.ptr(), param));
+  if (!grad() || (values && !states(values.ptr()))) return py::bool_(false);
+  return values ? values : py::none();
 }
 
-PyObject* Look::own_tensor(PyObject* param) {
+py::object Look::own_tensor(PyObject* param) {
   object_ = param;
   spec_ = alike_ = nullptr;
-  if (reader_.is_plain(param)) return param;
-  if (!shard_reader_.is_plain_dtensor(param)) return nullptr;
+  if (reader_.is_plain(param)) return borrowed(param);
+  if (!shard_reader_.is_plain_dtensor(param) || !asked(shards_->can_be_stepped, param)) return {};
   spec_ = shard_reader_.peek_spec(param);
-  PyObject* const shard = shard_reader_.peek_local(param);
-  const bool readable = spec_ && shard && reader_.is_plain(shard);
-  return readable && shards_->can_be_stepped(py::handle(param)).cast<bool>() ? shard : nullptr;
+  return spec_ ? shard(param) : py::object();
 }
 
-PyObject* Look::its_tensor(PyObject* tensor) {
-  if (!spec_) return reader_.is_plain(tensor) ? tensor : nullptr;
-  if (!shard_reader_.is_plain_dtensor(tensor)) return nullptr;
-  PyObject* const shard = shard_reader_.peek_local(tensor);
+py::object Look::its_tensor(PyObject* tensor) {
+  if (!spec_) return reader_.is_plain(tensor) ? borrowed(tensor) : py::object();
+  if (!shard_reader_.is_plain_dtensor(tensor)) return {};
   PyObject* const spec = shard_reader_.peek_spec(tensor);
-  if (!shard || !reader_.is_plain(shard) || !spec) return nullptr;
+  if (!spec) return {};
   if (spec != spec_ && spec != alike_) {
-    if (!shards_->is_alike(py::handle(object_), py::handle(tensor)).cast<bool>()) return nullptr;
+    if (!asked(shards_->is_alike, object_, tensor)) return {};
     alike_ = spec;
   }
-  return shard;
+  return shard(tensor);
+}
+
+py::object Look::shard(PyObject* dtensor) const {
+  PyObject* const found = shard_reader_.peek_local(dtensor);
+  return found && reader_.is_plain(found) ? borrowed(found) : py::object();
 }
 
 bool Look::grad() {
@@ -75,8 +91,8 @@ bool Look::grad() {
   }
   if (g.is_none()) return true;
   TensorView v;
-  PyObject* const own = its_tensor(g.ptr());
-  if (!own || !reader_.view(own, v) || negated(own, v)) return false;
+  const py::object own = its_tensor(g.ptr());
+  if (!own || !reader_.view(own.ptr(), v) || negated(own.ptr(), v)) return false;
   // A shard need not have the dtype that its DTensor says.
   if (spec_ && v.dtype != param_.dtype) return false;
   if (!same_shape(v) || (!v.data && numel(v) > 0)) return false;
@@ -113,15 +129,15 @@ bool Look::states(PyObject* values) {
 
 template <class Fits>
 bool Look::state(PyObject* values, const py::object& name, int& there, int& missing, bool placed, const Fits& fits) {
-  PyObject* value = PyDict_GetItem(values, name.ptr());
-  if (!value || value == Py_None) {
+  const py::object value = borrowed(PyDict_GetItem(values, name.ptr()));
+  if (!value || value.is_none()) {
     ++missing;
     return true;
   }
   ++there;
   TensorView v;
-  PyObject* const own = placed ? its_tensor(value) : reader_.is_plain(value) ? value : nullptr;
-  if (!own || !dense_tensor(own, v) || !fits(v)) return false;
+  const py::object own = placed ? its_tensor(value.ptr()) : reader_.is_plain(value.ptr()) ? value : py::object();
+  if (!own || !dense_tensor(own.ptr(), v) || !fits(v)) return false;
   writes(v);
   return true;
 }

@@ -42,11 +42,12 @@ class Look {
   bool all_apart();
 
  private:
-  PyObject* at(PyObject* param);
-  // The tensor of this process, which may be the parameter itself; null if Python has to look. Borrowed.
-  PyObject* own_tensor(PyObject* param);
+  pybind11::object at(PyObject* param);
+  // The tensor of this process, which may be the parameter itself; none if Python has to look.
+  pybind11::object own_tensor(PyObject* param);
   // The same of a tensor that belongs to the parameter.
-  PyObject* its_tensor(PyObject* tensor);
+  pybind11::object its_tensor(PyObject* tensor);
+  pybind11::object shard(PyObject* dtensor) const;
   bool grad();
   bool states(PyObject* values);
   // placed: as the parameter is, if that is a DTensor; else it is one number, and plain.
@@ -65,6 +66,7 @@ class Look {
   ShardReader shard_reader_;
   PyObject *object_ = nullptr, *spec_ = nullptr;  // the parameter's, spec_ if it is a DTensor
   PyObject* alike_ = nullptr;                     // another spec that was found to be like spec_
+  pybind11::object own_;                          // the parameter's tensor of this process
   TensorView param_{};                            // of the tensor of this process
   MemoryRanges ranges_;
   bool all_ = true;
