@@ -50,8 +50,8 @@ def _torch(foreach: bool, clip: Callable[..., object], step: Callable[[torch.opt
     return make
 
 
-#: torch's foreach code makes fewer calls from Python than its default on a CPU, the for-loop. The witness is there for its bits (see witness.py), with
-#: fusedoptim's norm: torch's is a sum in another order.
+#: torch's foreach code makes fewer calls from Python than its default on a CPU, the for-loop. The witness is there for
+#: its bits (see witness.py), with fusedoptim's norm: torch's is a sum in another order.
 CONTENDERS: dict[str, Make] = {
     INSIDE: _ours(inside=True),
     OURS: _ours(inside=False),
