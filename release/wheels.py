@@ -141,6 +141,8 @@ def main() -> int:
     missing = [p for p in args.python or PYTHONS if p not in pythons]
     if missing:
         print(f"not here, and left out: {', '.join(missing)}")
+    for python in (sys.executable, *pythons):  # what fails here fails before minutes of compiling
+        environment(python)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
