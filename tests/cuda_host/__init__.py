@@ -20,7 +20,6 @@ CHECKS_AS_CALLS = "--param=asan-instrumentation-with-call-threshold=0"
 SANITIZE = [
     "-Og",
     "-fsanitize=address,undefined",
-    "-fno-sanitize=null,object-size,pointer-overflow",  # see setup.py
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
     CHECKS_AS_CALLS,
